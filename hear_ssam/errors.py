@@ -1,0 +1,18 @@
+"""The one error class of the package, and "did you mean"."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HearSsamError(ValueError):
+    """A problem that the caller can mend; the message names the file or argument and the mend."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> HearSsamError:
+    """An error for a name that is not in a table: lists the table, suggests the nearest entry."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return HearSsamError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")

@@ -1,0 +1,56 @@
+"""Where the shipped data lies, and files that are either whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import HearSsamError
+
+
+def shipped(folder: str) -> Path:
+    """The folder `checkpoints` or `eval_tasks`, in a wheel, an editable install or a checkout alike."""
+    package = Path(__file__).resolve().parent
+    for parent in (package, package.parent):  # a wheel carries them inside, a checkout beside
+        if (parent / folder).is_dir():
+            return parent / folder
+    raise HearSsamError(f"the folder {folder!r} that ships with hear_ssam is missing beside {package}; reinstall.")
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it onto `path` if the block succeeds, remove it if not.
+
+    Raises HearSsamError that names `path` where it cannot be written (no folder, no permission, full disk).
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+    except OSError as error:
+        raise HearSsamError(f"cannot write {target}: {error.strerror or error}.") from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; results are for sharing
+        os.replace(temporary, target)
+    except OSError as error:
+        raise HearSsamError(f"cannot write {target}: {error.strerror or error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
