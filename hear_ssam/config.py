@@ -1,0 +1,179 @@
+"""What differs between the systems, as data: one frozen dataclass and the table of named encoders.
+
+SSAM    Audio Mamba, Yadav & Tan, Interspeech 2024 (arXiv 2406.02178)
+SSAST   its Transformer twin in the same paper, after Gong et al., AAAI 2022
+AxLSTM  Yadav et al., Interspeech 2025 (arXiv 2408.16568): Vision-LSTM (mLSTM) blocks
+SSAMBA  Shams et al., SLT 2024 (arXiv 2405.11831): bidirectional Vision-Mamba blocks
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import HearSsamError, unknown_name
+
+_CHOICES = {
+    "system": ("ssam", "ssast", "axlstm", "ssamba"),
+    "block": ("mamba", "bimamba", "transformer", "mlstm"),
+    "frontend": ("logmel", "kaldi"),
+    "patch_order": ("time", "frequency"),
+    "positions": ("sincos", "learned"),
+    "norm": ("layernorm", "rmsnorm"),
+    "objective": ("reconstruction", "joint"),
+    "mask_position": ("after", "before"),
+    "token_order": ("time", "official"),
+}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Everything needed to build an encoder; stored inside every checkpoint.
+
+    Units: `window_frames` and `patch_frames` are spectrogram frames (10 ms each), `n_mels` and `patch_mels` bands.
+    Contradictory values raise HearSsamError with the name of the field.
+    """
+
+    system: str
+    block: str
+    embed_dim: int  # D
+    depth: int
+    # spectrogram
+    frontend: str = "logmel"  # logmel: 80 HTK bands, per-clip standardisation; kaldi: 128 bands, data-set statistics
+    n_mels: int = 80
+    window_frames: int = 200
+    fbank_mean: float = -4.2677393  # kaldi only: (x - mean) / (2 std); AudioSet + LibriSpeech, the pre-training set
+    fbank_std: float = 4.5689974
+    # patches and positions
+    patch_frames: int = 4
+    patch_mels: int = 16
+    patch_order: str = "time"  # which index is slow in the token sequence: time (token = 5t + f) or frequency (64f + t)
+    positions: str = "sincos"  # stored either way; sincos is frozen
+    mask_position: str = "after"  # positions are added after masking (right), or before it (as SSAM's code was released)
+    # blocks
+    expand: int = 3  # inner width over D of the recurrent mixers; hidden width over D of the Transformer's MLP
+    state_dim: int = 24  # N, Mamba only
+    conv_kernel: int = 4  # recurrent mixers
+    num_heads: int = 0  # Transformer and mLSTM
+    norm: str = "layernorm"
+    norm_eps: float = 1e-6
+    paired: bool = False  # bimamba: layers in forward/backward pairs whose residuals are both added (SSAMBA pre-training)
+    flip_odd: bool = False  # mlstm: odd blocks read the sequence backwards
+    final_norms: int = 1  # SSAMBA applies its final norm twice
+    # pre-training
+    objective: str = "reconstruction"  # MSE over all patches; joint: InfoNCE + 10 MSE over masked patches
+    mask_ratio: float = 0.5
+    # default order of embedding rows: time (ours) or official (for compatibility with published probes)
+    token_order: str = "time"
+
+    def __post_init__(self) -> None:
+        for field, choices in _CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise unknown_name(f"config value for {field}", getattr(self, field), choices)
+        for field in ("embed_dim", "depth", "n_mels", "window_frames", "patch_frames", "patch_mels", "expand",
+                      "state_dim", "conv_kernel", "final_norms"):  # fmt: skip
+            if getattr(self, field) < 1:
+                raise HearSsamError(f"config field {field} must be at least 1, not {getattr(self, field)}.")
+        if self.n_mels % self.patch_mels:
+            raise HearSsamError(f"config field patch_mels={self.patch_mels} does not divide n_mels={self.n_mels}.")
+        if self.window_frames % self.patch_frames:
+            raise HearSsamError(
+                f"config field patch_frames={self.patch_frames} does not divide window_frames={self.window_frames}."
+            )
+        if self.embed_dim % 4 and self.positions == "sincos":
+            raise HearSsamError(f"config field embed_dim={self.embed_dim} must be a multiple of 4 for sincos positions.")
+        if self.block in ("transformer", "mlstm"):
+            width = self.embed_dim * (self.expand if self.block == "mlstm" else 1)
+            if self.num_heads < 1 or width % self.num_heads:
+                raise HearSsamError(f"config field num_heads={self.num_heads} does not divide the width {width}.")
+        elif self.num_heads:
+            raise HearSsamError(f"config field num_heads={self.num_heads} has no meaning for block={self.block!r}.")
+        if self.paired and (self.block != "bimamba" or self.depth % 2):
+            raise HearSsamError("config field paired needs block='bimamba' and an even depth.")
+        if self.flip_odd and self.block != "mlstm":
+            raise HearSsamError("config field flip_odd needs block='mlstm'.")
+        if not 0 < self.mask_ratio < 1:
+            raise HearSsamError(f"config field mask_ratio={self.mask_ratio} must lie between 0 and 1.")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(time slots, bands) of one window's patches."""
+        return self.window_frames // self.patch_frames, self.n_mels // self.patch_mels
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def patch_dim(self) -> int:
+        """Pixels of one patch."""
+        return self.patch_frames * self.patch_mels
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of scene and timestamp embeddings: the tokens of all bands side by side (official SSAMBA: D)."""
+        if self.system == "ssamba" and self.token_order == "official":
+            return self.embed_dim
+        return self.embed_dim * self.grid[1]
+
+    @property
+    def inner_dim(self) -> int:
+        """Width inside a recurrent mixer."""
+        return self.embed_dim * self.expand
+
+    @property
+    def dt_rank(self) -> int:
+        return math.ceil(self.embed_dim / 16)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token depends on earlier tokens only (what streaming needs)."""
+        return self.block == "mamba"
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EncoderConfig:
+        """Rebuild a stored config; unknown or missing fields raise by name."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise unknown_name("config field", name, known)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise HearSsamError(f"incomplete config: {error}.") from error
+
+
+# What each system fixes; sizes below add width and heads.
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "ssam": {"block": "mamba", "depth": 12},
+    "ssast": {"block": "transformer", "depth": 12, "expand": 4},
+    "axlstm": {"block": "mlstm", "depth": 12, "expand": 2, "num_heads": 4, "flip_odd": True},
+    "ssamba": {
+        "block": "bimamba", "depth": 24, "expand": 2, "state_dim": 16, "paired": True, "final_norms": 2,
+        "norm_eps": 1e-5, "frontend": "kaldi", "n_mels": 128, "window_frames": 1024, "patch_frames": 16,
+        "patch_mels": 16, "patch_order": "frequency", "positions": "learned", "objective": "joint",
+        "mask_ratio": 400 / 512,
+    },
+}  # fmt: skip
+WIDTHS = {"tiny": 192, "small": 384, "base": 768}
+
+
+def build_config(system: str, embed_dim: int, **overrides: Any) -> EncoderConfig:
+    """The config of a system at any width; `overrides` replace single fields (patch sizes, depth, ...)."""
+    if system not in SYSTEMS:
+        raise unknown_name("system", system, SYSTEMS)
+    values = {"system": system, "embed_dim": embed_dim, **SYSTEMS[system]}
+    if system == "ssast":
+        values["num_heads"] = max(3, embed_dim // 64)
+    return EncoderConfig.from_dict({**values, **overrides})
+
+
+CONFIGS: dict[str, EncoderConfig] = {
+    f"{system}_{size}": build_config(system, width) for system in SYSTEMS for size, width in WIDTHS.items()
+}
