@@ -50,9 +50,9 @@ class EncoderConfig:
     # patches and positions
     patch_frames: int = 4
     patch_mels: int = 16
-    patch_order: str = "time"  # which index is slow in the token sequence: time (token = 5t + f) or frequency (64f + t)
+    patch_order: str = "time"  # the slow index of the sequence: time (token = 5t + f) or frequency (64f + t)
     positions: str = "sincos"  # stored either way; sincos is frozen
-    mask_position: str = "after"  # positions are added after masking (right), or before it (as SSAM's code was released)
+    mask_position: str = "after"  # positions are added after masking (right) or before (as SSAM was released)
     # blocks
     expand: int = 3  # inner width over D of the recurrent mixers; hidden width over D of the Transformer's MLP
     state_dim: int = 24  # N, Mamba only
@@ -60,7 +60,7 @@ class EncoderConfig:
     num_heads: int = 0  # Transformer and mLSTM
     norm: str = "layernorm"
     norm_eps: float = 1e-6
-    paired: bool = False  # bimamba: layers in forward/backward pairs whose residuals are both added (SSAMBA pre-training)
+    paired: bool = False  # bimamba: layers in forward/backward pairs, both residuals added (SSAMBA)
     flip_odd: bool = False  # mlstm: odd blocks read the sequence backwards
     final_norms: int = 1  # SSAMBA applies its final norm twice
     # pre-training
