@@ -58,7 +58,7 @@ def read_audio(path: str | os.PathLike[str], sample_rate: int) -> np.ndarray:
             audio = _decode(file, sample_rate)
     except (soundfile.LibsndfileError, OSError) as error:
         reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
-        raise HearSsamError(f"{path}: cannot be read as audio: {str(reason).rstrip(".")}.") from error
+        raise HearSsamError(f"{path}: cannot be read as audio: {str(reason).rstrip('.')}.") from error
     if not len(audio):
         raise HearSsamError(f"{path}: holds no samples.")
     if not np.isfinite(audio).all():
