@@ -1,0 +1,71 @@
+"""`hear-ssam`: one subcommand per room; a room is imported only when its command is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .errors import HearSsamError
+
+# Command -> the module with its add_parser(subparsers); in the order of the help page.
+ROOMS = {
+    "demo": "demo",
+    "embed": "extract",
+    "evaluate": "evaluate",
+    "report": "report",
+    "models": "models",
+    "convert": "models",
+    "corpus": "corpus",
+    "pretrain": "pretrain",
+    "heareval": "hear_tools",
+    "benchmark": "benchmark",
+    "doctor": "doctor",
+}
+
+EXAMPLES = """examples:
+  hear-ssam demo                                    the whole path on a small task that ships with the package
+  hear-ssam embed recordings/ -o embeddings.parquet
+  hear-ssam evaluate --tasks-dir tasks --results-dir results
+  hear-ssam COMMAND --help                          options and examples of one command
+"""
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of one command, or of all of them."""
+    parser = argparse.ArgumentParser(
+        prog="hear-ssam",
+        description="Audio embeddings behind the HEAR API, and the HEAR linear probe that judges them.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hear-ssam {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    modules = [ROOMS[command]] if command else dict.fromkeys(ROOMS.values())
+    for module in modules:
+        if importlib.util.find_spec(f"hear_ssam.{module}"):  # DEVELOPMENT: rooms under way
+            importlib.import_module(f"hear_ssam.{module}").add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Exit codes: 0 done; 1 done, but something was skipped; 2 wrong input; 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser(arguments[0] if arguments and arguments[0] in ROOMS else None).parse_args(arguments)
+    try:
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except HearSsamError as error:
+        print(f"hear-ssam: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hear-ssam: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (`| head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush at exit
+        return 128 + 13
