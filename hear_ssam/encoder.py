@@ -1,0 +1,256 @@
+"""The one encoder: patches (+ positions, mask) → depth x block → norm → tokens → features or predictions.
+
+Symbols: B batch, F frames, n patch tokens, D width, P pixels of a patch; T time slots and f bands of the patch grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import BLOCKS, MambaState, Projection, build_norm
+from .config import EncoderConfig
+from .errors import HearSsamError, unknown_name
+
+
+class Pretraining(NamedTuple):
+    """What one masked pass gives. `nce` and `mse` are the two halves of the joint objective, else None."""
+
+    predictions: Tensor  # (B, n, P) reconstructed pixels of all patches
+    targets: Tensor  # (B, n, P)
+    loss: Tensor  # ()
+    nce: Tensor | None = None
+    mse: Tensor | None = None
+
+
+@dataclass
+class StreamState:
+    """Where a stream of chunks stands: time slots read so far, and one state per block."""
+
+    slots: int = 0
+    blocks: list[MambaState] = field(default_factory=list)
+
+
+class Encoder(nn.Module):
+    """Spectrogram windows → tokens; see `tokens` (features), `stream` (chunk by chunk) and `forward` (pre-training)."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, pixels = config.embed_dim, config.patch_dim
+        self.patch_embed = nn.Linear(pixels, dim)
+        nn.init.xavier_uniform_(self.patch_embed.weight)
+        nn.init.zeros_(self.patch_embed.bias)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        if config.positions == "sincos":
+            self.pos_embed = nn.Parameter(sincos_positions(config), requires_grad=False)
+        else:
+            self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1 + config.num_patches, dim), std=0.02))
+        self.blocks = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.depth))
+        self.norm = build_norm(config)
+        if config.objective == "reconstruction":
+            self.head = _head(dim, nn.GELU(), pixels)
+        else:
+            self.contrast = _head(dim, nn.ReLU(), pixels)
+            self.generate = _head(dim, nn.ReLU(), pixels)
+
+    def patchify(self, spec: Tensor) -> Tensor:
+        """Spectrogram (B, F, n_mels) → flattened patches (B, n, P), in the order of the tokens.
+
+        `patch_order="time"`: token 5t + f, pixel 16 dt + dm (SSAM's numbers); "frequency": token 64f + t,
+        pixel 16 dm + dt (SSAMBA's). Raises HearSsamError if F is not a multiple of `patch_frames`.
+        """
+        c = self.config
+        if spec.dim() != 3 or spec.shape[2] != c.n_mels or spec.shape[1] % c.patch_frames or not spec.shape[1]:
+            raise HearSsamError(
+                f"spec must have the shape (batch, frames, {c.n_mels}) with frames a positive multiple of "
+                f"{c.patch_frames}, not {tuple(spec.shape)}."
+            )
+        grid = spec.unflatten(2, (-1, c.patch_mels)).unflatten(1, (-1, c.patch_frames))  # (B, T, dt, f, dm)
+        order = (0, 1, 3, 2, 4) if c.patch_order == "time" else (0, 3, 1, 4, 2)
+        return grid.permute(order).flatten(3).flatten(1, 2)
+
+    def positions(self, slots: int, start: int = 0) -> Tensor:
+        """Position embeddings (1, slots * f, D) of the time slots start ... start + slots - 1 of a window."""
+        window, bands = self.config.grid
+        if start + slots > window:
+            raise HearSsamError(
+                f"this encoder knows {window} time slots ({self.config.window_frames} frames), not {start + slots}: "
+                "cut the input into windows."
+            )
+        shape = (window, bands) if self.config.patch_order == "time" else (bands, window)
+        axis = 1 if self.config.patch_order == "time" else 2
+        return self.pos_embed[:, 1:].unflatten(1, shape).narrow(axis, start, slots).flatten(1, 2)
+
+    def embed(self, spec: Tensor, mask: Tensor | None = None, start: int = 0) -> Tensor:
+        """Patch tokens before the first block (B, n, D): embedded, masked where `mask` (B, n) is True, positioned."""
+        x = self.patch_embed(self.patchify(spec))
+        positions = self.positions(spec.shape[1] // self.config.patch_frames, start)
+        if mask is None:
+            return x + positions
+        if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+            raise HearSsamError(
+                f"mask must be a bool tensor of shape {tuple(x.shape[:2])}, not {mask.dtype} {tuple(mask.shape)}."
+            )
+        mask = mask[..., None]
+        if self.config.mask_position == "after":
+            return torch.where(mask, self.mask_token, x) + positions
+        return torch.where(mask, self.mask_token, x + positions)  # as SSAM was released: masked tokens know no place
+
+    def run_blocks(self, x: Tensor, states: list[MambaState] | None = None) -> Tensor:
+        """All blocks on any token sequence (B, L, D), without positions and final norm; L has no limit.
+
+        `states` (one per block, causal systems only) are read and replaced, so that chunks continue each other.
+        """
+        if states is not None:
+            self._require_causal()
+            for block, state in zip(self.blocks, states, strict=True):
+                x = block(x, state=state)
+        elif self.config.paired:
+            # Both layers of a pair read the same x, the second one backwards; both residuals are kept, so x doubles.
+            for even, odd in zip(self.blocks[::2], self.blocks[1::2], strict=True):
+                x = even(x) + odd(x, reverse=True)
+        else:
+            for i, block in enumerate(self.blocks):
+                x = block(x, reverse=self.config.flip_odd and i % 2 == 1)
+        return x
+
+    def tokens(self, spec: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalised spectrogram (B, F, n_mels) float → tokens (B, 1 + n, D) after the final norm, class token first.
+
+        F is any multiple of `patch_frames` up to `window_frames`; a shorter window has fewer tokens, at the positions
+        of the first time slots. No padding is needed, and for a causal system none would matter.
+        """
+        x = self.embed(spec, mask)
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        return self._final_norm(self.run_blocks(torch.cat([first, x], dim=1)))
+
+    def stream(self, spec: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
+        """The patch tokens (B, n, D) of the next chunk of a window, and the state to give with the chunk after it.
+
+        Chunks are spectrograms (B, F, n_mels), F a multiple of `patch_frames`; together they give the same tokens as
+        the whole window, in memory that does not grow. Raises HearSsamError for systems that look ahead.
+        """
+        self._require_causal()
+        slots, states = 0, [MambaState() for _ in self.blocks]
+        if state is not None:
+            slots, states = state.slots, [dataclasses.replace(s) for s in state.blocks]
+        x = self.embed(spec, start=slots)
+        if state is None:
+            x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        x = self._final_norm(self.run_blocks(x, states))
+        return x[:, 1 if state is None else 0 :], StreamState(slots + spec.shape[1] // self.config.patch_frames, states)
+
+    def forward(self, spec: Tensor, mask: Tensor) -> Pretraining:
+        """Masked pass: hide the patches where `mask` (B, n) is True, predict, compare.
+
+        reconstruction: mean squared error over the pixels of all patches, hidden or not.
+        joint: InfoNCE between hidden patches and predictions of the same clip, plus 10 times the mean squared error
+        over hidden patches; every clip must hide equally many. SSAMBA was trained with an independent mask for each
+        half: take `nce` of one call and `mse` of another to do the same.
+        """
+        targets = self.patchify(spec)  # (B, n, P)
+        x = self.tokens(spec, mask)[:, 1:]
+        if self.config.objective == "reconstruction":
+            predictions = self.head(x)
+            return Pretraining(predictions, targets, F.mse_loss(predictions.float(), targets))
+        hidden = mask.sum(dim=1)
+        if hidden.min() != hidden.max() or not hidden[0]:
+            raise HearSsamError("mask must hide equally many patches, at least one, in every clip.")
+        predictions = self.generate(x)
+        mse = F.mse_loss(predictions[mask].float(), targets[mask])
+        contrast = self.contrast(x)[mask].unflatten(0, (len(x), -1))  # (B, M, P)
+        logits = targets[mask].unflatten(0, (len(x), -1)) @ contrast.transpose(1, 2)  # patch x prediction
+        nce = -logits.float().log_softmax(dim=2).diagonal(dim1=1, dim2=2).mean()
+        return Pretraining(predictions, targets, nce + 10 * mse, nce, mse)
+
+    def set_precision(self, precision: str) -> Encoder:
+        """"fp32", or "bf16": the large projections in bfloat16; norms, residuals, steps and states stay float32."""
+        if precision not in ("fp32", "bf16"):
+            raise unknown_name("precision", precision, ("fp32", "bf16"))
+        for module in self.modules():
+            if isinstance(module, Projection):
+                module.bf16 = precision == "bf16"
+        return self
+
+    def _final_norm(self, x: Tensor) -> Tensor:
+        for _ in range(self.config.final_norms):
+            x = self.norm(x)
+        return x
+
+    def _require_causal(self) -> None:
+        if not self.config.causal:
+            raise HearSsamError(
+                f"{self.config.system} looks ahead (block {self.config.block!r}) and cannot be streamed; use ssam."
+            )
+
+
+def _head(dim: int, activation: nn.Module, pixels: int) -> nn.Sequential:
+    layers = nn.Linear(dim, dim), nn.Linear(dim, pixels)
+    for layer in layers:
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(layers[0], activation, layers[1])
+
+
+def sincos_positions(config: EncoderConfig) -> Tensor:
+    """Fixed positions (1, 1 + n, D), float32: zeros for the class token; the first D/2 dimensions encode the band,
+    the others the time slot, each as [sin(p w), cos(p w)] with w_k = 10000^(-k / (D/4))."""
+    slots, bands = config.grid
+    quarter = config.embed_dim // 4
+    omega = 10000 ** (-torch.arange(quarter, dtype=torch.float32) / quarter)
+
+    def wave(positions: int) -> Tensor:  # (positions, D/2)
+        angle = torch.arange(positions, dtype=torch.float32)[:, None] * omega
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    band = wave(bands).expand(slots, -1, -1)  # (T, f, D/2)
+    slot = wave(slots)[:, None].expand(-1, bands, -1)
+    grid = torch.cat([band, slot], dim=2)  # (T, f, D)
+    if config.patch_order == "frequency":
+        grid = grid.transpose(0, 1)
+    return F.pad(grid.flatten(0, 1), (0, 0, 1, 0))[None]
+
+
+def resize_positions(pos_embed: Tensor, config: EncoderConfig, slots: int) -> Tensor:
+    """Learned positions (1, 1 + n, D) for windows of `slots` time slots instead of the grid of `config`.
+
+    As SSAMBA does it: fewer slots are the centre of the grid, more are interpolated linearly.
+    """
+    window, bands = config.grid
+    shape = (window, bands) if config.patch_order == "time" else (bands, window)
+    grid = pos_embed[0, 1:].unflatten(0, shape)
+    if config.patch_order == "time":
+        grid = grid.transpose(0, 1)  # (f, T, D)
+    if slots <= window:
+        grid = grid.narrow(1, window // 2 - slots // 2, slots)
+    else:
+        grid = F.interpolate(grid.transpose(1, 2), size=slots, mode="linear", align_corners=False).transpose(1, 2)
+    if config.patch_order == "time":
+        grid = grid.transpose(0, 1)
+    return torch.cat([pos_embed[:, :1], grid.flatten(0, 1)[None]], dim=1)
+
+
+def random_mask(batch: int, config: EncoderConfig, generator: torch.Generator | None = None) -> Tensor:
+    """Which patches to hide: bool (batch, n), exactly round(n * mask_ratio) True per clip, on the generator's device.
+
+    reconstruction: patches drawn uniformly. joint (SSAMBA): square clusters of side 3, 4 or 5 (one side per call) at
+    uniformly drawn corners, until enough patches are covered; never patch 0.
+    """
+    device = generator.device if generator is not None else torch.device("cpu")
+    n = config.num_patches
+    order = torch.rand(batch, n, generator=generator, device=device)  # when a patch is drawn
+    if config.objective == "joint":
+        # A patch is hidden when the first cluster that covers it is drawn.
+        side = int(torch.randint(3, 6, (), generator=generator, device=device))
+        offsets = [config.grid[0] * i + j for i in range(side) for j in range(side)]
+        order = torch.stack([F.pad(order, (o, 0), value=math.inf)[:, :n] for o in offsets]).amin(0)
+        order[:, 0] = math.inf
+    hidden = order.argsort(dim=1)[:, : round(n * config.mask_ratio)]
+    return torch.zeros(batch, n, dtype=torch.bool, device=device).scatter_(1, hidden, True)
