@@ -109,12 +109,12 @@ class SelectiveSSM(nn.Module):
         with torch.autocast(xz.device.type, enabled=False):
             weight = self.dt_proj.weight
             delta = F.linear(low.to(weight.dtype), weight)  # (B, L, I); bias and softplus happen inside the scan
-            y = selective_scan(
+            y, last = selective_scan(
                 x, delta, -torch.exp(self.A_log), b, c, self.D, z, delta_bias=self.dt_proj.bias, delta_softplus=True,
-                reverse=reverse, initial_state=state and state.scan, return_last_state=state is not None,
+                reverse=reverse, initial_state=None if state is None else state.scan, return_last_state=True,
             )  # fmt: skip
         if state is not None:
-            y, state.scan = y
+            state.scan = last
         return y
 
 
