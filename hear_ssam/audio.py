@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -54,15 +55,23 @@ def read_audio(path: str | os.PathLike[str], sample_rate: int) -> np.ndarray:
     damaged, empty, or holds NaN or infinite samples.
     """
     try:
-        with open(path, "rb") as handle, soundfile.SoundFile(handle) as file:
+        with open(path, "rb") as handle:
+            return decode_audio(handle, path, sample_rate)
+    except OSError as error:
+        raise HearSsamError(f"{path}: cannot be read as audio: {error.strerror or error}.") from error
+
+
+def decode_audio(handle: BinaryIO, name: str | os.PathLike[str], sample_rate: int) -> np.ndarray:
+    """As `read_audio`, from an open file or a member of an archive that errors shall call `name`."""
+    try:
+        with soundfile.SoundFile(handle) as file:
             audio = _decode(file, sample_rate)
-    except (soundfile.LibsndfileError, OSError) as error:
-        reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
-        raise HearSsamError(f"{path}: cannot be read as audio: {str(reason).rstrip('.')}.") from error
+    except soundfile.LibsndfileError as error:
+        raise HearSsamError(f"{name}: cannot be read as audio: {str(error.error_string).rstrip('.')}.") from error
     if not len(audio):
-        raise HearSsamError(f"{path}: holds no samples.")
+        raise HearSsamError(f"{name}: holds no samples.")
     if not np.isfinite(audio).all():
-        raise HearSsamError(f"{path}: holds NaN or infinite samples.")
+        raise HearSsamError(f"{name}: holds NaN or infinite samples.")
     return audio
 
 
