@@ -1,0 +1,378 @@
+"""The HEAR API: audio in, embeddings out (https://hearbenchmark.com/hear-api.html).
+
+    model = load_model()                                         # the shipped ssam_tiny
+    scene = get_scene_embeddings(audio, model)                   # audio (B, samples) float32, 16 kHz → (B, E)
+    rows, milliseconds = get_timestamp_embeddings(audio, model)  # (B, T, E), (B, T)
+
+The spectrogram of the whole clip is cut into windows, the encoder turns each window into tokens, and the tokens of
+one moment, side by side for all bands, are one row. `token_order` says which tokens those are:
+
+time      Row t holds the tokens of time slot t: `E[t, fD:(f+1)D]` is the token of slot t and band f. It is stamped
+          with the centre of its frames and kept if that centre lies within the audio. No token is computed from
+          padding, save that the last kept row may lack half of its frames; those are zero, the mean of the clip.
+official  What the published code does. SSAM, SSAST and AxLSTM: the time-major tokens of a zero-padded window are
+          regrouped as if they were band-major (`E[j, kD:(k+1)D] = token[50k + j]`), rows are stamped from 0.
+          SSAMBA: rows are means over the bands, and the scene is the mean over all tokens, padding included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .checkpoint import OFFICIAL, load_checkpoint
+from .config import CONFIGS, EncoderConfig
+from .encoder import Encoder, resize_positions
+from .errors import HearSsamError, unknown_name
+from .frontend import HOP, SAMPLE_RATE, WINDOW, LogMel, build_frontend, normalize
+from .paths import shipped
+from .scan import available_backends, use_backend
+
+DEFAULT = "ssam_tiny"
+BASELINE = "logmel"
+MILLISECOND = SAMPLE_RATE // 1000  # samples
+# Tokens x width that go through the encoder at once. CPU: what stays near the caches (8 windows of ssam_tiny).
+GROUP = {"cpu": 8 * 251 * 192}
+GPU_GROUP = 64 * GROUP["cpu"]
+
+
+class HearModel(nn.Module):
+    """What the HEAR functions and the HEAR tools expect of a model.
+
+    `model(audio)` with audio (B, samples), float32 in [-1, 1], 16 kHz, gives the timestamp embeddings (B, T, E) and
+    is differentiable. `checkpoint_sha256` is empty for random weights.
+    """
+
+    sample_rate: int = SAMPLE_RATE
+    min_samples: int = WINDOW // 2 + 1  # reflect padding
+    scene_embedding_size: int
+    timestamp_embedding_size: int
+
+    def __init__(self, name: str, config: EncoderConfig | None = None, checkpoint_sha256: str = "") -> None:
+        super().__init__()
+        self.name = name
+        self.config = config
+        self.checkpoint_sha256 = checkpoint_sha256
+
+    def timestamps(self, samples: int) -> Tensor:
+        """The time of each row of a clip of `samples` samples, in milliseconds: (T,) float64."""
+        raise NotImplementedError
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """Timestamp embeddings (B, T, E), float32."""
+        return self._rows(audio)[:, : len(self.timestamps(audio.shape[-1]))]
+
+    def scene(self, audio: Tensor) -> Tensor:
+        """Scene embeddings (B, E), float32: the mean over the rows."""
+        return self(audio).mean(1)
+
+    def _rows(self, audio: Tensor) -> Tensor:
+        """All rows computed for a clip, of which `forward` keeps the first T."""
+        raise NotImplementedError
+
+    def _checked(self, audio: Tensor) -> Tensor:
+        """`audio` as (B, samples); raises HearSsamError where it cannot be embedded."""
+        if not isinstance(audio, Tensor):
+            raise HearSsamError(f"audio must be a torch.Tensor, not {type(audio).__name__}; use torch.from_numpy.")
+        if audio.dtype != torch.float32:
+            mend = "audio.float()"
+            if not (audio.is_floating_point() or audio.is_complex() or audio.dtype == torch.bool):
+                mend = f"audio.float() / {2 ** (8 * audio.dtype.itemsize - 1)} for integer PCM"
+            raise HearSsamError(f"audio must be float32 in [-1, 1], not {audio.dtype}; use {mend}.")
+        if audio.ndim == 1:
+            audio = audio[None]
+        if audio.ndim != 2:
+            raise HearSsamError(f"audio must have the shape (clips, samples), mono, not {tuple(audio.shape)}.")
+        if audio.shape[1] < self.min_samples:
+            raise HearSsamError(
+                f"audio has {audio.shape[1]} samples; {self.name} needs at least {self.min_samples} "
+                f"({1000 * self.min_samples / SAMPLE_RATE:g} ms at 16 kHz)."
+            )
+        device = next(iter([*self.parameters(), *self.buffers()])).device
+        if audio.device != device:
+            raise HearSsamError(f"audio is on {audio.device}, the model on {device}; move one with .to().")
+        broken = (~torch.isfinite(audio).all(dim=1)).nonzero().flatten().tolist()
+        if broken:
+            listed = ", ".join(map(str, broken))
+            raise HearSsamError(f"audio has NaN or infinite samples in clip {listed} of the batch (counted from 0).")
+        return audio
+
+
+class EncoderModel(HearModel):
+    """A front end, an `Encoder`, and the order of its tokens."""
+
+    config: EncoderConfig
+
+    def __init__(
+        self, name: str, config: EncoderConfig, encoder: Encoder, backend: str | None, checkpoint_sha256: str = ""
+    ) -> None:
+        super().__init__(name, config, checkpoint_sha256)
+        self.frontend = build_frontend(config)
+        self.encoder = encoder
+        self.backend = backend
+        self.kaldi = config.frontend == "kaldi"
+        self.official = config.token_order == "official"
+        self.scene_embedding_size = self.timestamp_embedding_size = config.embedding_dim
+        if self.kaldi:  # one patch of whole frames
+            self.min_samples = WINDOW + (config.patch_frames - 1) * HOP
+
+    def timestamps(self, samples: int) -> Tensor:
+        patch = self.config.patch_frames
+        if self.kaldi:  # frames are not padded: the first is centred at 12.5 ms
+            rows, start = self._frames(samples) // patch, (WINDOW + (patch - 1) * HOP) / 2
+        elif self.official:
+            window, frames = self.config.window_frames, self._frames(samples)
+            padding, slots = window - frames % window, window // patch
+            rows = (frames + padding) // window * slots - slots * padding // window
+            return torch.arange(rows, dtype=torch.float64) * (samples / MILLISECOND / rows)
+        else:  # centred frames: the first is centred at 0
+            start = (patch - 1) * HOP / 2
+            rows = max(1, math.floor((samples - start) / (patch * HOP)) + 1)
+        return (start + patch * HOP * torch.arange(rows, dtype=torch.float64)) / MILLISECOND
+
+    def scene(self, audio: Tensor) -> Tensor:
+        return self._rows(audio).mean(1) if self.kaldi and self.official else super().scene(audio)
+
+    def _frames(self, samples: int) -> int:
+        return 1 + ((samples - WINDOW) // HOP if self.kaldi else samples // HOP)
+
+    def _rows(self, audio: Tensor) -> Tensor:
+        audio = self._checked(audio)
+        window = self.config.window_frames
+        if self.official:
+            frames = window * math.ceil(self._frames(audio.shape[1]) / window)
+        else:
+            frames = self.config.patch_frames * len(self.timestamps(audio.shape[1]))
+        if not len(audio):
+            return audio.new_zeros(0, frames // self.config.patch_frames, self.timestamp_embedding_size)
+        spec = self._spectrogram(audio, frames)  # (B, frames, mels)
+        full = frames // window
+        parts = [spec[:, : full * window].reshape(len(audio) * full, window, -1), spec[:, full * window :]]
+        rows = [self._encode(part) for part in parts if part.numel()]  # (B * full, slots, E) and (B, slots, E)
+        return torch.cat([part.reshape(len(audio), -1, self.timestamp_embedding_size) for part in rows], dim=1)
+
+    def _spectrogram(self, audio: Tensor, frames: int) -> Tensor:
+        """The normalised spectrogram, cut or zero-padded to `frames`; SSAMBA's zeros come before its statistics."""
+        spec = self.frontend(audio)
+        fit = (0, 0, 0, frames - spec.shape[1])
+        if self.kaldi:
+            return normalize(functional.pad(spec, fit), self.config)
+        return functional.pad(normalize(spec, self.config), fit)
+
+    def _encode(self, windows: Tensor) -> Tensor:
+        """Windows of equal length (N, frames, mels) → rows (N, slots, E), a bounded number of windows at a time."""
+        bands = self.config.grid[1]
+        tokens_per_window = 1 + windows.shape[1] // self.config.patch_frames * bands
+        group = GROUP.get(windows.device.type, GPU_GROUP) // (tokens_per_window * self.config.embed_dim)
+        with contextlib.nullcontext() if self.backend is None else use_backend(self.backend):
+            parts = [self.encoder.tokens(part)[:, 1:].float() for part in windows.split(max(1, group))]
+        tokens = torch.cat(parts)  # (N, n, D)
+        if self.config.patch_order == "frequency" or self.official:  # the band is, or is taken for, the slow index
+            grid = tokens.unflatten(1, (bands, -1)).transpose(1, 2)  # (N, slots, bands, D)
+        else:
+            grid = tokens.unflatten(1, (-1, bands))
+        return grid.mean(2) if self.kaldi and self.official else grid.flatten(2)
+
+
+class LogMelModel(HearModel):
+    """The baseline without weights: 80 log-mel bands; the scene is their mean and standard deviation over time."""
+
+    def __init__(self) -> None:
+        super().__init__(BASELINE)
+        self.frontend = LogMel()
+        self.timestamp_embedding_size = self.frontend.filters.shape[1]
+        self.scene_embedding_size = 2 * self.timestamp_embedding_size
+
+    def timestamps(self, samples: int) -> Tensor:
+        return torch.arange(1 + samples // HOP, dtype=torch.float64) * HOP / MILLISECOND
+
+    def scene(self, audio: Tensor) -> Tensor:
+        rows = self(audio)
+        return torch.cat([rows.mean(1), rows.std(1, correction=0)], dim=1)
+
+    def _rows(self, audio: Tensor) -> Tensor:
+        audio = self._checked(audio)
+        if not len(audio):
+            return audio.new_zeros(0, len(self.timestamps(audio.shape[1])), self.timestamp_embedding_size)
+        return self.frontend(audio)
+
+
+# ---------------------------------------------------------------------------------------------------- HEAR functions
+
+
+def load_model(
+    model_file_path: str | os.PathLike[str] = "",
+    *,
+    model: str = "",
+    pretrained: bool = True,
+    seed: int = 0,
+    token_order: str | None = None,
+    backend: str | None = None,
+    precision: str = "fp32",
+    device: str = "cpu",
+    window_frames: int | None = None,
+    **unknown: Any,
+) -> HearModel:
+    """Load a model, in eval mode.
+
+    model_file_path  "" (the shipped ssam_tiny), a name of `available_models()`, one of our files, an official `.pth`
+                     file or an official weights folder
+    model            a name, where only options can be passed (`--model-options '{"model": "ssam_base"}'`)
+    pretrained       False: random weights drawn from `seed`; needs a name
+    token_order      "time" or "official"; default: what the file says (ours: time, official files: official)
+    backend          of the scan, as `hear-ssam doctor` lists them; it runs or raises. Default: the fastest
+    precision        "fp32" or "bf16"
+    device           where the weights go; the HEAR tools move the model themselves
+    window_frames    SSAMBA only: frames that the encoder sees at once (default 1024, 10.24 s)
+
+    Raises HearSsamError for an unknown name or option (with the nearest known one), contradictory options, a model
+    whose weights are not here (with the place to get them), and a file that is no checkpoint.
+    """
+    for option in unknown:
+        raise unknown_name("option of load_model", option, load_model.__kwdefaults__ or ())
+    if backend not in (None, "auto"):
+        _check_backend(backend)
+    path = os.fspath(model_file_path)
+    if path and model:
+        raise HearSsamError(f"load_model got both model_file_path={path!r} and model={model!r}; give one.")
+    name = path or model or DEFAULT
+    if name == BASELINE:
+        if token_order or backend or window_frames or precision != "fp32":
+            raise HearSsamError(f"{BASELINE} has no encoder: its only options are model and device.")
+        return _move(LogMelModel(), device)
+    if name in CONFIGS and not pretrained:
+        config, digest = _with_options(CONFIGS[name], token_order, window_frames), ""
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+            torch.default_generator.manual_seed(seed)
+            encoder = Encoder(config)
+    else:
+        file = _find_weights(name, pretrained)
+        stored, state, info = load_checkpoint(file)
+        config, digest = _with_options(stored, token_order, window_frames), info["sha256"]
+        if config.window_frames != stored.window_frames:
+            state["pos_embed"] = resize_positions(state["pos_embed"], stored, config.grid[0])
+        with torch.device("meta"):  # no random numbers are drawn for weights that are replaced
+            encoder = Encoder(config)
+        encoder.load_state_dict(state, assign=True)
+        name = name if name in CONFIGS else file.stem
+    encoder.set_precision(precision)
+    return _move(EncoderModel(name, config, encoder, backend, digest), device)
+
+
+def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:
+    """One embedding per clip: audio (B, samples) float32 at 16 kHz → (B, scene_embedding_size) float32.
+
+    Stays on the audio's device and builds no graph. Raises HearSsamError for audio that cannot be embedded.
+    """
+    with torch.no_grad():
+        return _known(model).scene(audio)
+
+
+def get_timestamp_embeddings(audio: Tensor, model: HearModel) -> tuple[Tensor, Tensor]:
+    """Embeddings over time: audio (B, samples) → (B, T, timestamp_embedding_size), milliseconds (B, T); float32.
+
+    Stays on the audio's device and builds no graph. Raises HearSsamError for audio that cannot be embedded.
+    """
+    with torch.no_grad():
+        rows = _known(model)(audio)
+        times = model.timestamps(audio.shape[-1]).to(rows.device, torch.float32)
+        return rows, times.repeat(len(rows), 1)
+
+
+class ModelRow(NamedTuple):
+    """What `available_models` knows of a model."""
+
+    system: str
+    parameters: int  # trainable, both prediction heads included
+    scene_embedding_size: int
+    timestamp_embedding_size: int
+    window_seconds: float | None  # what the encoder sees at once; None: no windows
+    licence: str  # of the weights
+    weights: Path | None  # the shipped file
+    source: str  # where weights come from
+
+
+def available_models() -> dict[str, ModelRow]:
+    """Every name that `load_model` takes."""
+    rows = {}
+    for name, config in CONFIGS.items():
+        file = _shipped_file(name)
+        origin = OFFICIAL[config.system]
+        licence, source = origin.licence, origin.hosting
+        if file:
+            config, _, info = load_checkpoint(file)
+            licence, source = info.get("licence", ""), info.get("source", "")
+        with torch.device("meta"):
+            parameters = sum(weight.numel() for weight in Encoder(config).parameters() if weight.requires_grad)
+        width, seconds = config.embedding_dim, config.window_frames / 100
+        rows[name] = ModelRow(config.system, parameters, width, width, seconds, licence, file, source)
+    baseline = LogMelModel()
+    sizes = baseline.scene_embedding_size, baseline.timestamp_embedding_size
+    rows[BASELINE] = ModelRow("baseline", 0, *sizes, None, "Apache-2.0", None, "needs no weights")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------- helpers
+
+
+def _shipped_file(name: str) -> Path | None:
+    file = shipped("checkpoints") / f"{name}.safetensors"
+    return file if file.is_file() else None
+
+
+def _find_weights(name: str, pretrained: bool) -> Path:
+    """The file or folder behind a model name or a path."""
+    if name in CONFIGS:
+        if file := _shipped_file(name):
+            return file
+        raise HearSsamError(
+            f"no weights for {name} ship with hear_ssam. Get official ones from "
+            f"{OFFICIAL[CONFIGS[name].system].hosting} and pass the file as model_file_path, "
+            "or use pretrained=False for random weights."
+        )
+    if not Path(name).exists():
+        if Path(name).name == name and not Path(name).suffix:
+            raise unknown_name("model", name, [*CONFIGS, BASELINE])
+        raise HearSsamError(f"no such checkpoint: {name}.")
+    if not pretrained:
+        raise HearSsamError(f"pretrained=False needs the name of a model, not the file {name}.")
+    return Path(name)
+
+
+def _check_backend(backend: str) -> None:
+    backends = available_backends()
+    if backend not in backends:
+        raise unknown_name("backend", backend, ["auto", *backends])
+    if backends[backend]:
+        raise HearSsamError(f"the backend {backend!r} cannot run here: {backends[backend]}.")
+
+
+def _with_options(config: EncoderConfig, token_order: str | None, window_frames: int | None) -> EncoderConfig:
+    if token_order is not None:
+        config = dataclasses.replace(config, token_order=token_order)
+    if window_frames is not None:
+        if config.positions != "learned":
+            raise HearSsamError(f"window_frames is an option of SSAMBA; {config.system} has fixed positions for 2 s.")
+        config = dataclasses.replace(config, window_frames=window_frames)
+    return config
+
+
+def _move(model: HearModel, device: str) -> HearModel:
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+        raise HearSsamError(f"device {device!r} cannot be used: {error}") from error
+
+
+def _known(model: HearModel) -> HearModel:
+    if not isinstance(model, HearModel):
+        raise HearSsamError(f"model must come from hear_ssam.load_model, not be a {type(model).__name__}.")
+    return model
