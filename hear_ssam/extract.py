@@ -1,0 +1,229 @@
+"""`hear-ssam embed`: audio files → one Parquet file of scene and timestamp embeddings."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import HearSsamError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    import torch
+
+    from .hear import HearModel
+
+    _Embedded = tuple[np.ndarray, np.ndarray]
+
+ROW_GROUP = 8192  # rows that are collected before they are written
+
+EXAMPLES = """examples:
+  hear-ssam embed recordings/ -o embeddings.parquet
+  hear-ssam embed a.wav b.flac -o scenes.parquet --kind scene
+  hear-ssam embed recordings/ -o embeddings.parquet --model official/ssam_base.pth --precision bf16 --workers 4
+
+columns of the output, in the order of the input files:
+  path               as given, or as found below a folder
+  start_ms           time of a timestamp embedding, milliseconds; null: the embedding of the whole file (scene)
+  model              name of the model
+  checkpoint_sha256  of its file of weights; empty where it has none
+  embedding          fixed-size list of float32
+
+  pandas.read_parquet("embeddings.parquet").query("start_ms.isnull()")    only the scenes
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "embed",
+        help="audio files of any rate and channel count to a Parquet file of embeddings",
+        description="Write the scene and timestamp embeddings of audio files to one Parquet file. Files that cannot be "
+        "read are named and skipped; the exit code is then 1. The output appears only when it is complete.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("inputs", nargs="+", metavar="FILE_OR_FOLDER", help="audio files; folders are searched")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the Parquet file to write")
+    parser.add_argument("--model", default="", metavar="NAME|FILE", help="default: the shipped one")
+    parser.add_argument("--kind", choices=("both", "scene", "timestamps"), default="both", help="default: both")
+    parser.add_argument("--workers", type=int, metavar="N", help="files embedded at the same time; default: CPU cores")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.set_defaults(run=run)
+
+
+class NothingEmbeddedError(HearSsamError):
+    """Every file was skipped."""
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from .audio import find_audio
+    from .hear import load_model
+
+    files = find_audio(args.inputs)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores if args.workers is None else args.workers, len(files))
+    if workers < 1:
+        raise HearSsamError(f"--workers must be at least 1, not {args.workers}.")
+    torch.set_num_threads(max(1, cores // workers))  # of this process; 1 unless there are fewer files than cores
+    model = load_model(args.model, precision=args.precision, device=args.device)
+    try:
+        skipped = embed_files(files, args.output, model, kind=args.kind, workers=workers)
+    except NothingEmbeddedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 1 if skipped else 0
+
+
+def embed_files(
+    files: Sequence[Path], output: str | os.PathLike[str], model: HearModel, *, kind: str = "both", workers: int = 1
+) -> list[Path]:
+    """Embed files and write them to the Parquet file `output` in their order; returns the files that were skipped.
+
+    kind     "scene", "timestamps" or "both"
+    workers  files embedded at the same time, each by one thread; twice as many are kept in memory
+
+    Skipped files are named on stderr. Raises HearSsamError where `output` cannot be written or every file is skipped;
+    an older `output` is then left as it was.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from tqdm import tqdm
+
+    from .audio import read_audio
+    from .paths import atomic_write
+
+    schema = _schema(model, kind)
+    outcomes = _in_order(
+        files, lambda file: read_audio(file, model.sample_rate), lambda audio: _embed(audio, model, kind), workers
+    )
+    skipped: list[Path] = []
+    pending: list[pa.Table] = []
+    with (
+        atomic_write(output) as temporary,
+        pq.ParquetWriter(temporary, schema, use_dictionary=["path", "model", "checkpoint_sha256"]) as writer,
+        contextlib.closing(outcomes),
+    ):
+        for file, outcome in tqdm(outcomes, total=len(files), unit="file", disable=None):
+            if isinstance(outcome, HearSsamError):
+                tqdm.write(f"skipped {_naming(file, outcome)}", file=sys.stderr)
+                skipped.append(file)
+                continue
+            pending.append(_table(file, outcome, model, schema))
+            if sum(table.num_rows for table in pending) >= ROW_GROUP:
+                writer.write_table(pa.concat_tables(pending), ROW_GROUP)
+                pending.clear()
+        if len(skipped) == len(files):
+            raise NothingEmbeddedError(f"none of {len(files)} files could be embedded; {output} is not written.")
+        if pending:
+            writer.write_table(pa.concat_tables(pending), ROW_GROUP)
+    print(f"{output}: {len(files) - len(skipped)} of {len(files)} files", file=sys.stderr)
+    return skipped
+
+
+def _naming(file: Path, error: HearSsamError) -> str:
+    return str(error) if str(error).startswith(str(file)) else f"{file}: {error}"
+
+
+def _in_order(
+    files: Sequence[Path],
+    decode: Callable[[Path], np.ndarray],
+    embed: Callable[[np.ndarray], _Embedded],
+    workers: int,
+) -> Generator[tuple[Path, _Embedded | HearSsamError], None, None]:
+    """Decode and embed in threads; yield each file with its embeddings or its error, in the order of `files`.
+
+    The next files are decoded while the first are embedded; a bounded number is under way.
+    """
+    decoders, embedders = ThreadPoolExecutor(workers), ThreadPoolExecutor(workers)
+    under_way: deque[tuple[Path, Future[_Embedded]]] = deque()
+
+    def embed_decoded(audio: Future[np.ndarray]) -> _Embedded:
+        return embed(audio.result())
+
+    def first() -> tuple[Path, _Embedded | HearSsamError]:
+        file, future = under_way.popleft()
+        try:
+            return file, future.result()
+        except HearSsamError as error:
+            return file, error
+
+    try:
+        for file in files:
+            under_way.append((file, embedders.submit(embed_decoded, decoders.submit(decode, file))))
+            if len(under_way) == 2 * workers:
+                yield first()
+        while under_way:
+            yield first()
+    finally:  # also after Ctrl-C: what has not begun never begins
+        for pool in (embedders, decoders):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _embed(audio: np.ndarray, model: HearModel, kind: str) -> _Embedded:
+    """Embeddings (rows, width) float32 and their times (rows,) in ms; the scene comes first, its time is NaN."""
+    import numpy as np
+    import torch
+
+    from .hear import get_scene_embeddings, get_timestamp_embeddings
+
+    clip = torch.from_numpy(audio)[None].to(_device(model))  # (1, samples)
+    rows, times = [], []
+    if kind != "timestamps":
+        rows.append(get_scene_embeddings(clip, model))
+        times.append(torch.full((1,), torch.nan))
+    if kind != "scene":
+        embeddings, milliseconds = get_timestamp_embeddings(clip, model)  # (1, T, E), (1, T)
+        rows.append(embeddings[0])
+        times.append(milliseconds[0].cpu())
+    return torch.cat(rows).cpu().numpy(), torch.cat(times).numpy().astype(np.float64)
+
+
+def _device(model: HearModel) -> torch.device:
+    return next(iter([*model.parameters(), *model.buffers()])).device
+
+
+def _schema(model: HearModel, kind: str) -> pa.Schema:
+    import pyarrow as pa
+
+    widths = {"scene": model.scene_embedding_size, "timestamps": model.timestamp_embedding_size}
+    if kind == "both" and len(set(widths.values())) > 1:
+        raise HearSsamError(
+            f"{model.name}: embeddings of scenes ({widths['scene']}) and timestamps ({widths['timestamps']}) differ in "
+            "width and do not fit one column; choose --kind scene or --kind timestamps."
+        )
+    return pa.schema(
+        [
+            ("path", pa.string()),
+            ("start_ms", pa.float64()),
+            ("model", pa.string()),
+            ("checkpoint_sha256", pa.string()),
+            ("embedding", pa.list_(pa.float32(), widths["scene" if kind == "scene" else "timestamps"])),
+        ]
+    )
+
+
+def _table(file: Path, embedded: _Embedded, model: HearModel, schema: pa.Schema) -> pa.Table:
+    import numpy as np
+    import pyarrow as pa
+
+    rows, times = embedded
+    path = os.fsencode(file).decode(errors="replace")  # names that are not UTF-8 have no place in Parquet
+    columns = [
+        [path] * len(rows),
+        pa.array(times, mask=np.isnan(times)),
+        [model.name] * len(rows),
+        [model.checkpoint_sha256] * len(rows),
+        pa.FixedSizeListArray.from_arrays(rows.reshape(-1), rows.shape[1]),
+    ]
+    return pa.table(columns, schema=schema)
