@@ -1,0 +1,404 @@
+"""The one encoder: all systems and sizes, properties, and the outputs of the official classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hear_ssam.config import CONFIGS, SYSTEMS, EncoderConfig, build_config
+from hear_ssam.encoder import Encoder, random_mask, resize_positions, sincos_positions
+from hear_ssam.errors import HearSsamError
+
+EVERY_SYSTEM = pytest.mark.parametrize("system", SYSTEMS)
+
+
+def mini(system: str, **overrides: Any) -> EncoderConfig:
+    """A small config: two layers of width 48 (SSAMBA two pairs), windows of 8 time slots."""
+    sizes: dict[str, Any] = {"depth": 4 if system == "ssamba" else 2}
+    sizes["window_frames"] = 8 * (16 if system == "ssamba" else 4)
+    return build_config(system, 48, **{**sizes, **overrides})
+
+
+def build(config: EncoderConfig) -> Encoder:
+    """An encoder whose parameters are all off their initial values, so that none hides behind a zero or a one."""
+    torch.manual_seed(0)
+    encoder = Encoder(config)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    return encoder
+
+
+def spectrogram(config: EncoderConfig, batch: int, slots: int, seed: int = 1) -> Tensor:
+    return torch.randn(
+        batch, slots * config.patch_frames, config.n_mels, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def mask_for(config: EncoderConfig, batch: int, seed: int = 2) -> Tensor:
+    return random_mask(batch, config, torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------ the table of models
+
+# Trainable parameters of the official classes; SSAMBA without the unused ImageNet head and its two integer scalars.
+PARAMETERS = {
+    "ssam_tiny": 4_760_512, "ssam_small": 17_889_088, "ssam_base": 69_250_624,
+    "ssast_tiny": 5_401_024, "ssast_small": 21_492_544, "ssast_base": 85_747_264,
+    "axlstm_tiny": 2_917_408, "axlstm_small": 11_216_800, "axlstm_base": 43_962_016,
+    "ssamba_tiny": 7_095_296,
+    "ssamba_small": 26_224_106 - 1000 * (384 + 1) - 2,
+    "ssamba_base": 99_042_794 - 1000 * (768 + 1) - 2,
+}  # fmt: skip
+
+
+def test_every_named_model_is_counted() -> None:
+    assert PARAMETERS.keys() == CONFIGS.keys()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts(name: str) -> None:
+    with torch.device("meta"):
+        encoder = Encoder(CONFIGS[name])
+    assert sum(p.numel() for p in encoder.parameters() if p.requires_grad) == PARAMETERS[name]
+    frozen = [key for key, p in encoder.named_parameters() if not p.requires_grad]
+    assert frozen == ([] if name.startswith("ssamba") else ["pos_embed"])
+
+
+@EVERY_SYSTEM
+@torch.no_grad()
+def test_tiny_models_run(system: str) -> None:
+    config = CONFIGS[f"{system}_tiny"]
+    torch.manual_seed(0)
+    encoder = Encoder(config)
+    spec = spectrogram(config, 1, 6)
+    tokens = encoder.tokens(spec)
+    assert tokens.shape == (1, 1 + 6 * config.grid[1], 192)
+    assert tokens.isfinite().all()
+
+
+@pytest.mark.parametrize("patch", [(4, 8), (4, 16), (8, 16)])
+def test_patch_sizes(patch: tuple[int, int]) -> None:
+    config = build_config("ssam", 48, depth=1, patch_frames=patch[0], patch_mels=patch[1])
+    encoder = build(config)
+    spec = spectrogram(config, 1, config.grid[0])
+    out = encoder(spec, mask_for(config, 1))
+    assert out.predictions.shape == (1, (200 // patch[0]) * (80 // patch[1]), patch[0] * patch[1])
+    assert out.loss.isfinite()
+
+
+# ------------------------------------------------------------------------------------------------ properties
+
+
+@EVERY_SYSTEM
+@torch.no_grad()
+def test_batch_equals_singles(system: str) -> None:
+    encoder = build(mini(system))
+    spec = spectrogram(encoder.config, 3, 8)
+    together = encoder.tokens(spec)
+    for clip, tokens in zip(spec, together, strict=True):
+        torch.testing.assert_close(encoder.tokens(clip[None])[0], tokens, atol=1e-5, rtol=1e-5)
+
+
+@EVERY_SYSTEM
+def test_gradients_reach_every_trainable_parameter(system: str) -> None:
+    encoder = build(mini(system))
+    spec = spectrogram(encoder.config, 2, 8)
+    encoder(spec, mask_for(encoder.config, 2)).loss.backward()
+    for name, parameter in encoder.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+        else:
+            assert parameter.grad is None
+
+
+@EVERY_SYSTEM
+def test_a_few_steps_lower_the_loss(system: str) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(mini(system))
+    spec, mask = spectrogram(encoder.config, 2, 8), mask_for(encoder.config, 2)
+    optimizer = torch.optim.AdamW((p for p in encoder.parameters() if p.requires_grad), lr=3e-3)
+    losses = []
+    for _ in range(15):
+        loss = encoder(spec, mask).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@EVERY_SYSTEM
+@torch.no_grad()
+def test_shorter_windows_stand_at_the_first_time_slots(system: str) -> None:
+    encoder = build(mini(system))
+    spec = spectrogram(encoder.config, 1, 8)
+    bands, frames = encoder.config.grid[1], 3 * encoder.config.patch_frames
+    shape = (8, bands) if encoder.config.patch_order == "time" else (bands, 8)
+    whole = encoder.embed(spec).unflatten(1, shape)
+    first = whole[:, :3] if encoder.config.patch_order == "time" else whole[:, :, :3]
+    torch.testing.assert_close(encoder.embed(spec[:, :frames]), first.flatten(1, 2))
+
+
+@torch.no_grad()
+def test_ssam_tokens_depend_on_the_past_only() -> None:
+    encoder = build(mini("ssam"))
+    spec = spectrogram(encoder.config, 2, 8)
+    whole = encoder.tokens(spec)
+    prefix = encoder.tokens(spec[:, :12])  # 3 of 8 slots: no padded token is ever computed
+    torch.testing.assert_close(prefix, whole[:, : 1 + 3 * 5], atol=1e-5, rtol=1e-5)
+    padded = torch.cat([spec[:, :12], torch.zeros(2, 20, 80)], dim=1)
+    torch.testing.assert_close(prefix, encoder.tokens(padded)[:, : 1 + 3 * 5], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunks", [[8], [1, 7], [3, 1, 4], [1] * 8])
+@torch.no_grad()
+def test_chunks_equal_the_whole(chunks: list[int]) -> None:
+    encoder = build(mini("ssam"))
+    spec = spectrogram(encoder.config, 2, 8)
+    state, parts = None, []
+    for chunk in spec.split([4 * slots for slots in chunks], dim=1):
+        tokens, state = encoder.stream(chunk, state)
+        parts.append(tokens)
+    torch.testing.assert_close(torch.cat(parts, dim=1), encoder.tokens(spec)[:, 1:], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_stream_can_fork() -> None:
+    encoder = build(mini("ssam"))
+    spec = spectrogram(encoder.config, 1, 8)
+    _, state = encoder.stream(spec[:, :8])
+    once, _ = encoder.stream(spec[:, 8:16], state)
+    encoder.stream(spec[:, 16:24], state)
+    torch.testing.assert_close(encoder.stream(spec[:, 8:16], state)[0], once)
+
+
+@torch.no_grad()
+def test_blocks_run_on_any_length() -> None:
+    encoder = build(mini("ssam"))
+    x = torch.randn(1, 700, 48)
+    assert encoder.run_blocks(x).shape == x.shape
+
+
+@pytest.mark.parametrize("system", ["ssast", "axlstm", "ssamba"])
+def test_systems_that_look_ahead_refuse_to_stream(system: str) -> None:
+    encoder = build(mini(system))
+    with pytest.raises(HearSsamError, match=system):
+        encoder.stream(spectrogram(encoder.config, 1, 1))
+
+
+@EVERY_SYSTEM
+@torch.no_grad()
+def test_bf16_stays_near_float32(system: str) -> None:
+    encoder = build(mini(system))
+    spec = spectrogram(encoder.config, 2, 8)
+    full = encoder.tokens(spec)
+    half = encoder.set_precision("bf16").tokens(spec)
+    assert half.dtype == torch.float32 and not half.equal(full)
+    assert (half - full).norm() / full.norm() < 0.02
+    assert encoder.set_precision("fp32").tokens(spec).equal(full)
+    assert all(p.dtype == torch.float32 for p in encoder.parameters())
+
+
+@EVERY_SYSTEM
+def test_training_under_autocast(system: str) -> None:
+    encoder = build(mini(system))
+    spec, mask = spectrogram(encoder.config, 2, 8), mask_for(encoder.config, 2)
+    expected = encoder(spec, mask).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = encoder(spec, mask).loss
+    loss.backward()
+    assert loss.dtype == torch.float32 and abs(loss.item() / expected.item() - 1) < 0.05
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters() if p.requires_grad)
+
+
+# ------------------------------------------------------------------------------------------------ patches and positions
+
+
+def test_patches_are_numbered_as_published() -> None:
+    for system in ("ssam", "ssamba"):
+        encoder = Encoder(mini(system, depth=2))
+        c = encoder.config
+        spec = torch.arange(8.0 * c.patch_frames * c.n_mels).view(1, -1, c.n_mels)
+        patches = encoder.patchify(spec)
+        slot, band, frame, mel = 5, 3, 2, 7
+        value = spec[0, slot * c.patch_frames + frame, band * 16 + mel]
+        if system == "ssam":
+            assert patches[0, 5 * slot + band, 16 * frame + mel] == value
+        else:
+            assert patches[0, 8 * band + slot, 16 * mel + frame] == value
+
+
+def test_sincos_positions_encode_band_then_slot() -> None:
+    config = CONFIGS["ssam_tiny"]
+    positions = sincos_positions(config)
+    assert positions.shape == (1, 251, 192) and positions[0, 0].eq(0).all()
+    grid = positions[0, 1:].view(50, 5, 192)
+    assert grid[:, :, :96].eq(grid[:1, :, :96]).all() and grid[:, :, 96:].eq(grid[:, :1, 96:]).all()
+    angle = torch.arange(5)[:, None] / 10000 ** (torch.arange(48) / 48)
+    torch.testing.assert_close(grid[0, :, :96], torch.cat([angle.sin(), angle.cos()], 1), atol=4e-6, rtol=0)
+    angle = torch.arange(50)[:, None] / 10000 ** (torch.arange(48) / 48)
+    torch.testing.assert_close(grid[:, 0, 96:], torch.cat([angle.sin(), angle.cos()], 1), atol=4e-6, rtol=0)
+
+
+def test_resized_positions_crop_the_centre_and_interpolate() -> None:
+    config = mini("ssamba")  # 8 slots x 8 bands
+    ramp = torch.arange(8.0).expand(8, 8).reshape(1, 64, 1).expand(-1, -1, 48)  # the slot's number
+    positions = torch.cat([torch.full((1, 1, 48), -1.0), ramp], 1)
+    assert resize_positions(positions, config, 8).equal(positions)
+    assert resize_positions(positions, config, 4)[0, 1:5, 0].tolist() == [2.0, 3.0, 4.0, 5.0]
+    longer = resize_positions(positions, config, 16)
+    assert longer.shape == (1, 1 + 8 * 16, 48) and longer[0, 0].eq(-1).all()
+    expected = torch.cat([torch.tensor([0.0]), torch.arange(0.25, 7, 0.5), torch.tensor([7.0])])
+    torch.testing.assert_close(longer[0, 1:17, 0], expected)
+
+    time_first = dataclasses.replace(config, patch_order="time")
+    transposed = torch.cat([positions[:, :1], ramp.view(1, 8, 8, 48).transpose(1, 2).flatten(1, 2)], 1)
+    cropped = resize_positions(transposed, time_first, 4)[0, 1:].view(4, 8, 48)
+    assert cropped[:, 3, 0].tolist() == [2.0, 3.0, 4.0, 5.0]
+
+
+def test_wrong_input_is_named() -> None:
+    encoder = Encoder(mini("ssam"))
+    spec = spectrogram(encoder.config, 1, 8)
+    for wrong in (spec[0], spec[:, :30], spec[:, :0], spec[:, :, :79]):
+        with pytest.raises(HearSsamError, match="spec must have the shape"):
+            encoder.tokens(wrong)
+    with pytest.raises(HearSsamError, match="8 time slots"):
+        encoder.tokens(spectrogram(encoder.config, 1, 9))
+    with pytest.raises(HearSsamError, match="mask must be a bool"):
+        encoder(spec, torch.ones(1, 40))
+    with pytest.raises(HearSsamError, match="mask must be a bool"):
+        encoder(spec, torch.ones(1, 39, dtype=torch.bool))
+    with pytest.raises(HearSsamError, match="bf16"):
+        encoder.set_precision("bf17")
+    uneven = torch.zeros(2, 64, dtype=torch.bool)
+    uneven[0, :3] = uneven[1, :4] = True
+    with pytest.raises(HearSsamError, match="equally many"):
+        Encoder(mini("ssamba"))(spectrogram(mini("ssamba"), 2, 8), uneven)
+
+
+# ------------------------------------------------------------------------------------------------ masks and objectives
+
+
+@pytest.mark.parametrize("name", ["ssam_tiny", "ssamba_tiny"])
+def test_masks_hide_the_exact_share(name: str) -> None:
+    config = CONFIGS[name]
+    mask = mask_for(config, 64)
+    assert mask.shape == (64, config.num_patches)
+    assert mask.sum(1).eq(125 if name == "ssam_tiny" else 400).all()
+    assert mask.equal(mask_for(config, 64)) and not mask.equal(mask_for(config, 64, seed=3))
+    assert not mask[0].equal(mask[1])
+    rate = mask.float().mean(0)
+    rest = rate[0 if name == "ssam_tiny" else 200 :]  # cluster corners never lie before patch 0: fewer at the start
+    assert (rest - config.mask_ratio).abs().max() < 0.3
+
+
+def test_ssamba_hides_square_clusters() -> None:
+    config = build_config("ssamba", 48, mask_ratio=9 / 512)
+    sides = set()
+    for seed in range(30):
+        mask = mask_for(config, 1, seed)
+        assert not mask[0, 0]
+        hidden = set(mask[0].nonzero()[:, 0].tolist())
+        corner = min(hidden)
+        for side in (3, 4, 5):
+            square = {corner + 64 * i + j for i in range(side) for j in range(side)}
+            if hidden <= square:
+                sides.add(side)
+                break
+    assert sides >= {3}  # a single whole cluster of side 3 is exactly the 9 patches; larger ones are cut
+
+
+def test_official_masking_blinds_a_transformer() -> None:
+    """Masked tokens without positions are interchangeable for attention: one prediction for all of them."""
+    spread = {}
+    for position in ("before", "after"):
+        encoder = build(mini("ssast", mask_position=position))
+        spec, mask = spectrogram(encoder.config, 2, 8), mask_for(encoder.config, 2)
+        with torch.no_grad():
+            clips = zip(encoder(spec, mask).predictions, mask, strict=True)
+        spread[position] = max((p[m].amax(0) - p[m].amin(0)).max().item() for p, m in clips)
+    assert spread["before"] <= 1e-6
+    assert spread["after"] > 1e-2
+
+
+@EVERY_SYSTEM
+@torch.no_grad()
+def test_hidden_patches_do_not_leak(system: str) -> None:
+    encoder = build(mini(system))
+    spec, mask = spectrogram(encoder.config, 1, 8), mask_for(encoder.config, 1)
+    other = encoder.tokens(torch.where(pixels(encoder, mask), 5.0, spec), mask)
+    assert other.equal(encoder.tokens(spec, mask))
+
+
+def pixels(encoder: Encoder, mask: Tensor) -> Tensor:
+    """Which values of a spectrogram (1, F, mels) the hidden patches hold."""
+    c = encoder.config
+    where = torch.arange(c.window_frames * c.n_mels).view(1, c.window_frames, c.n_mels)
+    hidden = torch.zeros(where.numel(), dtype=torch.bool)
+    hidden[encoder.patchify(where)[mask].flatten()] = True
+    return hidden.view(where.shape)
+
+
+# ------------------------------------------------------------------------------------------------ the official classes
+
+
+def official(golden: Path, system: str) -> Encoder:
+    from hear_ssam.checkpoint import load_checkpoint
+
+    config, state, _ = load_checkpoint(golden / f"{system}_mini_official.pth")
+    encoder = Encoder(config)
+    encoder.load_state_dict(state)
+    return encoder
+
+
+@pytest.mark.parametrize("system", ["ssam", "ssast", "axlstm"])
+@torch.no_grad()
+def test_golden_tokens_and_masked_pass(golden: Path, system: str) -> None:
+    encoder = official(golden, system)
+    with np.load(golden / f"{system}_mini.npz") as file:
+        spec = torch.from_numpy(file["unit_logmel"][:, 0])
+        np.testing.assert_allclose(encoder.tokens(spec), file["unit_encoder_tokens"], atol=1e-5, rtol=0)
+        out = encoder(spec, torch.from_numpy(file["unit_mask"]).bool())
+        np.testing.assert_array_equal(out.targets, file["unit_targets"])
+        np.testing.assert_allclose(out.predictions, file["unit_pred_masked"], atol=1e-5, rtol=0)
+        assert out.loss.item() == pytest.approx(file["unit_loss"].item(), abs=1e-5)
+    torch.testing.assert_close(sincos_positions(encoder.config), encoder.pos_embed, atol=4e-6, rtol=0)
+
+
+@pytest.mark.parametrize("window", ["10s_T1024", "3s_T512"])
+@torch.no_grad()
+def test_golden_ssamba(golden: Path, window: str) -> None:
+    encoder = official(golden, "ssamba")
+    with np.load(golden / "ssamba_mini.npz") as file:
+        spec = torch.from_numpy(file[f"input_{window}"])[None]
+        slots = spec.shape[1] // 16
+        positions = resize_positions(encoder.pos_embed, encoder.config, slots)
+        np.testing.assert_allclose(positions, file[f"pos_embed_{window}"], atol=1e-6, rtol=0)
+        resized = Encoder(dataclasses.replace(encoder.config, window_frames=spec.shape[1]))
+        resized.load_state_dict({**encoder.state_dict(), "pos_embed": positions})
+        tokens = resized.tokens(spec)
+        np.testing.assert_allclose(tokens[:, 1:].mean(1), file[f"avgtok_{window}"], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(tokens[:, 0], file[f"cls_{window}"], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_golden_ssamba_objective(golden: Path) -> None:
+    encoder = official(golden, "ssamba")
+    with np.load(golden / "ssamba_mini.npz") as file:
+        mask = torch.zeros(1, 512, dtype=torch.bool)
+        mask[0, torch.from_numpy(file["mask_ids_seed5"])] = True
+        out = encoder(torch.from_numpy(file["input_10s_T1024"])[None], mask)
+        assert out.nce is not None and out.mse is not None
+        assert out.nce.item() == pytest.approx(file["mpc_nce"].item(), abs=1e-5)
+        assert out.mse.item() == pytest.approx(file["mpg_mse"].item(), abs=1e-5)
+        assert out.loss.item() == pytest.approx(out.nce.item() + 10 * out.mse.item(), abs=1e-4)
