@@ -1,0 +1,345 @@
+"""Stage two: shallow heads trained on a folder of embeddings, as heareval 2021.1.3 trains them.
+
+`run_probe` is a plain PyTorch loop that consumes randomness in heareval's order, and so repeats heareval bit for bit
+on the same machine, torch and thread count: initial weights, dropout masks, every validation loss and score. Two
+habits of heareval are kept because they are part of its numbers: training rows are never shuffled, and the hidden
+block is Linear → BatchNorm → Dropout → ReLU. One is repaired: a last batch of a single row, on which heareval
+crashes, joins the batch before it.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import pickle
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import HearSsamError, unknown_name
+from .scores import named_score
+from .tasks import DataSplit, Task, read_task
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """One grid point. Epochs are counted from 0; validation runs after every `check_val_every_n_epoch` epochs."""
+
+    hidden_layers: int = 1
+    hidden_dim: int = 1024
+    initialization: str = "xavier_uniform"
+    dropout: float = 0.1
+    lr: float = 1e-3
+    batch_size: int = 1024
+    max_epochs: int = 500
+    check_val_every_n_epoch: int = 3
+    patience: int = 20  # validations without improvement
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A named way to choose and repeat heads: grid values, how many shuffled grid points are tried, usual seeds."""
+
+    grid: Mapping[str, Sequence[Any]]
+    grid_points: int
+    first_seed: int
+    seeds: int
+
+
+PROTOCOLS = {
+    # heareval 2021.1.3 as released: 8 of 16 points, seed 42
+    "heareval": Protocol(
+        {
+            "hidden_layers": (1, 2),
+            "initialization": ("xavier_uniform", "xavier_normal"),
+            "lr": (3.2e-3, 1e-3, 3.2e-4, 1e-4),
+        },
+        grid_points=8,
+        first_seed=42,
+        seeds=1,
+    ),
+    # the SSAM authors' kit: two points, seeds 0–9
+    "ssam": Protocol(
+        {"hidden_layers": (1,), "initialization": ("xavier_normal",), "lr": (1e-4,), "dropout": (0.1, 0.25)},
+        grid_points=8,
+        first_seed=0,
+        seeds=10,
+    ),
+}
+# heareval's own exception for the task whose event scores were slow
+_TASK_GRID = {"dcase2016_task2": {"check_val_every_n_epoch": (10,)}}
+
+
+def named_protocol(name: str) -> Protocol:
+    if name not in PROTOCOLS:
+        raise unknown_name("protocol", name, PROTOCOLS)
+    return PROTOCOLS[name]
+
+
+def grid_points(protocol: Protocol, metadata: Mapping[str, Any], seed: int) -> list[HeadConfig]:
+    """The grid points to try, in heareval's order: names sorted, last one fastest, then shuffled by `seed`."""
+    grid = {**protocol.grid, **_TASK_GRID.get(metadata.get("task_name", ""), {})}
+    grid.update(metadata.get("evaluation_params", {}).get("task_specific_param_grid", {}))
+    for name in grid:
+        if name not in HeadConfig.__dataclass_fields__:
+            raise unknown_name("grid parameter", name, HeadConfig.__dataclass_fields__)
+    names = sorted(grid)
+    points = [
+        HeadConfig(**dict(zip(names, values, strict=True)))
+        for values in itertools.product(*(grid[name] for name in names))
+    ]
+    random.Random(seed).shuffle(points)
+    return points[: protocol.grid_points]
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+class _LabelReader(pickle.Unpickler):
+    """Reads lists of strings and numbers; anything that would import or call code is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise HearSsamError(f"label pickle refers to {module}.{name}; only lists of plain labels are read.")
+
+
+def read_labels(path: Path) -> list[list[Any]]:
+    """Read `<split>.target-labels.pkl` without executing anything that is in it."""
+    try:
+        with open(path, "rb") as file:
+            labels = _LabelReader(file).load()
+    except OSError as error:
+        raise HearSsamError(f"cannot read {path}: {error.strerror}.") from error
+    except HearSsamError as error:
+        raise HearSsamError(f"{path}: {error}") from None
+    except Exception as error:  # a damaged pickle raises whatever its opcodes run into
+        raise HearSsamError(f"{path} is not a readable pickle: {error}.") from error
+    if not isinstance(labels, list) or not all(isinstance(row, list) for row in labels):
+        raise HearSsamError(f"{path} must hold a list with one list of labels per embedding row.")
+    return labels
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The embedding rows of one split: x float32 (rows, dim) mapped from disk, target float32 (rows, classes)."""
+
+    x: Tensor
+    target: Tensor
+
+
+def read_rows(task: Task, split: str) -> Rows:
+    """Map one split of an embedding folder; raises HearSsamError where files disagree or a value is not finite."""
+    path = task.folder / f"{split}.embeddings.npy"  # raw float32, no .npy header
+    dimensions = task.folder / f"{split}.embedding-dimensions.json"
+    try:
+        rows, dim = json.loads(dimensions.read_text())
+        mapped = np.memmap(path, np.float32, mode="c", shape=(rows, dim))  # private pages: torch wants them writable
+    except OSError as error:
+        raise HearSsamError(f"cannot read {error.filename}: {error.strerror}; make the embeddings again.") from error
+    except (TypeError, ValueError) as error:
+        raise HearSsamError(f"{path} does not have the size that {dimensions.name} states ({error}).") from error
+    labels_path = task.folder / f"{split}.target-labels.pkl"
+    labels = read_labels(labels_path)
+    if len(labels) != rows:
+        raise HearSsamError(f"{labels_path} has {len(labels)} rows, {path.name} has {rows}.")
+    for start in range(0, rows, 4096):
+        finite = np.isfinite(mapped[start : start + 4096]).all(1)
+        if not finite.all():
+            raise HearSsamError(f"{path}: row {start + int(finite.argmin())} is not finite.")
+    return Rows(torch.from_numpy(mapped), torch.from_numpy(task.targets(labels, where=str(labels_path))))
+
+
+def batches(parts: Sequence[Tensor], size: int, *, merge_single: bool = False) -> list[Tensor]:
+    """Cut the rows of all parts, one after the other, into batches of `size`; only a batch across parts is copied.
+
+    `merge_single`: a last batch of one row joins the batch before it (batch normalisation needs two rows).
+    """
+    total = sum(len(part) for part in parts)
+    bounds = [*range(0, total, size), total]
+    if merge_single and len(bounds) > 2 and bounds[-1] - bounds[-2] == 1:
+        del bounds[-2]
+    cut = []
+    for start, stop in itertools.pairwise(bounds):
+        pieces, offset = [], 0
+        for part in parts:
+            piece = part[max(0, start - offset) : max(0, stop - offset)]
+            offset += len(part)
+            if len(piece):
+                pieces.append(piece)
+        cut.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+    return cut
+
+
+# ---- one head ------------------------------------------------------------------------------------------------------
+
+
+def build_head(dim: int, classes: int, config: HeadConfig) -> nn.Sequential:
+    """The untrained head: embeddings (rows, dim) → logits (rows, classes)."""
+    initialize = {"xavier_uniform": nn.init.xavier_uniform_, "xavier_normal": nn.init.xavier_normal_}
+    if config.initialization not in initialize:
+        raise unknown_name("initialization", config.initialization, initialize)
+    layers: list[nn.Module] = []
+    for layer in range(config.hidden_layers + 1):
+        last = layer == config.hidden_layers
+        linear = nn.Linear(dim, classes if last else config.hidden_dim)
+        initialize[config.initialization](linear.weight, gain=nn.init.calculate_gain("relu" if layer else "linear"))
+        layers.append(linear)
+        if not last:
+            layers += [nn.BatchNorm1d(config.hidden_dim), nn.Dropout(config.dropout), nn.ReLU()]
+            dim = config.hidden_dim
+    return nn.Sequential(*layers)
+
+
+@dataclass
+class TrainedHead:
+    """A head at its best validated epoch."""
+
+    config: HeadConfig
+    epoch: int
+    validation_score: float  # of the first score, or the loss where the task selects by loss
+    key: float  # larger is better
+    head: nn.Sequential
+    history: list[dict[str, float]] = field(default_factory=list)  # epoch, val_loss, val_score of every validation
+
+
+def _loss(logits: Tensor, target: Tensor, multilabel: bool) -> Tensor:
+    if multilabel:
+        return F.binary_cross_entropy_with_logits(logits, target)
+    return F.cross_entropy(logits, target.argmax(1))
+
+
+def _draw_loader_seed() -> None:
+    """heareval's data loaders draw one number whenever an epoch or a validation starts."""
+    torch.empty((), dtype=torch.int64).random_()
+
+
+@torch.no_grad()
+def predict(head: nn.Sequential, x: Tensor, batch_size: int, multilabel: bool) -> tuple[Tensor, Tensor]:
+    """Logits and probabilities (rows, classes) of a head in evaluation mode."""
+    head.eval()
+    logits = torch.cat([head(batch) for batch in batches([x], batch_size)])
+    return logits, logits.sigmoid() if multilabel else logits.softmax(1)
+
+
+def train_head(task: Task, splits: Mapping[str, Rows], split: DataSplit, config: HeadConfig) -> TrainedHead:
+    """Train one head with early stopping. Uses torch's global generator, in heareval's order."""
+    parts = [splits[name] for name in split.train]
+    train = list(
+        zip(
+            batches([part.x for part in parts], config.batch_size, merge_single=True),
+            batches([part.target for part in parts], config.batch_size, merge_single=True),
+            strict=True,
+        )
+    )
+    valid = splits[split.valid]
+    score = named_score(task.scores[0])
+    by_score = task.metadata.get("use_scoring_for_early_stopping", True)
+    sign = 1 if by_score and score.maximize else -1
+
+    dim = valid.x.shape[1]
+    head = build_head(dim, len(task.labels), config)
+    torch.rand(64, dim)  # the dummy input with which heareval prints a summary of the head
+    optimizer = torch.optim.Adam(head.parameters(), lr=config.lr)
+    best: TrainedHead | None = None
+    history: list[dict[str, float]] = []
+    waited = 0
+    for epoch in range(config.max_epochs):
+        _draw_loader_seed()
+        head.train()
+        for x, target in train:
+            optimizer.zero_grad()
+            _loss(head(x), target, task.multilabel).backward()
+            optimizer.step()
+        if (epoch + 1) % config.check_val_every_n_epoch:
+            continue
+        _draw_loader_seed()
+        logits, probability = predict(head, valid.x, config.batch_size, task.multilabel)
+        checked = {"epoch": epoch, "val_loss": float(_loss(logits, valid.target, task.multilabel))}
+        if by_score:  # heareval compares scores as float32
+            checked["val_score"] = float(np.float32(score.compute(probability.numpy(), valid.target.numpy())))
+        history.append(checked)
+        value = checked["val_score" if by_score else "val_loss"]
+        key = -math.inf if math.isnan(value) else sign * value
+        if best is None or key > best.key:
+            best = TrainedHead(config, epoch, value, key, copy.deepcopy(head), history)
+            waited = 0
+        else:
+            waited += 1
+        if waited >= config.patience or not math.isfinite(value):
+            break
+    if best is None:
+        raise HearSsamError(f"{task.name}: max_epochs={config.max_epochs} ends before the first validation.")
+    return best
+
+
+# ---- one task ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """The chosen head's result on one test split."""
+
+    fold: str
+    scores: dict[str, float]
+    loss: float
+    validation_score: float
+    epoch: int
+    prediction: np.ndarray  # float32 (rows, classes), rows as in the embedding folder
+    target: np.ndarray  # float32 (rows, classes)
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """One task, one seed: the winning grid point, a result per test split, and the log of every training."""
+
+    config: HeadConfig
+    folds: list[FoldResult]
+    histories: list[list[dict[str, float]]]  # grid points first, then the remaining folds
+
+
+def run_probe(folder: Path, protocol: str, seed: int) -> ProbeResult:
+    """Judge the embeddings in `folder` (heareval's layout) by `protocol`, with `seed` for grid order and heads.
+
+    Grid points compete on the first data split; the winner (ties: the earlier) is trained again on the others.
+    The state of torch's random generator is restored afterwards. Set the number of threads before: results depend
+    on it in the last digits.
+    """
+    task = read_task(folder)
+    for name in task.scores:
+        named_score(name)
+    splits = {name: read_rows(task, name) for name in task.splits}
+    dims = {rows.x.shape[1] for rows in splits.values()}
+    if len(dims) > 1:
+        raise HearSsamError(f"{folder}: the splits have embeddings of different sizes {sorted(dims)}.")
+    first, *others = task.data_splits
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        histories = []
+        winner: TrainedHead | None = None
+        for config in grid_points(named_protocol(protocol), task.metadata, seed):
+            trained = train_head(task, splits, first, config)
+            histories.append(trained.history)
+            if winner is None or trained.key > winner.key:
+                winner = trained
+        assert winner is not None
+        heads = [winner, *(train_head(task, splits, split, winner.config) for split in others)]
+    histories += [trained.history for trained in heads[1:]]
+    tests = [split.test for split in task.data_splits]
+    folds = [_test(task, splits[fold], fold, head) for fold, head in zip(tests, heads, strict=True)]
+    return ProbeResult(winner.config, folds, histories)
+
+
+def _test(task: Task, rows: Rows, fold: str, trained: TrainedHead) -> FoldResult:
+    logits, probability = predict(trained.head, rows.x, trained.config.batch_size, task.multilabel)
+    loss = float(_loss(logits, rows.target, task.multilabel))
+    prediction, target = probability.numpy(), rows.target.numpy()
+    scores = {name: named_score(name).compute(prediction, target) for name in task.scores}
+    return FoldResult(fold, scores, loss, trained.validation_score, trained.epoch, prediction, target)

@@ -1,0 +1,193 @@
+"""HEAR task folders: `task_metadata.json`, `labelvocabulary.csv` and one `<split>.json` per split.
+
+heareval copies these files into its embedding folders, so `read_task` serves both stages of the evaluation.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import HearSsamError, unknown_name
+
+METADATA = "task_metadata.json"
+VOCABULARY = "labelvocabulary.csv"
+_CHOICES = {
+    "embedding_type": ("scene", "event"),
+    "prediction_type": ("multiclass", "multilabel"),
+    "split_mode": ("trainvaltest", "new_split_kfold", "presplit_kfold"),
+}
+
+
+@dataclass(frozen=True)
+class DataSplit:
+    """Which splits one head is trained, validated and tested on."""
+
+    train: tuple[str, ...]
+    valid: str
+    test: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task as heareval sees it. `folder` is a task folder or an embedding folder made from one."""
+
+    folder: Path
+    metadata: dict[str, Any]
+    labels: tuple[str, ...]  # the class with index i is labels[i]
+
+    @property
+    def name(self) -> str:
+        """The folder's name, heareval's own identity of a task (name, version and mode)."""
+        return self.folder.name
+
+    @property
+    def version(self) -> str:
+        return str(self.metadata.get("version", ""))
+
+    @property
+    def event(self) -> bool:
+        return self.metadata["embedding_type"] == "event"
+
+    @property
+    def multilabel(self) -> bool:
+        return self.metadata["prediction_type"] == "multilabel"
+
+    @property
+    def splits(self) -> list[str]:
+        return self.metadata["splits"]
+
+    @property
+    def scores(self) -> list[str]:
+        """Names of the scores; the first selects heads and makes the headline."""
+        return self.metadata["evaluation"]
+
+    @cached_property
+    def data_splits(self) -> list[DataSplit]:
+        """Train/valid/test, or for k folds: test fold i, validate on fold i + 1, train on the rest."""
+        if self.metadata["split_mode"] == "trainvaltest":
+            return [DataSplit(("train",), "valid", "test")]
+        folds = sorted(self.splits)
+        turns = [(fold, folds[(i + 1) % len(folds)]) for i, fold in enumerate(folds)]
+        return [
+            DataSplit(tuple(fold for fold in folds if fold not in (test, valid)), valid, test) for test, valid in turns
+        ]
+
+    def clips(self, split: str) -> dict[str, list[Any]]:
+        """File name → labels (scene) or events `{"label", "start", "end"}` in ms, in the file's order.
+
+        Raises HearSsamError for a missing file and for a label that is not in the vocabulary.
+        """
+        path = self.folder / f"{split}.json"
+        clips = _read_json(path)
+        if not isinstance(clips, dict) or not clips:
+            raise HearSsamError(f"{path} must map at least one file name to its labels.")
+        for name, labels in clips.items():
+            if not isinstance(labels, list):
+                raise HearSsamError(f"{path}: the labels of {name!r} must be a list.")
+            if not (self.event or self.multilabel or len(labels) == 1):
+                raise HearSsamError(f"{path}: {name!r} has {len(labels)} labels; a multiclass task needs exactly one.")
+            self.class_ids([label["label"] if self.event else label for label in labels], where=f"{path}: {name!r}")
+        return clips
+
+    @cached_property
+    def class_index(self) -> dict[str, int]:
+        return {label: index for index, label in enumerate(self.labels)}
+
+    def class_ids(self, labels: Iterable[object], where: str) -> list[int]:
+        """Class indices of labels, which heareval compares as strings."""
+        try:
+            return [self.class_index[str(label)] for label in labels]
+        except KeyError as error:
+            raise HearSsamError(f"{where} has the label {error.args[0]!r} that {VOCABULARY} does not list.") from None
+
+    def targets(self, rows: Sequence[Sequence[object]], where: str) -> np.ndarray:
+        """Labels of each row → one-hot or multi-hot float32 (rows, classes)."""
+        target = np.zeros((len(rows), len(self.labels)), np.float32)
+        for row, labels in zip(target, rows, strict=True):
+            row[self.class_ids(labels, where)] = 1
+        if not self.multilabel and not (target.sum(1) == 1).all():
+            raise HearSsamError(f"{where}: every row of a multiclass task needs exactly one label.")
+        return target
+
+    def shuffled_clips(self) -> Iterator[tuple[str, list[str]]]:
+        """Each split with its file names in the order of embedding rows.
+
+        The only shuffle in the whole protocol: one `Random(0)` per task, continued from split to split.
+        """
+        generator = random.Random(0)
+        for split in self.splits:
+            names = list(self.clips(split))
+            generator.shuffle(names)
+            yield split, names
+
+
+def read_task(folder: Path) -> Task:
+    """Read and check a task folder (or an embedding folder); HearSsamError names the file that is missing or wrong."""
+    path = folder / METADATA
+    metadata = _read_json(path)
+    for key in (*_CHOICES, "splits", "evaluation"):
+        if key not in metadata:
+            raise HearSsamError(f"{path} lacks {key!r}.")
+    for key, choices in _CHOICES.items():
+        if metadata[key] not in choices:
+            raise unknown_name(f"{key} in {path}", metadata[key], choices)
+    splits, needed = metadata["splits"], {"train", "valid", "test"}
+    if metadata["split_mode"] == "trainvaltest":
+        if set(splits) != needed:
+            raise HearSsamError(f"{path}: trainvaltest needs the splits train, valid and test, not {splits}.")
+    elif len(set(splits)) != len(splits) or len(splits) < 3:
+        raise HearSsamError(f"{path}: k folds need at least three different splits, not {splits}.")
+    if not metadata["evaluation"]:
+        raise HearSsamError(f"{path}: 'evaluation' must name at least one score.")
+    return Task(folder, metadata, _read_vocabulary(folder / VOCABULARY))
+
+
+def find_tasks(tasks_dir: Path, names: Sequence[str] = ()) -> list[Path]:
+    """Task folders in `tasks_dir` (or in `tasks_dir/…/tasks`, as HEAR's archives unpack), sorted by name.
+
+    `names` selects folders by name; unknown names raise with the nearest known one.
+    """
+    if not tasks_dir.is_dir():
+        raise HearSsamError(f"no folder {tasks_dir}; --tasks-dir must hold one folder per HEAR task.")
+    folders = {
+        path.parent.name: path.parent
+        for pattern in ("*/tasks/*", "tasks/*", "*")
+        for path in tasks_dir.glob(f"{pattern}/{METADATA}")
+    }
+    if not folders:
+        raise HearSsamError(f"{tasks_dir} holds no HEAR task (no folder in it has a {METADATA}).")
+    for name in names:
+        if name not in folders:
+            raise unknown_name(f"task in {tasks_dir}", name, folders)
+    return [folders[name] for name in sorted(names or folders)]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HearSsamError(f"cannot read {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise HearSsamError(f"{path} is not valid JSON: {error}.") from error
+
+
+def _read_vocabulary(path: Path) -> tuple[str, ...]:
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            labels = {int(row["idx"]): row["label"] for row in csv.DictReader(file)}
+    except OSError as error:
+        raise HearSsamError(f"cannot read {path}: {error.strerror}.") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise HearSsamError(f"{path} needs the columns idx (0, 1, …) and label.") from error
+    if sorted(labels) != list(range(len(labels))) or not labels:
+        raise HearSsamError(f"{path}: idx must count 0, 1, … without gaps.")
+    return tuple(labels[index] for index in range(len(labels)))
