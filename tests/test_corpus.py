@@ -1,0 +1,240 @@
+"""The store of log-mel clips, the readers of Debian's audio, and `hear-ssam corpus`."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import struct
+import subprocess
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from hear_ssam import corpus
+from hear_ssam.cli import main
+from hear_ssam.corpus import audio_clips, build_store, debian_clips, open_store, recipe
+from hear_ssam.errors import HearSsamError
+from hear_ssam.frontend import LogMel
+
+
+def noise(seconds: float, seed: int, rate: int = 16_000) -> np.ndarray:
+    return (0.1 * np.random.default_rng(seed).standard_normal(int(seconds * rate))).astype(np.float32)
+
+
+def wav(audio: np.ndarray, rate: int = 16_000) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, audio, rate, format="WAV", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def soundfont(samples: list[tuple[str, np.ndarray, int, int]]) -> bytes:
+    """A SoundFont 2 of (name, int16 samples, rate, type) that holds only what the reader looks at."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
+
+    pcm, heads = b"", b""
+    for name, data, rate, kind in samples:
+        start = len(pcm) // 2
+        pcm += data.astype("<i2").tobytes() + bytes(92)  # the format wants 46 zero samples after each
+        heads += struct.pack("<20sIIIIIBbHH", name.encode(), start, start + len(data), 0, 0, rate, 60, 0, 0, kind)
+    heads += struct.pack("<20sIIIIIBbHH", b"EOS", 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    info = chunk(b"LIST", b"INFO" + chunk(b"INAM", b"odd"))  # an odd length: a pad byte follows
+    samples_list = chunk(b"LIST", b"sdta" + chunk(b"smpl", pcm))
+    return chunk(b"RIFF", b"sfbk" + info + samples_list + chunk(b"LIST", b"pdta" + chunk(b"shdr", heads)))
+
+
+def test_store_holds_the_log_mel_of_every_clip(tmp_path: Path) -> None:
+    folder = tmp_path / "sounds"
+    folder.mkdir()
+    audio = {name: noise(seconds, i) for i, (name, seconds) in enumerate({"a": 0.5, "b": 1.23, "c": 0.02}.items())}
+    for name, samples in audio.items():
+        soundfile.write(folder / f"{name}.wav", samples, 16_000, subtype="FLOAT")
+    info = build_store(tmp_path / "store", audio_clips([folder]))
+    store = open_store(tmp_path / "store")
+    assert len(store) == info["clips"] == 3 and info["frames"] == len(store.frames)
+    for i, samples in enumerate(audio.values()):
+        expected = LogMel()(torch.from_numpy(samples)[None])[0].numpy()
+        assert store[i].shape == expected.shape == (1 + len(samples) // 160, 80)
+        np.testing.assert_allclose(store[i], expected, rtol=2**-11, atol=1e-3)  # half precision has 11 bits
+    assert store.info["sources"] == [{"name": "sounds", "clips": 3, "hours": pytest.approx(0, abs=1e-3)}]
+
+
+def test_folder_tar_and_files_make_the_same_store(tmp_path: Path) -> None:
+    folder = tmp_path / "sounds"
+    folder.mkdir()
+    members = {f"sounds/{i}.wav": wav(noise(0.3, i)) for i in range(9)}  # more than are under way at once
+    for name, data in members.items():
+        (tmp_path / name).write_bytes(data)
+    tar = write_tar(tmp_path / "pack.tar", members | {"sounds/LICENSE": b"free"})
+    stores = []
+    for name, paths in {"s1": [folder], "s2": [tar], "s3": sorted(folder.iterdir())}.items():
+        build_store(tmp_path / name, audio_clips(paths), workers=1 if name == "s1" else 2)
+        stores.append(open_store(tmp_path / name))
+    for store in stores[1:]:
+        np.testing.assert_array_equal(store.frames, stores[0].frames)
+        np.testing.assert_array_equal(store.offsets, stores[0].offsets)
+    assert [row["name"] for row in stores[1].info["sources"]] == ["sounds"]  # not "pack"
+    assert [row["name"] for row in stores[2].info["sources"]] == [str(i) for i in range(9)]
+
+
+def test_sources_are_first_folders_with_their_licence(tmp_path: Path) -> None:
+    tar = write_tar(
+        tmp_path / "pack.tar",
+        {"blanket/x/1.wav": wav(noise(1, 0)), "mine/2.wav": wav(noise(2, 1)), "3.wav": wav(noise(3, 2))},
+    )
+    build_store(tmp_path / "store", audio_clips([tar]))
+    store = open_store(tmp_path / "store")
+    rows = store.info["sources"]
+    assert [row["name"] for row in rows] == ["blanket", "mine", "pack"]
+    assert "licence" in rows[0] and "licence" not in rows[1]
+    assert store.source.tolist() == [0, 1, 2] and store.source.dtype == np.int32
+
+
+def test_bad_short_and_repeated_clips(tmp_path: Path) -> None:
+    clip = wav(noise(1, 0))
+    members = {"s/a.wav": clip, "s/b.wav": b"not audio", "s/c.wav": clip, "s/d.wav": wav(noise(0.0199, 1))}
+    tar = write_tar(tmp_path / "pack.tar", members)
+    info = build_store(tmp_path / "store", audio_clips([tar]))
+    assert (info["clips"], info["short"], info["repeated"]) == (1, 1, 1)
+    assert len(info["skipped"]) == 1 and "pack.tar:s/b.wav" in info["skipped"][0]
+
+
+def test_nothing_is_left_of_a_store_that_failed(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "pack.tar", {"s/b.wav": b"not audio"})
+    with pytest.raises(HearSsamError, match=r"no usable audio.*s/b\.wav"):
+        build_store(tmp_path / "store", audio_clips([tar]))
+    assert not list((tmp_path / "store").iterdir())
+    with pytest.raises(HearSsamError, match="no finished store"):
+        open_store(tmp_path / "store")
+
+
+def test_a_store_is_neither_overwritten_nor_read_damaged(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "pack.tar", {"s/a.wav": wav(noise(1, 0))})
+    build_store(tmp_path / "store", audio_clips([tar]))
+    with pytest.raises(HearSsamError, match="holds a store already"):
+        build_store(tmp_path / "store", audio_clips([tar]))
+    frames = tmp_path / "store" / "frames.f16"
+    frames.write_bytes(frames.read_bytes()[:-160])
+    with pytest.raises(HearSsamError, match="do not belong together"):
+        open_store(tmp_path / "store")
+
+
+def test_truncated_tar_is_named(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "pack.tar", {"s/a.wav": wav(noise(1, 0)), "s/b.wav": wav(noise(1, 1))})
+    tar.write_bytes(tar.read_bytes()[:40_000])
+    with pytest.raises(HearSsamError, match=r"pack\.tar"):
+        build_store(tmp_path / "store", audio_clips([tar]))
+
+
+def packages(*entries: dict) -> list[dict]:
+    return [{"version": "1", **entry} for entry in entries]
+
+
+def test_soundfont_reader(tmp_path: Path) -> None:
+    tone = (10_000 * np.sin(np.arange(32_000) / 20)).astype(np.int16)
+    kept = [("whole", tone[:16_000], 16_000, 1), ("faster", tone, 32_000, 1)]
+    dropped = [("rom", tone, 16_000, 0x8001), ("short", tone[:700], 16_000, 1), ("silent", tone // 300, 16_000, 1)]
+    (tmp_path / "font" / "usr").mkdir(parents=True)
+    (tmp_path / "font" / "usr" / "x.sf2").write_bytes(soundfont([dropped[0], kept[0], *dropped[1:], kept[1]]))
+    clips = list(debian_clips(tmp_path, packages({"name": "font", "files": ["usr/*.sf2"], "decoder": "sf2"})))
+    assert [clip.name.split()[-1] for clip in clips] == ["whole", "faster"]
+    np.testing.assert_array_equal(clips[0].decode(), tone[:16_000] / np.float32(32768))
+    assert clips[1].decode().shape == (16_000,) and clips[1].decode().dtype == np.float32
+
+
+def test_readers_of_joined_and_zipped_wavs(tmp_path: Path) -> None:
+    audio = [noise(0.2, i) for i in range(3)]
+    for name in ("cats", "zips"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "cats" / "sounds.cat").write_bytes(b"table" + b"name".join(wav(a) for a in audio))
+    with zipfile.ZipFile(tmp_path / "zips" / "sounds.pk3", "w") as archive:
+        archive.writestr("readme.txt", "no audio")
+        for i, a in enumerate(audio):
+            archive.writestr(f"{i}.wav", wav(a))
+    entries = packages(
+        {"name": "cats", "files": ["*.cat"], "decoder": "cat"}, {"name": "zips", "files": ["*.pk3"], "decoder": "zip"}
+    )
+    clips = list(debian_clips(tmp_path, entries))
+    assert [clip.source for clip in clips] == ["cats"] * 3 + ["zips"] * 3
+    for clip, expected in zip(clips, audio * 2, strict=True):
+        np.testing.assert_allclose(clip.decode(), expected, atol=1e-4)
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
+def test_g722_reader(tmp_path: Path) -> None:
+    tone = (0.5 * np.sin(2 * np.pi * 440 / 16_000 * np.arange(16_000))).astype(np.float32)
+    (tmp_path / "tone.wav").write_bytes(wav(tone))
+    (tmp_path / "p").mkdir()
+    subprocess.run(["ffmpeg", "-v", "error", "-i", tmp_path / "tone.wav", tmp_path / "p" / "tone.g722"], check=True)
+    (clip,) = debian_clips(tmp_path, packages({"name": "p", "files": ["*.g722"], "decoder": "g722"}))
+    decoded = clip.decode()
+    assert decoded.shape == (16_000,)
+    assert np.argmax(np.abs(np.fft.rfft(decoded))) == 440  # 1 Hz bins
+
+
+def test_exclude_and_links(tmp_path: Path) -> None:
+    for name in ("keep/1.wav", "drop/2.wav"):
+        (tmp_path / "drop" / name).parent.mkdir(parents=True)  # the package's own name is not matched
+        (tmp_path / "drop" / name).write_bytes(wav(noise(0.1, 0)))
+    (tmp_path / "drop" / "keep" / "link.wav").symlink_to("1.wav")
+    entry = {"name": "drop", "files": ["**/*.wav"], "exclude": "^/drop/", "decoder": "audio"}
+    assert [Path(clip.name).name for clip in debian_clips(tmp_path, packages(entry))] == ["1.wav"]
+
+
+def test_packages_that_lack_something_are_named(tmp_path: Path) -> None:
+    with pytest.raises(HearSsamError, match=r"apt-get download gcin-voice"):
+        list(debian_clips(tmp_path, packages({"name": "gcin-voice", "files": ["*"], "decoder": "audio"})))
+    (tmp_path / "p").mkdir()
+    with pytest.raises(HearSsamError, match="holds none of"):
+        list(debian_clips(tmp_path, packages({"name": "p", "files": ["*.wav"], "decoder": "audio"})))
+    (tmp_path / "p" / "x.wav").write_bytes(b"")
+    for decoder in ("sf2", "zip"):
+        with pytest.raises(HearSsamError, match=r"x\.wav: damaged"):
+            list(debian_clips(tmp_path, packages({"name": "p", "files": ["*.wav"], "decoder": decoder})))
+    with pytest.raises(HearSsamError, match="Did you mean 'zip'"):
+        list(debian_clips(tmp_path, packages({"name": "p", "files": ["*.wav"], "decoder": "zpi"})))
+
+
+def test_recipe_is_complete_and_leaves_evaluation_material_out() -> None:
+    table = recipe()
+    names = [entry["name"] for entry in table["package"] + table["source"]]
+    assert len(set(names)) == len(names)
+    for entry in table["package"] + table["source"]:
+        assert entry["licence"] and entry["attribution"] and entry["content"] and entry["hours"] > 0
+    for entry in table["package"]:
+        assert entry["decoder"] in corpus.DECODERS and entry["version"] and entry["files"]
+    left_out = {name for entry in table["left_out"] for name in entry["names"]}
+    assert not left_out & set(names)
+    stamps = next(re.compile(e["exclude"]) for e in table["package"] if e["name"] == "tuxpaint-stamps-default")
+    assert stamps.search("/food/apple_desc_nl.ogg") and stamps.search("/animals/cat_desc_fr.ogg")
+    assert not stamps.search("/food/apple_desc_fr.ogg") and not stamps.search("/animals/cat.ogg")
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tar = write_tar(tmp_path / "pack.tar", {"s/a.wav": wav(noise(1, 0)), "s/b.wav": wav(noise(1, 1))})
+    assert main(["corpus", str(tmp_path / "one"), "--audio", str(tar)]) == 0
+    assert "2 clips" in capsys.readouterr().out
+    assert json.loads((tmp_path / "one" / "store.json").read_text())["clips"] == 2
+    (tmp_path / "bad.wav").write_bytes(b"")
+    assert main(["corpus", str(tmp_path / "two"), "--audio", str(tar), str(tmp_path / "bad.wav")]) == 1
+    assert "skipped" in capsys.readouterr().err
+    assert main(["corpus", str(tmp_path / "three")]) == 2
+    assert main(["corpus", str(tmp_path / "three"), "--debian", str(tmp_path)]) == 2
+    assert "apt-get download" in capsys.readouterr().err
