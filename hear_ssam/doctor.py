@@ -1,0 +1,130 @@
+"""`hear-ssam doctor`: what this machine offers, and why something does not run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+
+NEEDED = ("torch", "numpy", "scipy", "scikit-learn", "soundfile", "soxr", "safetensors", "pyarrow")
+OPTIONAL = ("llvmlite", "triton", "mamba-ssm", "causal-conv1d", "torchaudio")
+HEAR_TOOLS = ("hearvalidator", "heareval")
+# What decides the speed, in /proc/cpuinfo's words.
+CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "bf16")
+
+EXAMPLES = """examples:
+  hear-ssam doctor
+  hear-ssam doctor --json | jq .scan_backends
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "doctor",
+        help="versions, devices, CPU features, scan backends, weights",
+        description="Report versions, devices, CPU features, which scan backends run here (and why not), the weights "
+        "found and the HEAR tools.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    report = examine()
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    for section, entries in report.items():
+        print(section.replace("_", " "))
+        width = max(map(len, entries), default=0)
+        for name, value in entries.items():
+            print(f"  {name:<{width}}  {value}")
+    return 0
+
+
+def examine() -> dict[str, dict[str, Any]]:
+    """The report: section → name → finding, ready for JSON."""
+    from .scan import available_backends
+
+    return {
+        "versions": {
+            "hear-ssam": __version__,
+            "python": f"{platform.python_version()} on {platform.platform()}",
+            **{name: metadata_version(name) for name in (*NEEDED, *OPTIONAL)},
+            "libsndfile": _libsndfile(),
+        },
+        "cpu": _cpu(),
+        "devices": _devices(),
+        "scan_backends": {
+            **{name: reason or "runs" for name, reason in available_backends().items()},
+            "HEAR_SSAM_BACKEND": os.environ.get("HEAR_SSAM_BACKEND", "not set"),
+        },
+        "weights": _weights(),
+        "hear_tools": _hear_tools(),
+    }
+
+
+def metadata_version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _libsndfile() -> str:
+    import soundfile
+
+    return soundfile.__libsndfile_version__
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    facts = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
+    flags = facts.get("flags", facts.get("Features", "")).split()
+    return {
+        "name": facts.get("model name", platform.processor() or platform.machine()),
+        "cores": os.cpu_count(),
+        "features": " ".join(flag for flag in CPU_FEATURES if flag in flags) or "unknown",
+        "torch uses": torch.backends.cpu.get_cpu_capability(),
+        "torch threads": torch.get_num_threads(),
+    }
+
+
+def _devices() -> dict[str, str]:
+    import torch
+
+    devices = {"cpu": "runs"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = (
+            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+        )
+    if not torch.cuda.is_available():
+        devices["cuda"] = "no GPU found" if torch.version.cuda else "this torch is built without CUDA"
+    return devices
+
+
+def _weights() -> dict[str, str]:
+    from .paths import sha256, shipped
+
+    files = sorted(shipped("checkpoints").glob("*.safetensors"))
+    return {str(file): f"{file.stat().st_size / 1e6:.1f} MB, sha256 {sha256(file)}" for file in files}
+
+
+def _hear_tools() -> dict[str, str]:
+    from .hear_tools import INSTALL
+
+    versions = {name: metadata_version(name) for name in HEAR_TOOLS}
+    if "not installed" in versions.values():
+        versions["to install them"] = "\n    ".join(["", *INSTALL])
+    return versions
