@@ -1,0 +1,409 @@
+"""The selective scan and the causal convolution, and the choice of the backend that computes them.
+
+    from hear_ssam.scan import selective_scan, use_backend, available_backends
+
+Backends: `reference` (the plain loop, the law), `torch` (always there), `cpu` (jitted with llvmlite), `triton`
+(GPU, no nvcc), `mamba_ssm` (the official CUDA kernel, where its extension imports). `auto` takes the first that
+runs on the tensor's device; an explicit choice runs or raises. The choice comes, in this order, from the `backend`
+argument, `use_backend`, the environment variable HEAR_SSAM_BACKEND.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import scan_reference
+from .errors import HearSsamError, unknown_name
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("reference", "torch", "cpu", "triton", "mamba_ssm")
+_PREFERRED = {"cpu": ("cpu", "torch"), "cuda": ("triton", "mamba_ssm", "torch")}
+_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("hear_ssam_backend", default=None)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    reverse: bool = False,
+    return_last_state: bool = False,
+    initial_state: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mamba's selective scan (Gu & Dao 2023, algorithm 2), channel-last and differentiable.
+
+    u, delta, z: (batch, length, channels); A: (channels, state); B, C: (batch, length, state);
+    D, delta_bias: (channels,). Any float dtype; A, the step size and the state are computed in float32 or better.
+    `reverse` scans from the last token to the first without flipping anything. `initial_state` and the returned
+    last state are (batch, channels, state) and chain chunks of one sequence.
+
+    Returns out (batch, length, channels) in u's dtype, with `return_last_state` also the last state.
+    Raises HearSsamError for shapes that do not fit and for an explicit backend that cannot run.
+    """
+    _check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    name = _choose(backend, u)
+    if name in ("reference", "mamba_ssm"):
+        function = scan_reference.selective_scan if name == "reference" else _mamba_ssm_scan
+        out, last = function(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse)
+    else:
+        tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+        save = _needs_grad(tensors)
+        if save or torch.compiler.is_compiling():
+            out, last, _ = _scan_op(*tensors, delta_softplus, reverse, save, name)
+        else:  # the kernel itself: a registered op would cost as much as a small layer's scan
+            out, last, _ = _kernels(name).scan_forward(*tensors, delta_softplus, reverse, False)
+    return (out, last) if return_last_state else out
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: bool = True,
+    reverse: bool = False,
+    return_last_state: bool = False,
+    initial_state: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Depthwise causal convolution, then SiLU if `activation`; differentiable.
+
+    x: (batch, length, channels); weight: (channels, kernel); bias: (channels,). A state is the last kernel - 1
+    inputs, (batch, kernel - 1, channels), in scan order. `reverse` lets a token see later tokens instead of earlier.
+
+    Returns (batch, length, channels) in x's dtype, with `return_last_state` also the state after the last token.
+    """
+    if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[2]:
+        raise HearSsamError(
+            f"causal_conv1d needs x (batch, length, channels) and weight (channels, kernel), "
+            f"not {tuple(x.shape)} and {tuple(weight.shape)}."
+        )
+    before = (x.shape[0], weight.shape[1] - 1, x.shape[2])
+    if initial_state is not None and tuple(initial_state.shape) != before:
+        raise HearSsamError(f"causal_conv1d: initial_state must have shape {before}, not {tuple(initial_state.shape)}.")
+    name = _choose("torch" if backend == "mamba_ssm" else backend, x)
+    name = "torch" if name == "mamba_ssm" else name  # the adapter has no convolution
+    tensors = (x, weight, bias, initial_state)
+    if name == "reference":
+        out = scan_reference.causal_conv1d(*tensors, activation, reverse)
+    elif _needs_grad(tensors) or torch.compiler.is_compiling():
+        out = _conv_op(*tensors, activation, reverse, name)
+    else:
+        out = _kernels(name).conv_forward(*tensors, activation, reverse)
+    if not return_last_state:
+        return out
+    inputs = x.flip(1) if reverse else x
+    if initial_state is not None:
+        inputs = torch.cat([initial_state.to(x.dtype), inputs], 1)
+    elif x.shape[1] < before[1]:
+        inputs = torch.cat([x.new_zeros(before), inputs], 1)
+    return out, inputs[:, inputs.shape[1] - before[1] :]
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend for the calls inside the block (of this thread)."""
+    if name != "auto" and name not in BACKENDS:
+        raise unknown_name("scan backend", name, ("auto", *BACKENDS))
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def available_backends() -> dict[str, str | None]:
+    """For each backend None if it runs here, else exactly why not."""
+    return {name: None if (error := _probe(name)) is None else _reason(error) for name in BACKENDS}
+
+
+def chosen_backend(device: torch.device | str = "cpu") -> str:
+    """The backend that a float32 call on `device` would take now."""
+    return _choose("auto", torch.empty(0, device=device))
+
+
+# --- choice ---------------------------------------------------------------------------------------------------------
+
+
+def _choose(backend: str, like: Tensor) -> str:
+    if backend == "auto":
+        backend = _chosen.get() or os.environ.get("HEAR_SSAM_BACKEND") or "auto"
+    device, dtype = like.device.type, like.dtype
+    if backend == "auto":
+        if torch.compiler.is_compiling():
+            return _auto_quiet(device, dtype)
+        return _auto(device, dtype)
+    if backend not in BACKENDS:
+        raise unknown_name("scan backend", backend, ("auto", *BACKENDS))
+    if (error := _probe(backend)) is not None:
+        raise HearSsamError(f"scan backend {backend!r} does not run here: {_reason(error)}.") from error
+    if (why := _refuses(backend, device, dtype)) is not None:
+        raise HearSsamError(f"scan backend {backend!r} {why}; use backend='torch' or 'auto'.")
+    return backend
+
+
+@functools.cache
+def _auto(device: str, dtype: torch.dtype) -> str:
+    """Decided, logged and, where it is a fallback, warned about once per device and dtype."""
+    for name in _PREFERRED.get(device, ("torch",)):
+        if _refuses(name, device, dtype) is not None:
+            continue
+        if (error := _probe(name)) is None:
+            logger.info("scan backend for %s on %s: %s", dtype, device, name)
+            return name
+        if name != "mamba_ssm":  # nobody misses an optional package behind our own kernel
+            warnings.warn(
+                f"hear_ssam: scan backend {name!r} does not run here ({_reason(error)}); taking a slower one. "
+                "`hear-ssam doctor` tells more; an explicit backend or HEAR_SSAM_BACKEND=torch silences this.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+    return "torch"
+
+
+def _auto_quiet(device: str, dtype: torch.dtype) -> str:
+    for name in _PREFERRED.get(device, ("torch",)):
+        if name != "mamba_ssm" and _refuses(name, device, dtype) is None and _probe(name) is None:
+            return name
+    return "torch"
+
+
+def _refuses(name: str, device: str, dtype: torch.dtype) -> str | None:
+    if name == "cpu" and device != "cpu":
+        return f"computes CPU tensors, not {device}"
+    if name == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"computes CUDA tensors, not {device} (TRITON_INTERPRET=1 interprets it slowly on a CPU)"
+    if name == "mamba_ssm" and device != "cuda":
+        return f"computes CUDA tensors, not {device}"
+    if name in ("cpu", "triton", "mamba_ssm") and dtype == torch.float64:
+        return "does not compute float64"
+    return None
+
+
+@functools.cache
+def _probe(name: str) -> Exception | None:
+    """Import the backend and let it check itself; the exception that says why it cannot run, or None."""
+    try:
+        if name == "mamba_ssm":
+            importlib.import_module("selective_scan_cuda")
+            importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+        elif name not in ("reference", "torch"):
+            _kernels(name).self_check()
+    except Exception as error:  # whatever a foreign package raises at import is a reason, not a crash
+        return error
+    return None
+
+
+def _kernels(name: str) -> ModuleType:
+    return importlib.import_module(f".scan_{name}", __package__)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+# --- one opaque, differentiable op for autograd, torch.compile and torch.export ---------------------------------------
+
+
+@torch.library.custom_op("hear_ssam::selective_scan", mutates_args=())
+def _scan_op(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return _kernels(backend).scan_forward(*tensors, delta_softplus, reverse, save)
+
+
+@_scan_op.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, save, backend):
+    from .scan_torch import SAVE_EVERY
+
+    batch, length, channels = u.shape
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    blocks = (length + SAVE_EVERY - 1) // SAVE_EVERY
+    saved = (batch, blocks, A.shape[1], channels) if save else (0,)
+    return (
+        u.new_empty(u.shape),
+        u.new_empty((batch, channels, A.shape[1]), dtype=dtype),
+        u.new_empty(saved, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("hear_ssam::selective_scan_backward", mutates_args=())
+def _scan_backward_op(
+    dout: Tensor,
+    dlast: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    saved: Tensor,
+    delta_softplus: bool,
+    reverse: bool,
+    backend: str,
+) -> list[Tensor]:
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    grads = _kernels(backend).scan_backward(dout, dlast, *tensors, saved, delta_softplus, reverse)
+    return [u.new_empty(0) if grad is None else grad for grad in grads]
+
+
+@_scan_backward_op.register_fake
+def _(dout, dlast, u, delta, A, B, C, D, z, delta_bias, initial_state, saved, delta_softplus, reverse, backend):
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return [u.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
+
+
+def _scan_setup(ctx, inputs, output):
+    *tensors, ctx.delta_softplus, ctx.reverse, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _scan_autograd(ctx, dout, dlast, _):
+    *tensors, saved = ctx.saved_tensors
+    grads = _scan_backward_op(dout, dlast, *tensors, saved, ctx.delta_softplus, ctx.reverse, ctx.backend)
+    given = [None if x is None else grad for x, grad in zip(tensors, grads, strict=True)]
+    return (*given, None, None, None, None)
+
+
+_scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup)
+
+
+@torch.library.custom_op("hear_ssam::causal_conv1d", mutates_args=())
+def _conv_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    activation: bool,
+    reverse: bool,
+    backend: str,
+) -> Tensor:
+    return _kernels(backend).conv_forward(x, weight, bias, initial_state, activation, reverse)
+
+
+@_conv_op.register_fake
+def _(x, weight, bias, initial_state, activation, reverse, backend):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("hear_ssam::causal_conv1d_backward", mutates_args=())
+def _conv_backward_op(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    activation: bool,
+    reverse: bool,
+    backend: str,
+) -> list[Tensor]:
+    grads = _kernels(backend).conv_backward(dout, x, weight, bias, initial_state, activation, reverse)
+    return [x.new_empty(0) if grad is None else grad for grad in grads]
+
+
+@_conv_backward_op.register_fake
+def _(dout, x, weight, bias, initial_state, activation, reverse, backend):
+    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, initial_state)]
+
+
+def _conv_setup(ctx, inputs, output):
+    *tensors, ctx.activation, ctx.reverse, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _conv_autograd(ctx, dout):
+    tensors = ctx.saved_tensors
+    grads = _conv_backward_op(dout, *tensors, ctx.activation, ctx.reverse, ctx.backend)
+    given = [None if x is None else grad for x, grad in zip(tensors, grads, strict=True)]
+    return (*given, None, None, None)
+
+
+_conv_op.register_autograd(_conv_autograd, setup_context=_conv_setup)
+
+
+def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+# --- the official CUDA kernel ---------------------------------------------------------------------------------------
+
+
+def _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse):
+    if initial_state is not None:
+        raise HearSsamError("scan backend 'mamba_ssm' takes no initial_state; use backend='triton' or 'torch'.")
+    function = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+
+    def channel_first(x):
+        if x is None:
+            return None
+        return (x.flip(1) if reverse else x).to(u.dtype).transpose(1, 2).contiguous()
+
+    f32 = [None if x is None else x.float() for x in (A, D, delta_bias)]
+    u_, delta_, B_, C_, z_ = (channel_first(x) for x in (u, delta, B, C, z))
+    out, last = function(
+        u_, delta_, f32[0], B_, C_, D=f32[1], z=z_, delta_bias=f32[2], delta_softplus=delta_softplus,
+        return_last_state=True,
+    )  # fmt: skip
+    out = out.transpose(1, 2)
+    return (out.flip(1) if reverse else out), last
+
+
+def _check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:
+    if u.dim() != 3 or A.dim() != 2:
+        raise HearSsamError(
+            f"selective_scan needs u (batch, length, channels) and A (channels, state), "
+            f"not {tuple(u.shape)} and {tuple(A.shape)}."
+        )
+    batch, length, channels = u.shape
+    state = A.shape[1]
+    wanted = {
+        "delta": (delta, (batch, length, channels)),
+        "A": (A, (channels, state)),
+        "B": (B, (batch, length, state)),
+        "C": (C, (batch, length, state)),
+        "D": (D, (channels,)),
+        "z": (z, (batch, length, channels)),
+        "delta_bias": (delta_bias, (channels,)),
+        "initial_state": (initial_state, (batch, channels, state)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise HearSsamError(f"selective_scan: {name} must have shape {shape}, not {tuple(tensor.shape)}.")
+        if tensor is not None and tensor.device != u.device:
+            raise HearSsamError(f"selective_scan: {name} is on {tensor.device}, u on {u.device}; move one of them.")

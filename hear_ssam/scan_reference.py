@@ -1,0 +1,84 @@
+"""The law: selective scan and causal depthwise convolution as plain loops, in any float dtype.
+
+Every fast backend is a twin of these two functions and is tested against them in float64, gradients included.
+
+Glossary (Gu & Dao 2023, "Mamba", section 3 and algorithm 2)
+    B, L, D, N   batch, length, channels, state size
+    u            input of the state space model            (B, L, D)
+    delta        step size; softplus(delta + delta_bias)   (B, L, D)
+    A            transition, negative                      (D, N)
+    B, C         input and output matrices, per token      (B, L, N)
+    D            skip connection                           (D,)
+    z            gate                                      (B, L, D)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t;  y_t = <h_t, C_t> + D u_t;  out_t = y_t SiLU(z_t).
+
+    B enters as delta * B, not as the exact zero-order hold, as in the released Mamba code.
+    With `reverse` time runs from the last token to the first. Half-precision inputs are computed in float32.
+    Returns out (B, L, D) in u's dtype and the last state (B, D, N).
+    """
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    u_, delta, A, B, C = (x.to(dtype) for x in (u, delta, A, B, C))
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(dtype)
+    if delta_softplus:
+        delta = F.softplus(delta)
+    if initial_state is None:
+        h = u_.new_zeros(u.shape[0], u.shape[2], A.shape[1])  # (B, D, N)
+    else:
+        h = initial_state.to(dtype)
+    length = u.shape[1]
+    outputs: list[Tensor] = [u_[:, 0]] * length
+    for t in reversed(range(length)) if reverse else range(length):
+        decay = torch.exp(delta[:, t, :, None] * A)  # (B, D, N)
+        h = decay * h + (delta[:, t] * u_[:, t])[..., None] * B[:, t, None, :]
+        outputs[t] = (h * C[:, t, None, :]).sum(-1)  # (B, D)
+    y = torch.stack(outputs, 1) if length else torch.zeros_like(u_)
+    if D is not None:
+        y = y + D.to(dtype) * u_
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(u.dtype), h
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool, reverse: bool
+) -> Tensor:
+    """y_t = sum_k weight[:, k] x_{t-K+1+k} (+ bias), zeros (or `initial_state`) before the first token; then SiLU.
+
+    x (B, L, D), weight (D, K), initial_state (B, K-1, D). With `reverse` a token sees later tokens instead.
+    Half-precision inputs are computed in float32; the result has x's dtype.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    kernel = weight.shape[1]
+    taps = weight.to(dtype).unbind(1)  # K x (D,)
+    before = x.new_zeros(x.shape[0], kernel - 1, x.shape[2]) if initial_state is None else initial_state
+    padded = torch.cat([x, before.flip(1)] if reverse else [before, x], 1).to(dtype)  # (B, L+K-1, D)
+    y = torch.zeros_like(x, dtype=dtype)
+    for k in range(kernel):
+        start = kernel - 1 - k if reverse else k
+        y = y + taps[k] * padded[:, start : start + x.shape[1]]
+    if bias is not None:
+        y = y + bias.to(dtype)
+    return (F.silu(y) if activation else y).to(x.dtype)
