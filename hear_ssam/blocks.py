@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ class CausalConv(nn.Module):
 
     def forward(self, x: Tensor, reverse: bool = False, state: MambaState | None = None) -> Tensor:
         if state is None:
-            return causal_conv1d(x, self.weight, self.bias, reverse=reverse)
+            return cast(Tensor, causal_conv1d(x, self.weight, self.bias, reverse=reverse))
         y, state.conv = causal_conv1d(
             x, self.weight, self.bias, reverse=reverse, initial_state=state.conv, return_last_state=True
         )
