@@ -195,9 +195,7 @@ def _read_official(file: Path, *, zipped: bool) -> tuple[EncoderConfig, dict[str
     except KeyError as error:
         raise HearSsamError(f"an incomplete checkpoint of {system}: the key {error} is missing.") from error
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        if isinstance(error, HearSsamError):
-            raise
-        raise HearSsamError(f"a checkpoint of {system} with impossible shapes ({error}).") from error
+        raise HearSsamError(f"a checkpoint of {system} with inconsistent shapes ({error}).") from error
     # Ours are a linear patch embedding and depthwise kernels; theirs Conv2d and Conv1d with one input channel.
     state = {name: tensor.flatten(1) if _CONVOLUTION.search(name) else tensor for name, tensor in state.items()}
     names = _match_keys(config, state, lambda name: _official_name(system, name))

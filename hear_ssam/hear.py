@@ -83,10 +83,8 @@ class HearModel(nn.Module):
         if not isinstance(audio, Tensor):
             raise HearSsamError(f"audio must be a torch.Tensor, not {type(audio).__name__}; use torch.from_numpy.")
         if audio.dtype != torch.float32:
-            mend = "audio.float()"
-            if not (audio.is_floating_point() or audio.is_complex() or audio.dtype == torch.bool):
-                mend = f"audio.float() / {2 ** (8 * audio.dtype.itemsize - 1)} for integer PCM"
-            raise HearSsamError(f"audio must be float32 in [-1, 1], not {audio.dtype}; use {mend}.")
+            mend = {torch.int16: " / 32768", torch.int32: " / 2**31", torch.uint8: " / 128 - 1"}.get(audio.dtype, "")
+            raise HearSsamError(f"audio must be float32 in [-1, 1], not {audio.dtype}; use audio.float(){mend}.")
         if audio.ndim == 1:
             audio = audio[None]
         if audio.ndim != 2:

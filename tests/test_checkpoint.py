@@ -1,0 +1,348 @@
+"""Weights on disk: nothing executes, every size is read off the shapes, every fault is named."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import pickle
+import sys
+import threading
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hear_ssam import HearSsamError
+from hear_ssam.checkpoint import METADATA, _official_name, convert, load_checkpoint, save_checkpoint
+from hear_ssam.cli import main
+from hear_ssam.config import SYSTEMS, EncoderConfig, build_config
+from hear_ssam.encoder import Encoder
+
+SMALL: dict[str, dict[str, Any]] = {"ssamba": {"depth": 2, "window_frames": 128}}
+
+
+def small_config(system: str, **overrides: Any) -> EncoderConfig:
+    return build_config(system, 48, **{"depth": 1, **SMALL.get(system, {}), **overrides})
+
+
+def weights(config: EncoderConfig) -> dict[str, torch.Tensor]:
+    """Random values under our names."""
+    torch.manual_seed(0)
+    return {name: torch.randn_like(tensor) for name, tensor in Encoder(config).state_dict().items()}
+
+
+def official_weights(config: EncoderConfig) -> dict[str, torch.Tensor]:
+    """The same values as the published code stores them; that the names are right is what the goldens prove."""
+    state = {}
+    for name, tensor in weights(config).items():
+        if name == "patch_embed.weight":
+            sides = (config.patch_frames, config.patch_mels)
+            tensor = tensor.unflatten(1, (1, *(reversed(sides) if config.system == "ssamba" else sides)))
+        elif name.endswith("conv.weight"):
+            tensor = tensor.unsqueeze(1)
+        state[_official_name(config.system, name)] = tensor
+    return state
+
+
+def official_file(path: Path, state: dict[str, Any], args: Any = None, **options: Any) -> Path:
+    torch.save({"model": state, "optimizer": {"state": {}}, "epoch": 99, "scaler": {}, "args": args}, path, **options)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------- our files
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_our_file_returns_what_was_saved(system: str, tmp_path: Path) -> None:
+    config = small_config(system, token_order="official")
+    state, info = weights(config), {"source": "a test", "licence": "CC0-1.0", "clips": 3}
+    save_checkpoint(tmp_path / "a.safetensors", config, state, info)
+    save_checkpoint(tmp_path / "b.safetensors", config, state, info)
+    read_config, read_state, read_info = load_checkpoint(tmp_path / "a.safetensors")
+    assert read_config == config
+    assert read_state.keys() == state.keys()
+    assert all(torch.equal(read_state[name], state[name]) for name in state)
+    assert info.items() <= read_info.items()
+    assert len(read_info["sha256"]) == 64
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_half_precision_is_widened(tmp_path: Path) -> None:
+    config = small_config("ssam")
+    state = {name: tensor.half() for name, tensor in weights(config).items()}
+    save_checkpoint(tmp_path / "half.safetensors", config, state, {})
+    _, read, _ = load_checkpoint(tmp_path / "half.safetensors")
+    assert all(read[name].dtype == torch.float32 and torch.equal(read[name], state[name].float()) for name in state)
+
+
+def test_a_state_that_does_not_fit_is_not_saved(tmp_path: Path) -> None:
+    config = small_config("ssam")
+    state = weights(config)
+    del state["norm.bias"]
+    with pytest.raises(HearSsamError, match=r"missing keys: norm\.bias"):
+        save_checkpoint(tmp_path / "a.safetensors", config, state, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_foreign_and_damaged_safetensors(tmp_path: Path) -> None:
+    foreign, damaged = tmp_path / "foreign.safetensors", tmp_path / "damaged.safetensors"
+    save_file({"weight": torch.zeros(2)}, foreign)
+    with pytest.raises(HearSsamError, match=r"foreign\.safetensors: .*without a hear_ssam config"):
+        load_checkpoint(foreign)
+    for metadata, reason in (
+        ("{", "damaged metadata"),
+        ('{"config": 3, "info": {}}', "damaged metadata"),
+        ('{"config": {}, "info": {}}', "incomplete config"),
+        ('{"config": {"systen": "ssam"}, "info": {}}', "Did you mean 'system'"),
+    ):
+        save_file({"weight": torch.zeros(2)}, damaged, metadata={METADATA: metadata})
+        with pytest.raises(HearSsamError, match=rf"damaged\.safetensors: .*{reason}"):
+            load_checkpoint(damaged)
+
+
+# ---------------------------------------------------------------------------------------------------- official files
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_official_files(system: str, prefix: str, zipped: bool, tmp_path: Path) -> None:
+    config = small_config(system)
+    state = {prefix + name: tensor for name, tensor in official_weights(config).items()}
+    if system == "ssamba":
+        state |= {f"{prefix}p_input_fdim": torch.tensor(128), f"{prefix}v.head.bias": torch.zeros(1000)}
+    args = argparse.Namespace(lr=1e-4, config={"patch": (4, 16)})
+    path = official_file(tmp_path / "a.pth", state, args, _use_new_zipfile_serialization=zipped)
+    read, tensors, info = load_checkpoint(path)
+    assert (read.system, read.embed_dim, read.depth, read.window_frames) == (
+        system, 48, config.depth, config.window_frames,
+    )  # fmt: skip
+    assert read.token_order == "official"
+    assert read.mask_position == ("after" if system == "ssamba" else "before")
+    assert info["dropped"] == (["p_input_fdim", "v.head.bias"] if system == "ssamba" else [])
+    assert info["epoch"] == 99
+    expected = weights(config)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_sizes_are_read_off_the_shapes(system: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"depth": 4, "patch_frames": 8}
+    if system == "ssamba":
+        sizes |= {"patch_mels": 32, "norm": "rmsnorm", "paired": False}
+    if system == "ssast":
+        sizes |= {"expand": 3}
+    else:
+        sizes |= {"conv_kernel": 3, "expand": 1}
+    if system == "axlstm":
+        sizes |= {"num_heads": 2}
+    if system in ("ssam", "ssamba"):
+        sizes |= {"state_dim": 5}
+    config = small_config(system, token_order="official", **sizes)
+    if system != "ssamba":
+        config = EncoderConfig.from_dict(config.to_dict() | {"mask_position": "before"})
+    assert load_checkpoint(official_file(tmp_path / "a.pth", official_weights(config)))[0] == config
+
+
+def test_heads_of_ssast_follow_the_width(tmp_path: Path) -> None:
+    config = build_config("ssast", 256, depth=1)
+    read, _, _ = load_checkpoint(official_file(tmp_path / "a.pth", official_weights(config)))
+    assert read.num_heads == config.num_heads == 4
+
+
+def test_a_folder_stands_for_its_last_epoch(tmp_path: Path) -> None:
+    with pytest.raises(HearSsamError, match="no official weights folder"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    state = official_weights(small_config("ssam"))
+    for epoch in (9, 10, 2):
+        state["cls_token"] = torch.full((1, 1, 48), float(epoch))
+        official_file(tmp_path / "checkpoints" / f"checkpoint-{epoch}.pth", state)
+    assert load_checkpoint(tmp_path)[1]["cls_token"][0, 0, 0] == 10
+
+
+def test_ml_collections_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A pickled ConfigDict, made without the package: pickle only records where its class lies.
+    name = "ml_collections.config_dict.config_dict"
+    module = types.ModuleType(name)
+    module.ConfigDict = type("ConfigDict", (), {"__module__": name})  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        for part in ("ml_collections", "ml_collections.config_dict", name):
+            patch.setitem(sys.modules, part, module)
+        config = module.ConfigDict()
+        config._fields = {"depth": 12, "inner": module.ConfigDict()}
+        path = official_file(tmp_path / "a.pth", official_weights(small_config("ssam")), argparse.Namespace(c=config))
+    assert load_checkpoint(path)[0].system == "ssam"
+
+
+@pytest.mark.parametrize("system", ["ssam", "ssast", "axlstm", "ssamba"])
+def test_golden_files_convert_without_loss(system: str, golden: Path, tmp_path: Path) -> None:
+    source = golden / f"{system}_mini_official.pth"
+    config, state, info = load_checkpoint(source)
+    assert (config.system, config.embed_dim, config.depth) == (system, 48, 4 if system == "ssamba" else 2)
+    convert(source, tmp_path / "a.safetensors")
+    again, read, read_info = load_checkpoint(tmp_path / "a.safetensors")
+    assert again == config
+    assert all(torch.equal(read[name], state[name]) for name in state)
+    assert read_info["source_sha256"] == info["sha256"] != read_info["sha256"]
+    assert read_info["licence"] and system in read_info["source"]
+
+
+def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = official_weights(small_config("ssamba")) | {"v.head.weight": torch.zeros(1000, 48)}
+    source = official_file(tmp_path / "ssamba_tiny_400.pth", state)
+    assert main(["convert", str(source), str(tmp_path / "out.safetensors")]) == 0
+    printed = capsys.readouterr().out
+    assert "v.head.weight" in printed and "official" in printed and "BSD-3-Clause" in printed
+    assert load_checkpoint(tmp_path / "out.safetensors")[2]["sha256"] in printed
+    assert main(["convert", str(tmp_path / "absent.pth"), str(tmp_path / "b.safetensors")]) == 2
+    assert "absent.pth" in capsys.readouterr().err
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- hostile files
+
+
+class Call:
+    """Pickles as a call."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("place", ["payload", "args", "namespace", "weight", "key"])
+@pytest.mark.parametrize("function", ["system", "eval"])
+def test_nothing_in_a_pickle_runs(
+    zipped: bool, place: str, function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = tmp_path / "executed"
+    calls = {"system": Call(os.system, f"touch {trace}"), "eval": Call(eval, f"open({str(trace)!r}, 'w')")}
+    evil: Any = calls[function]
+    state: dict[Any, Any] = official_weights(small_config("ssam"))
+    payload: Any = {"model": state, "args": evil if place == "args" else argparse.Namespace(config=evil)}
+    if place == "payload":
+        payload = evil
+    elif place == "weight":
+        payload = {"model": state | {"norm.weight": evil}}
+    elif place == "key":
+        payload = {"model": state, evil: 1}
+    torch.save(payload, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # what people set to load old checkpoints
+    name = rf"{os.system.__module__}\.system" if function == "system" else "eval"
+    with pytest.raises(HearSsamError, match=rf"evil\.pth: refused: .*{name}.*Nothing was executed"):
+        load_checkpoint(tmp_path / "evil.pth")
+    assert not trace.exists()
+    # The attack itself is real: plain pickle runs it.
+    pickle.loads(pickle.dumps(evil))
+    assert trace.exists()
+
+
+def test_a_pickled_module_is_refused_by_name(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
+    with pytest.raises(HearSsamError, match=r"module\.pth: refused: .*torch\.nn\.modules\.linear\.Linear"):
+        load_checkpoint(tmp_path / "module.pth")
+
+
+def test_stand_ins_serve_parallel_loads_and_leave_nothing_behind(tmp_path: Path) -> None:
+    path = official_file(tmp_path / "a.pth", official_weights(small_config("ssam")), argparse.Namespace(a=1))
+    errors: list[Exception] = []
+
+    def load() -> None:
+        try:
+            for _ in range(5):
+                load_checkpoint(path)
+        except Exception as error:
+            errors.append(error)
+
+    before = torch.serialization.get_safe_globals()
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert torch.serialization.get_safe_globals() == before
+
+
+# ---------------------------------------------------------------------------------------------------- broken files
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
+def test_truncated(kind: str, share: float, tmp_path: Path) -> None:
+    path, config = tmp_path / "cut", small_config("ssam")
+    if kind == "safetensors":
+        save_checkpoint(path, config, weights(config), {})
+    else:
+        official_file(path, official_weights(config), _use_new_zipfile_serialization=kind == "zip")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(HearSsamError, match=r"cut: damaged.*fetch it again"):
+        load_checkpoint(path)
+
+
+def test_wrong_files(tmp_path: Path) -> None:
+    array = io.BytesIO()
+    np.savez(array, a=np.zeros(3))
+    for content, reason in (
+        (b"", "not a checkpoint"),
+        (b"RIFF\x24\x00\x00\x00WAVEfmt ", "not a checkpoint"),
+        (b"plain text, long enough to have a ninth byte", "not a checkpoint"),
+        (array.getvalue(), "damaged, truncated or no checkpoint"),
+        (pickle.dumps({"model": 3}, protocol=2), "damaged, truncated or no checkpoint"),
+    ):
+        (tmp_path / "file").write_bytes(content)
+        with pytest.raises(HearSsamError, match=rf"file: {reason}"):
+            load_checkpoint(tmp_path / "file")
+    with pytest.raises(HearSsamError, match=r"no such checkpoint: .*absent"):
+        load_checkpoint(tmp_path / "absent")
+
+
+def test_payloads_that_hold_no_weights(tmp_path: Path) -> None:
+    state: dict[Any, Any] = official_weights(small_config("ssam"))
+    for payload, reason in (
+        ([1, 2], "holds a list"),
+        ({}, "not a checkpoint of .*no weights"),
+        ({"model": [1]}, "'model' is not a dictionary"),
+        ({"model": {1: torch.zeros(2)}}, "'model' is not a dictionary"),
+        ({"model": {"encoder.weight": torch.zeros(2)}}, r"not a checkpoint of .*encoder\.weight"),
+        (state | {"norm": 3}, "'norm' is not a dense floating-point tensor"),
+        (state | {"norm": torch.zeros(2, dtype=torch.int64)}, "'norm' is not a dense floating-point tensor"),
+        (state | {"norm": torch.zeros(2).to_sparse()}, "'norm' is not a dense floating-point tensor"),
+    ):
+        torch.save(payload, tmp_path / "a.pth")
+        with pytest.raises(HearSsamError, match=rf"a\.pth: .*{reason}"):
+            load_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_missing_unexpected_and_misshapen_keys_are_named(system: str, tmp_path: Path) -> None:
+    good = official_weights(small_config(system))
+    norm = _official_name(system, "norm.weight")
+    for name, change, reason in (
+        (norm, None, f"missing keys: {norm}"),
+        ("extra.weight", torch.zeros(3), r"unexpected keys: extra\.weight"),
+        (norm, torch.zeros(47), rf"inconsistent shapes: {norm} \(47,\) instead of \(48,\)"),
+        (_official_name(system, "cls_token"), None, "cls_token"),
+        (_official_name(system, "cls_token"), torch.zeros(1, 1, 64), "inconsistent shapes"),
+        (_official_name(system, "pos_embed"), torch.zeros(1, 100, 48), "inconsistent shapes: .*pos_embed"),
+        (_official_name(system, "pos_embed"), torch.zeros(3), "shapes"),
+        (_official_name(system, "patch_embed.weight"), torch.zeros(48, 1, 7, 11), "shapes .*patch"),
+        (_official_name(system, "patch_embed.weight"), torch.zeros(48, 64), "shapes"),
+        (_official_name(system, "patch_embed.weight"), torch.zeros(48, 1, 4, 0), "shapes"),
+    ):
+        state = {key: tensor for key, tensor in good.items() if key != name}
+        if change is not None:
+            state[name] = change
+        with pytest.raises(HearSsamError, match=rf"a\.pth: .*{reason}"):
+            load_checkpoint(official_file(tmp_path / "a.pth", state))
