@@ -31,7 +31,7 @@ class Projection(nn.Linear):
     """
 
     bf16 = False
-    _rounded: tuple[object, Tensor, Tensor | None] | None = None
+    _rounded: tuple[nn.Parameter, tuple[object, ...], Tensor, Tensor | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.bf16:
@@ -39,13 +39,12 @@ class Projection(nn.Linear):
         return F.linear(x.bfloat16(), *self._round())
 
     def _round(self) -> tuple[Tensor, Tensor | None]:
-        key = (self.weight.data_ptr(), self.weight._version)
-        if self._rounded is not None and self._rounded[0] == key and not torch.is_grad_enabled():
-            return self._rounded[1:]
-        weight, bias = self.weight.bfloat16(), None if self.bias is None else self.bias.bfloat16()
-        if not torch.is_grad_enabled():
-            self._rounded = key, weight, bias
-        return weight, bias
+        kept, now = self._rounded, (self.weight._version, self.weight.device)
+        if torch.is_grad_enabled() or kept is None or kept[0] is not self.weight or kept[1] != now:
+            bias = None if self.bias is None else self.bias.bfloat16()
+            kept = self.weight, now, self.weight.bfloat16(), bias
+            self._rounded = None if torch.is_grad_enabled() else kept
+        return kept[2:]
 
 
 def build_norm(config: EncoderConfig) -> nn.Module:
@@ -235,7 +234,8 @@ def mlstm_parallel(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Ten
     past = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     log_weights = log_weights.masked_fill(~past, -math.inf)
     m = log_weights.amax(-1, keepdim=True)
-    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5 * torch.exp(log_weights - m)
+    k = k * k.shape[-1] ** -0.5
+    scores = (q @ k.transpose(-1, -2)) * torch.exp(log_weights - m)
     normalizer = torch.maximum(scores.sum(-1, keepdim=True).abs(), torch.exp(-m))
     return scores @ v / (normalizer + 1e-6)
 

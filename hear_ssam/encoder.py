@@ -166,13 +166,14 @@ class Encoder(nn.Module):
             raise HearSsamError("mask must hide equally many patches, at least one, in every clip.")
         predictions = self.generate(x)
         mse = F.mse_loss(predictions[mask].float(), targets[mask])
-        contrast = self.contrast(x)[mask].unflatten(0, (len(x), -1))  # (B, M, P)
-        logits = targets[mask].unflatten(0, (len(x), -1)) @ contrast.transpose(1, 2)  # patch x prediction
-        nce = -logits.float().log_softmax(dim=2).diagonal(dim1=1, dim2=2).mean()
+        contrast = self.contrast(x)[mask].unflatten(0, (len(x), -1)).float()  # (B, M, P)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = targets[mask].unflatten(0, (len(x), -1)) @ contrast.transpose(1, 2)  # patch x prediction
+        nce = -logits.log_softmax(dim=2).diagonal(dim1=1, dim2=2).mean()
         return Pretraining(predictions, targets, nce + 10 * mse, nce, mse)
 
     def set_precision(self, precision: str) -> Encoder:
-        """"fp32", or "bf16": the large projections in bfloat16; norms, residuals, steps and states stay float32."""
+        """Use "fp32", or "bf16" in the large projections only: norms, residuals, steps and states stay float32."""
         if precision not in ("fp32", "bf16"):
             raise unknown_name("precision", precision, ("fp32", "bf16"))
         for module in self.modules():

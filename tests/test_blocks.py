@@ -101,6 +101,9 @@ def test_rounded_weights_follow_the_weights() -> None:
         torch.testing.assert_close(layer(x), 2 * before)
         layer.load_state_dict({"weight": torch.zeros(4, 8), "bias": torch.ones(4)})
         assert layer(x).eq(1).all()
+        for value in (2.0, 3.0):  # new parameters may reuse the memory of the old ones
+            layer.load_state_dict({"weight": torch.zeros(4, 8), "bias": torch.full((4,), value)}, assign=True)
+            assert layer(x).eq(value).all()
     layer(x).float().sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
 

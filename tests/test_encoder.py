@@ -14,6 +14,7 @@ from torch import Tensor
 from hear_ssam.config import CONFIGS, SYSTEMS, EncoderConfig, build_config
 from hear_ssam.encoder import Encoder, random_mask, resize_positions, sincos_positions
 from hear_ssam.errors import HearSsamError
+from hear_ssam.scan import available_backends, use_backend
 
 EVERY_SYSTEM = pytest.mark.parametrize("system", SYSTEMS)
 
@@ -97,14 +98,18 @@ def test_patch_sizes(patch: tuple[int, int]) -> None:
 # ------------------------------------------------------------------------------------------------ properties
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
 @EVERY_SYSTEM
 @torch.no_grad()
-def test_batch_equals_singles(system: str) -> None:
+def test_batch_equals_singles(system: str, backend: str) -> None:
+    if (reason := available_backends()[backend]) is not None:
+        pytest.skip(reason)
     encoder = build(mini(system))
     spec = spectrogram(encoder.config, 3, 8)
-    together = encoder.tokens(spec)
-    for clip, tokens in zip(spec, together, strict=True):
-        torch.testing.assert_close(encoder.tokens(clip[None])[0], tokens, atol=1e-5, rtol=1e-5)
+    with use_backend(backend):
+        together = encoder.tokens(spec)
+        for clip, tokens in zip(spec, together, strict=True):
+            torch.testing.assert_close(encoder.tokens(clip[None])[0], tokens, atol=1e-5, rtol=1e-5)
 
 
 @EVERY_SYSTEM
