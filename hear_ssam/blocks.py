@@ -31,7 +31,8 @@ class Projection(nn.Linear):
     """
 
     bf16 = False
-    _rounded: tuple[nn.Parameter, tuple[object, ...], Tensor, Tensor | None] | None = None
+    _of: tuple[Tensor, int, torch.device] | None = None  # weight, version and device that `_rounded` was made of
+    _rounded: tuple[Tensor, Tensor | None]
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.bf16:
@@ -39,12 +40,14 @@ class Projection(nn.Linear):
         return F.linear(x.bfloat16(), *self._round())
 
     def _round(self) -> tuple[Tensor, Tensor | None]:
-        kept, now = self._rounded, (self.weight._version, self.weight.device)
-        if torch.is_grad_enabled() or kept is None or kept[0] is not self.weight or kept[1] != now:
-            bias = None if self.bias is None else self.bias.bfloat16()
-            kept = self.weight, now, self.weight.bfloat16(), bias
-            self._rounded = None if torch.is_grad_enabled() else kept
-        return kept[2:]
+        weight, of = self.weight, self._of
+        keep = not torch.is_grad_enabled()
+        if keep and of is not None and of[0] is weight and of[1:] == (weight._version, weight.device):
+            return self._rounded
+        rounded = weight.bfloat16(), None if self.bias is None else self.bias.bfloat16()
+        if keep:
+            self._of, self._rounded = (weight, weight._version, weight.device), rounded
+        return rounded
 
 
 def build_norm(config: EncoderConfig) -> nn.Module:
