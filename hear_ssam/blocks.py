@@ -31,23 +31,20 @@ class Projection(nn.Linear):
     """
 
     bf16 = False
-    _of: tuple[Tensor, int, torch.device] | None = None  # weight, version and device that `_rounded` was made of
-    _rounded: tuple[Tensor, Tensor | None]
+    _kept: tuple[Tensor, int, Tensor] | None = None  # the weight, its version, and what it rounds to
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.bf16:
             return super().forward(x)
-        return F.linear(x.bfloat16(), *self._round())
+        return F.linear(x.bfloat16(), self._rounded_weight(), None if self.bias is None else self.bias.bfloat16())
 
-    def _round(self) -> tuple[Tensor, Tensor | None]:
-        weight, of = self.weight, self._of
-        keep = not torch.is_grad_enabled()
-        if keep and of is not None and of[0] is weight and of[1:] == (weight._version, weight.device):
-            return self._rounded
-        rounded = weight.bfloat16(), None if self.bias is None else self.bias.bfloat16()
-        if keep:
-            self._of, self._rounded = (weight, weight._version, weight.device), rounded
-        return rounded
+    def _rounded_weight(self) -> Tensor:
+        weight, kept = self.weight, self._kept
+        if torch.is_grad_enabled():
+            return weight.bfloat16()
+        if kept is None or kept[0] is not weight or kept[1] != weight._version or kept[2].device != weight.device:
+            self._kept = kept = weight, weight._version, weight.bfloat16()
+        return kept[2]
 
 
 def build_norm(config: EncoderConfig) -> nn.Module:
