@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hear_ssam.blocks import MambaState
 from hear_ssam.config import CONFIGS, SYSTEMS, EncoderConfig, build_config
 from hear_ssam.encoder import Encoder, random_mask, resize_positions, sincos_positions
 from hear_ssam.errors import HearSsamError
@@ -93,6 +94,37 @@ def test_patch_sizes(patch: tuple[int, int]) -> None:
     out = encoder(spec, mask_for(config, 1))
     assert out.predictions.shape == (1, (200 // patch[0]) * (80 // patch[1]), patch[0] * patch[1])
     assert out.loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("field", "system", "wrong"),
+    [
+        ("system", "ssam", {"system": "ssan"}),
+        ("embed_dim", "ssam", {"embed_dim": 46}),
+        ("depth", "ssam", {"depth": 0}),
+        ("patch_mels", "ssam", {"patch_mels": 7}),
+        ("patch_frames", "ssamba", {"patch_frames": 15}),
+        ("num_heads", "ssam", {"num_heads": 3}),
+        ("num_heads", "ssast", {"num_heads": 5}),
+        ("paired", "ssam", {"paired": True}),
+        ("paired", "ssamba", {"depth": 3}),
+        ("flip_odd", "ssast", {"flip_odd": True}),
+        ("mask_ratio", "ssam", {"mask_ratio": 1.0}),
+    ],
+)
+def test_contradictory_configs_name_the_field(field: str, system: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises(HearSsamError, match=field):
+        dataclasses.replace(mini(system), **wrong)
+
+
+@EVERY_SYSTEM
+def test_configs_survive_a_file(system: str) -> None:
+    config = CONFIGS[f"{system}_tiny"]
+    assert EncoderConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(HearSsamError, match="embed_dim"):
+        EncoderConfig.from_dict({**config.to_dict(), "embed_dims": 3})
+    with pytest.raises(HearSsamError, match="depth"):
+        EncoderConfig.from_dict({key: value for key, value in config.to_dict().items() if key != "depth"})
 
 
 # ------------------------------------------------------------------------------------------------ properties
@@ -187,10 +219,12 @@ def test_a_stream_can_fork() -> None:
 
 
 @torch.no_grad()
-def test_blocks_run_on_any_length() -> None:
+def test_blocks_run_on_any_length_in_any_chunks() -> None:
     encoder = build(mini("ssam"))
-    x = torch.randn(1, 700, 48)
-    assert encoder.run_blocks(x).shape == x.shape
+    x = torch.randn(1, 700, 48, generator=torch.Generator().manual_seed(0))
+    states = [MambaState() for _ in encoder.blocks]
+    parts = [encoder.run_blocks(part, states) for part in x.split(256, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), encoder.run_blocks(x), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("system", ["ssast", "axlstm", "ssamba"])
