@@ -79,7 +79,7 @@ def open_store(folder: str | os.PathLike[str]) -> Store:
         info = json.loads((folder / "store.json").read_text())
         with np.load(folder / "clips.npz") as clips:
             offsets, source = clips["offsets"], clips["source"]
-        frames = np.memmap(folder / "frames.f16", np.float16, "r").reshape(-1, BANDS)
+        frames = np.memmap(folder / "frames.f16", np.float16, "c").reshape(-1, BANDS)
     except (OSError, ValueError, KeyError) as error:
         raise HearSsamError(f"{folder}: no finished store here ({error}); make one with `hear-ssam corpus`.") from error
     if len(frames) != offsets[-1] or len(source) != len(offsets) - 1:
