@@ -153,7 +153,7 @@ class EncoderModel(HearModel):
             return audio.new_zeros(0, frames // self.config.patch_frames, self.timestamp_embedding_size)
         spec = self._spectrogram(audio, frames)  # (B, frames, mels)
         full = frames // window
-        parts = [spec[:, : full * window].reshape(len(audio) * full, window, -1), spec[:, full * window :]]
+        parts = [spec[:, : full * window].reshape(len(audio) * full, window, spec.shape[2]), spec[:, full * window :]]
         rows = [self._encode(part) for part in parts if part.numel()]  # (B * full, slots, E) and (B, slots, E)
         return torch.cat([part.reshape(len(audio), -1, self.timestamp_embedding_size) for part in rows], dim=1)
 
@@ -194,7 +194,8 @@ class LogMelModel(HearModel):
 
     def scene(self, audio: Tensor) -> Tensor:
         rows = self(audio)
-        return torch.cat([rows.mean(1), rows.std(1, correction=0)], dim=1)
+        mean = rows.mean(1)
+        return torch.cat([mean, (rows - mean[:, None]).square().mean(1).sqrt()], dim=1)
 
     def _rows(self, audio: Tensor) -> Tensor:
         audio = self._checked(audio)

@@ -1,0 +1,488 @@
+"""The HEAR contract as properties, for all systems and both token orders; golden embeddings; bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import hear_ssam
+from hear_ssam import HearSsamError, get_scene_embeddings, get_timestamp_embeddings, hear, load_model
+from hear_ssam.checkpoint import convert, save_checkpoint
+from hear_ssam.cli import main
+from hear_ssam.config import CONFIGS, build_config
+from hear_ssam.encoder import Encoder, resize_positions
+from hear_ssam.hear import EncoderModel, available_models
+from hear_ssam.paths import sha256
+
+SYSTEMS = ("ssam", "ssast", "axlstm", "ssamba")
+ORDERS = ("time", "official")
+SECOND = 16_000
+
+
+def noise(clips: int, seconds: float, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 0.1 * torch.randn(clips, round(seconds * SECOND), generator=generator)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small checkpoint of each system, every parameter moved off its initial value; SSAMBA sees 2.56 s at once."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for system in SYSTEMS:
+        sizes: dict[str, Any] = {"depth": 4, "window_frames": 256} if system == "ssamba" else {"depth": 2}
+        config = build_config(system, 48, **sizes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            encoder = Encoder(config)
+            for name, weight in encoder.named_parameters():
+                if name != "pos_embed":
+                    weight.data += 0.02 * torch.randn_like(weight)
+        save_checkpoint(folder / f"{system}.safetensors", config, encoder.state_dict(), {"licence": "CC0-1.0"})
+    return {system: folder / f"{system}.safetensors" for system in SYSTEMS}
+
+
+@pytest.fixture(scope="session", params=[(system, order) for system in SYSTEMS for order in ORDERS], ids="-".join)
+def model(request: pytest.FixtureRequest, files: dict[str, Path]) -> EncoderModel:
+    system, order = request.param
+    return load(files[system], token_order=order)
+
+
+def load(path: Path | str, **options: Any) -> EncoderModel:
+    model = load_model(path, **options)
+    assert isinstance(model, EncoderModel)
+    return model
+
+
+@pytest.fixture(scope="session", params=["logmel", *SYSTEMS])
+def any_model(request: pytest.FixtureRequest, files: dict[str, Path]) -> hear.HearModel:
+    return load_model(files.get(request.param, request.param))
+
+
+# ---------------------------------------------------------------------------------------------------- the contract
+
+
+@pytest.mark.parametrize("seconds", [0.2, 1.07, 1.98, 2.74, 5.3])
+def test_shapes_types_and_times(model: EncoderModel, seconds: float) -> None:
+    audio = noise(2, seconds)
+    scene = get_scene_embeddings(audio, model)
+    rows, times = get_timestamp_embeddings(audio, model)
+    assert scene.shape == (2, model.scene_embedding_size)
+    assert rows.shape == (2, times.shape[1], model.timestamp_embedding_size)
+    assert scene.dtype == rows.dtype == times.dtype == torch.float32
+    assert torch.isfinite(scene).all() and torch.isfinite(rows).all()
+    assert not scene.requires_grad and not rows.requires_grad
+    assert torch.equal(times[0], times[1])
+    assert times[0, 0] >= 0 and times[0, -1] <= 1000 * seconds
+    assert (times.diff(dim=1) - times.diff(dim=1).mean()).abs().max() < 1e-2 if times.shape[1] > 1 else True
+
+
+def test_attributes(any_model: hear.HearModel) -> None:
+    assert any_model.sample_rate == 16_000
+    assert type(any_model.scene_embedding_size) is int and type(any_model.timestamp_embedding_size) is int
+    assert not any_model.training
+
+
+def test_same_input_same_output(model: EncoderModel) -> None:
+    audio = noise(2, 2.3)
+    assert torch.equal(get_scene_embeddings(audio, model), get_scene_embeddings(audio, model))
+    first, _ = get_timestamp_embeddings(audio, model)
+    assert torch.equal(first, get_timestamp_embeddings(audio, model)[0])
+
+
+@pytest.mark.parametrize("seconds", [0.3, 2.0, 6.1])
+def test_batch_equals_singles(model: EncoderModel, seconds: float) -> None:
+    audio = noise(5, seconds)
+    audio[1] *= 9  # a loud and a silent companion
+    audio[2] = 0
+    rows, _ = get_timestamp_embeddings(audio, model)
+    scene = get_scene_embeddings(audio, model)
+    for i in range(len(audio)):
+        assert_close(get_timestamp_embeddings(audio[i : i + 1], model)[0][0], rows[i])
+        assert_close(get_scene_embeddings(audio[i : i + 1], model)[0], scene[i])
+    assert_close(get_scene_embeddings(audio[3:5], model), scene[3:5])
+
+
+def test_group_size_does_not_matter(model: EncoderModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    audio = noise(2, 7.5)
+    expected = get_timestamp_embeddings(audio, model)[0]
+    monkeypatch.setattr(hear, "GROUP", {"cpu": 1})  # one window at a time
+    assert_close(get_timestamp_embeddings(audio, model)[0], expected)
+
+
+def test_no_clips(any_model: hear.HearModel) -> None:
+    rows, times = get_timestamp_embeddings(noise(0, 1), any_model)
+    full, _ = get_timestamp_embeddings(noise(1, 1), any_model)
+    assert rows.shape == (0, *full.shape[1:]) and times.shape == (0, full.shape[1])
+    assert get_scene_embeddings(noise(0, 1), any_model).shape == (0, any_model.scene_embedding_size)
+
+
+def test_one_clip_without_a_batch_axis(any_model: hear.HearModel) -> None:
+    audio = noise(1, 1)
+    assert torch.equal(get_scene_embeddings(audio[0], any_model), get_scene_embeddings(audio, any_model))
+    assert torch.equal(get_timestamp_embeddings(audio[0], any_model)[1], get_timestamp_embeddings(audio, any_model)[1])
+
+
+def test_differentiable_with_the_same_numbers(model: EncoderModel) -> None:
+    audio = noise(1, 1.3).requires_grad_()
+    rows = model(audio)
+    assert_close(rows.detach(), get_timestamp_embeddings(audio.detach(), model)[0])
+    rows.square().sum().backward()
+    assert audio.grad is not None and audio.grad.abs().sum() > 0
+    weight = model.encoder.patch_embed.weight
+    assert weight.grad is not None and weight.grad.abs().sum() > 0
+    model.zero_grad()
+
+
+# ---------------------------------------------------------------------------------------------------- time order
+
+
+def seen_windows(model: EncoderModel, monkeypatch: pytest.MonkeyPatch, audio: Tensor) -> list[tuple[int, ...]]:
+    shapes: list[tuple[int, ...]] = []
+    tokens = model.encoder.tokens
+
+    def record(spec: Tensor) -> Tensor:
+        shapes.append(tuple(spec.shape[:2]))
+        return tokens(spec)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.encoder, "tokens", record)
+        get_scene_embeddings(audio, model)
+    return shapes
+
+
+@pytest.mark.parametrize("system", ["ssam", "ssast", "axlstm"])
+def test_windows_hold_kept_rows_only(system: str, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(files[system])
+    for seconds, expected in (
+        (2.0, [(3, 200)]),  # 50 rows, one window
+        (4.0, [(6, 200)]),
+        (1.0, [(3, 100)]),
+        (2.5, [(3, 200), (3, 52)]),  # the last row is centred at 2.495 s
+    ):
+        audio = noise(3, seconds)
+        assert seen_windows(model, monkeypatch, audio) == expected
+        rows, _ = get_timestamp_embeddings(audio, model)
+        assert rows.shape[1] == sum(clips * frames for clips, frames in expected) // 3 // 4
+    assert seen_windows(model, monkeypatch, noise(3, 201 / SECOND)) == [(3, 4)]
+
+
+def test_ssamba_windows(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(files["ssamba"])  # 256 frames = 16 slots
+    assert seen_windows(model, monkeypatch, noise(1, 0.175)) == [(1, 16)]  # 2800 samples: one patch
+    assert seen_windows(model, monkeypatch, noise(2, 6)) == [(4, 256), (2, 80)]  # 598 frames, 6 of them dropped
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_row_t_holds_the_tokens_of_slot_t(system: str, files: dict[str, Path]) -> None:
+    model = load(files[system])
+    audio = noise(1, 1.5)
+    rows, _ = get_timestamp_embeddings(audio, model)
+    slots, bands, width = rows.shape[1], model.config.grid[1], model.config.embed_dim
+    spec = hear.normalize(model.frontend(audio), model.config)
+    spec = functional.pad(spec, (0, 0, 0, slots * model.config.patch_frames - spec.shape[1]))
+    tokens = model.encoder.tokens(spec)[0, 1:].detach()
+    for t in (0, 3, slots - 1):
+        for f in range(bands):
+            token = tokens[f * slots + t if system == "ssamba" else bands * t + f]
+            assert_close(rows[0, t, f * width : (f + 1) * width], token)
+    assert_close(get_scene_embeddings(audio, model), rows.mean(1))
+
+
+def test_a_click_moves_the_rows_at_its_time(files: dict[str, Path]) -> None:
+    model = load(files["ssam"])
+    audio = noise(1, 1.9)
+    click = audio.clone()
+    click[0, 1000 * 16 : 1002 * 16] += 0.1
+    rows, times = get_timestamp_embeddings(torch.cat([audio, click]), model)
+    change = (rows[0] - rows[1]).norm(dim=1)
+    assert abs(times[0, change.argmax()] - 1001) <= 40
+
+
+def test_times_follow_the_formula(files: dict[str, Path]) -> None:
+    ssam, ssamba = load(files["ssam"]), load(files["ssamba"])
+    for samples in (201, 239, 240, 879, 880, 881, 31_999, 32_000, 32_240, 40_000, 12_345):
+        centres = [40 * t + 15 for t in range(100) if 40 * t + 15 <= samples / 16] or [15]
+        assert ssam.timestamps(samples).tolist() == centres
+    for samples in (2800, 5359, 5360, 48_000):
+        rows = (1 + (samples - 400) // 160) // 16
+        assert ssamba.timestamps(samples).tolist() == [160 * t + 87.5 for t in range(rows)]
+
+
+@pytest.mark.parametrize("system", ["logmel", *SYSTEMS])
+def test_times_do_not_drift_in_an_hour(system: str, files: dict[str, Path]) -> None:
+    model = load_model(files.get(system, system))
+    times = model.timestamps(3600 * SECOND)
+    step, start = {"logmel": (10, 0), "ssamba": (160, 87.5)}.get(system, (40, 15))
+    assert times[-1] == start + step * (len(times) - 1) and 3_600_000 - 2 * step < times[-1] <= 3_600_000
+    assert torch.equal(times.float().double(), times)
+
+
+@pytest.mark.parametrize("patch", [(4, 8), (8, 16)])
+def test_other_patch_sizes(patch: tuple[int, int], tmp_path: Path) -> None:
+    config = build_config("ssam", 48, depth=1, patch_frames=patch[0], patch_mels=patch[1])
+    save_checkpoint(tmp_path / "a.safetensors", config, Encoder(config).state_dict(), {})
+    model = load_model(tmp_path / "a.safetensors")
+    rows, times = get_timestamp_embeddings(noise(1, 2), model)
+    assert rows.shape == (1, 200 // patch[0], 48 * 80 // patch[1])
+    assert times[0, :2].tolist() == ([15, 55] if patch[0] == 4 else [35, 115])
+
+
+# ---------------------------------------------------------------------------------------------------- official order
+
+
+def test_official_row_counts(files: dict[str, Path]) -> None:
+    model = load(files["ssam"], token_order="official")
+    for seconds, rows, step in (
+        (0.5, 13, None), (1.0, 26, 38.4615), (1.5, 38, None), (1.99, 50, None), (2.0, 51, 39.2157), (3.7, 93, 39.7849),
+        (4.0, 101, None), (5.0, 126, None), (10.0, 251, None),
+    ):  # fmt: skip
+        times = model.timestamps(round(seconds * SECOND))
+        assert len(times) == rows and times[0] == 0
+        assert step is None or math.isclose(times[1].item(), step, abs_tol=1e-4)
+
+
+def test_official_order_is_the_published_scramble(files: dict[str, Path]) -> None:
+    time, official = load(files["ssam"]), load(files["ssam"], token_order="official")
+    audio = noise(1, 1.995)  # exactly 200 frames: the same tokens either way
+    rows, scrambled = (get_timestamp_embeddings(audio, model)[0][0].unflatten(1, (5, 48)) for model in (time, official))
+    assert rows.shape == scrambled.shape == (50, 5, 48)
+    for j in (0, 7, 49):
+        for k in range(5):
+            assert_close(scrambled[j, k], rows[10 * k + j // 5, j % 5])
+
+
+@pytest.mark.parametrize("system", ["ssam", "ssast", "axlstm"])
+@pytest.mark.parametrize("seconds", ["0.7s", "2.5s"])
+def test_golden_embeddings(system: str, seconds: str, golden: Path) -> None:
+    model = load_model(golden / f"{system}_mini_official.pth", token_order="official")
+    numbers = np.load(golden / f"{system}_mini.npz")
+    audio = torch.from_numpy(numbers[f"wave_{seconds}"])
+    rows, times = get_timestamp_embeddings(audio, model)
+    np.testing.assert_allclose(rows, numbers[f"timestamp_emb_{seconds}"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(get_scene_embeddings(audio, model), numbers[f"scene_{seconds}"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(times, numbers[f"timestamps_{seconds}"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("clip", "window"), [("10s_T1024", None), ("3s_T512", 512)])
+def test_golden_embeddings_of_ssamba(clip: str, window: int | None, golden: Path) -> None:
+    model = load_model(golden / "ssamba_mini_official.pth", token_order="official", window_frames=window)
+    numbers = np.load(golden / "ssamba_mini.npz")
+    audio = torch.from_numpy(numbers[f"wave_{clip}"])
+    np.testing.assert_allclose(get_scene_embeddings(audio, model), numbers[f"avgtok_{clip}"], rtol=0, atol=1e-5)
+
+
+def test_official_ssamba_cuts_long_audio_into_windows(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(files["ssamba"], token_order="official")
+    assert seen_windows(model, monkeypatch, noise(1, 6)) == [(3, 256)]
+    assert model.scene_embedding_size == 48
+    rows, _ = get_timestamp_embeddings(noise(1, 6), model)
+    assert rows.shape == (1, 37, 48)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_golden_conversion_is_bit_identical(system: str, golden: Path, tmp_path: Path) -> None:
+    source, target = golden / f"{system}_mini_official.pth", tmp_path / "converted.safetensors"
+    convert(source, target)
+    audio = noise(2, 2.5)
+    before, after = load_model(source), load(target)
+    assert after.config.token_order == "official"
+    assert torch.equal(get_scene_embeddings(audio, before), get_scene_embeddings(audio, after))
+    assert torch.equal(get_timestamp_embeddings(audio, before)[0], get_timestamp_embeddings(audio, after)[0])
+    assert after.checkpoint_sha256 == sha256(target)
+
+
+# ---------------------------------------------------------------------------------------------------- load_model
+
+
+def test_a_file_stores_its_order_and_options_override_it(files: dict[str, Path]) -> None:
+    assert load(files["ssam"]).config.token_order == "time"
+    assert load(files["ssam"], token_order="official").config.token_order == "official"
+    assert load(files["ssam"]).checkpoint_sha256 == sha256(files["ssam"])
+    assert load(files["ssam"]).name == "ssam"
+
+
+def test_window_frames_resizes_learned_positions(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, model = load(files["ssamba"]), load(files["ssamba"], window_frames=128)
+    expected = resize_positions(plain.encoder.pos_embed, plain.config, 8)
+    assert torch.equal(model.encoder.pos_embed, expected) and model.config.window_frames == 128
+    assert seen_windows(model, monkeypatch, noise(1, 3)) == [(2, 128), (1, 32)]
+    assert load("ssamba_tiny", pretrained=False, window_frames=64).encoder.pos_embed.shape == (1, 1 + 8 * 4, 192)
+    with pytest.raises(HearSsamError, match="does not divide window_frames=100"):
+        load_model(files["ssamba"], window_frames=100)
+    with pytest.raises(HearSsamError, match="window_frames is an option of SSAMBA"):
+        load_model(files["ssam"], window_frames=100)
+
+
+def test_random_weights_follow_the_seed_and_nothing_else() -> None:
+    state = torch.get_rng_state()
+    first, again, other = (load("ssam_tiny", pretrained=False, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.encoder.patch_embed.weight, again.encoder.patch_embed.weight)
+    assert not torch.equal(first.encoder.patch_embed.weight, other.encoder.patch_embed.weight)
+    assert first.checkpoint_sha256 == "" and first.name == "ssam_tiny"
+
+
+def test_loading_draws_no_random_numbers(files: dict[str, Path]) -> None:
+    state = torch.get_rng_state()
+    load_model(files["ssamba"])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_named_models_without_weights(system: str) -> None:
+    name = f"{system}_tiny"
+    model, row = load_model(model=name, pretrained=False), available_models()[name]
+    rows, _ = get_timestamp_embeddings(noise(1, 0.5), model)
+    assert rows.shape[2] == row.timestamp_embedding_size == model.timestamp_embedding_size
+    assert model.scene_embedding_size == row.scene_embedding_size
+    if row.weights is None:
+        with pytest.raises(HearSsamError, match=rf"no weights for {name} .*github\.com"):
+            load_model(name)
+
+
+def test_logmel_is_mean_and_deviation() -> None:
+    model = load_model("logmel")
+    rows, times = get_timestamp_embeddings(noise(2, 1), model)
+    assert rows.shape == (2, 101, 80) and times[0, :3].tolist() == [0, 10, 20]
+    scene = get_scene_embeddings(noise(2, 1), model).numpy()
+    np.testing.assert_allclose(scene, np.hstack([rows.mean(1), rows.numpy().std(1)]), rtol=1e-5, atol=1e-5)
+
+
+def test_explicit_backends_agree(files: dict[str, Path]) -> None:
+    audio = noise(1, 0.5)
+    expected = get_scene_embeddings(audio, load_model(files["ssam"], backend="reference"))
+    for name, reason in hear.available_backends().items():
+        if reason is None:
+            scene = get_scene_embeddings(audio, load_model(files["ssam"], backend=name))
+            assert_close(scene, expected)
+        else:
+            with pytest.raises(HearSsamError, match=f"'{name}' cannot run here: "):
+                load_model(files["ssam"], backend=name)
+
+
+def test_bf16_is_close(files: dict[str, Path]) -> None:
+    audio = noise(2, 1)
+    scene = get_scene_embeddings(audio, load_model(files["ssam"], precision="bf16"))
+    exact = get_scene_embeddings(audio, load_model(files["ssam"]))
+    assert scene.dtype == torch.float32 and not torch.equal(scene, exact)
+    assert functional.cosine_similarity(scene, exact).min() > 0.999
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"modell": "ssam_tiny"}, "unknown option of load_model 'modell'. Did you mean 'model'.*window_frames"),
+        ({"model": "ssam_tinny", "pretrained": False}, "unknown model 'ssam_tinny'. Did you mean 'ssam_tiny'"),
+        ({"model_file_path": "ssam_tiney"}, "unknown model 'ssam_tiney'. Did you mean 'ssam_tiny'"),
+        ({"model_file_path": "folder/weights.pth"}, r"no such checkpoint: folder/weights\.pth"),
+        ({"model_file_path": "a.pth", "model": "ssam_tiny"}, "both model_file_path='a.pth' and model='ssam_tiny'"),
+        ({"model": "ssam_tiny", "pretrained": False, "backend": "tourch"}, "Did you mean 'torch'"),
+        ({"model": "ssam_tiny", "pretrained": False, "precision": "fp16"}, "precision"),
+        ({"model": "ssam_tiny", "pretrained": False, "token_order": "tim"}, "Did you mean 'time'"),
+        ({"model": "ssam_tiny", "pretrained": False, "device": "gpu"}, "device 'gpu' cannot be used"),
+        ({"model": "logmel", "token_order": "time"}, "logmel has no encoder"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(HearSsamError, match=reason):
+        load_model(**options)
+
+
+def test_random_weights_need_a_name(files: dict[str, Path]) -> None:
+    with pytest.raises(HearSsamError, match="pretrained=False needs the name of a model"):
+        load_model(files["ssam"], pretrained=False)
+
+
+def test_the_shipped_default() -> None:
+    if available_models()[hear.DEFAULT].weights is None:
+        pytest.skip(f"no {hear.DEFAULT} among the shipped checkpoints")
+    model = load("")
+    assert model.name == hear.DEFAULT and len(model.checkpoint_sha256) == 64
+    assert model.config.token_order == "time" and model.config.mask_position == "after"
+    assert get_scene_embeddings(noise(1, 1), model).shape == (1, 960)
+
+
+# ---------------------------------------------------------------------------------------------------- bad audio
+
+
+@pytest.mark.parametrize(
+    ("audio", "reason"),
+    [
+        (np.zeros((1, 9000), np.float32), "must be a torch.Tensor, not ndarray; use torch.from_numpy"),
+        (torch.zeros(1, 9000, dtype=torch.int16), r"not torch.int16; use audio.float\(\) / 32768"),
+        (torch.zeros(1, 9000, dtype=torch.int32), r"not torch.int32; use audio.float\(\) / 2\*\*31"),
+        (torch.zeros(1, 9000, dtype=torch.float64), r"not torch.float64; use audio.float\(\)\."),
+        (torch.zeros(1, 9000, dtype=torch.float16), r"not torch.float16"),
+        (torch.zeros(()), r"shape \(clips, samples\), mono, not \(\)"),
+        (torch.zeros(1, 2, 9000), r"mono, not \(1, 2, 9000\)"),
+        (torch.zeros(1, 0), "0 samples; .* needs at least"),
+        (torch.zeros(2, 200), "200 samples; .* needs at least (201 .12.5625 ms|2800 .175 ms)"),
+        (torch.zeros(1, 9000, device="meta"), "audio is on meta, the model on cpu"),
+    ],
+)
+def test_bad_audio(any_model: hear.HearModel, audio: Any, reason: str) -> None:
+    with pytest.raises(HearSsamError, match=reason):
+        get_scene_embeddings(audio, any_model)
+    with pytest.raises(HearSsamError, match=reason):
+        get_timestamp_embeddings(audio, any_model)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_broken_samples_are_located(any_model: hear.HearModel, value: float) -> None:
+    audio = noise(4, 1)
+    audio[1, 5] = audio[3, 70] = value
+    with pytest.raises(HearSsamError, match="NaN or infinite samples in clip 1, 3 of the batch"):
+        get_scene_embeddings(audio, any_model)
+
+
+def test_the_shortest_audio(any_model: hear.HearModel) -> None:
+    rows, times = get_timestamp_embeddings(noise(1, any_model.min_samples / SECOND), any_model)
+    assert rows.shape[:2] == times.shape and torch.isfinite(rows).all()
+    with pytest.raises(HearSsamError, match="needs at least"):
+        get_scene_embeddings(noise(1, (any_model.min_samples - 1) / SECOND), any_model)
+
+
+def test_a_foreign_model() -> None:
+    with pytest.raises(HearSsamError, match=r"must come from hear_ssam\.load_model, not be a Linear"):
+        get_scene_embeddings(noise(1, 1), torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------- the table
+
+
+def test_the_table_counts_what_the_papers_count() -> None:
+    rows = available_models()
+    assert rows.keys() == {*CONFIGS, "logmel"}
+    counts = {name: row.parameters for name, row in rows.items()}
+    assert counts["ssam_tiny"] == 4_760_512 and counts["ssam_base"] == 69_250_624
+    assert counts["ssast_tiny"] == 5_401_024 and counts["axlstm_base"] == 43_962_016
+    assert counts["ssamba_tiny"] == 7_095_296
+    assert all(row.licence and row.source for row in rows.values())
+    assert (rows["ssamba_base"].window_seconds, rows["ssamba_base"].scene_embedding_size) == (10.24, 6144)
+    assert rows["logmel"].scene_embedding_size == 160
+
+
+def test_models_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "list"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in (*CONFIGS, "logmel", "4,760,512", "10.24 s", "github.com"))
+    assert main(["models", "list", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows["axlstm_small"]["parameters"] == 11_216_800 and rows["axlstm_small"]["weights"] is None
+
+
+def test_the_package_root_offers_the_api() -> None:
+    for name in ("load_model", "get_scene_embeddings", "get_timestamp_embeddings", "available_models"):
+        assert getattr(hear_ssam, name) is getattr(hear, name)
