@@ -242,7 +242,8 @@ def random_mask(batch: int, config: EncoderConfig, generator: torch.Generator | 
     """Which patches to hide: bool (batch, n), exactly round(n * mask_ratio) True per clip, on the generator's device.
 
     reconstruction: patches drawn uniformly. joint (SSAMBA): square clusters of side 3, 4 or 5 (one side per call) at
-    uniformly drawn corners, until enough patches are covered; never patch 0.
+    uniformly drawn corners, until enough patches are covered; never patch 0. A cluster at the window's edge runs on
+    in the next band, as in the released code.
     """
     device = generator.device if generator is not None else torch.device("cpu")
     n = config.num_patches
