@@ -254,5 +254,5 @@ def random_mask(batch: int, config: EncoderConfig, generator: torch.Generator | 
         offsets = [config.grid[0] * i + j for i in range(side) for j in range(side)]
         order = torch.stack([F.pad(order, (o, 0), value=math.inf)[:, :n] for o in offsets]).amin(0)
         order[:, 0] = math.inf
-    hidden = order.argsort(dim=1)[:, : round(n * config.mask_ratio)]
+    hidden = order.argsort(dim=1, stable=True)[:, : round(n * config.mask_ratio)]
     return torch.zeros(batch, n, dtype=torch.bool, device=device).scatter_(1, hidden, True)

@@ -362,7 +362,7 @@ def test_ssamba_hides_square_clusters() -> None:
         corner = min(hidden)
         squares = {s: {corner + 64 * i + j for i in range(s) for j in range(s)} for s in (3, 4, 5)}
         sides += [side for side, square in squares.items() if hidden <= square][:1]
-    assert len(sides) > 30  # the others lie at an edge, where a second cluster has to help
+    assert len(sides) > 20  # in the highest bands a cluster is cut, and a second one has to help
     assert set(sides) == {3, 4, 5}
 
 
