@@ -60,12 +60,6 @@ class HearModel:
     def sample_rate(self) -> int:
         return self.model.sample_rate  # type: ignore[return-value]
 
-    @property
-    def folder(self) -> str:
-        """A folder name that differs for different models and checkpoints."""
-        slug = "".join(letter if letter.isalnum() or letter in "._=-" else "-" for letter in self.name)
-        return f"{slug}-{self.checkpoint_sha256[:8]}".rstrip("-")
-
 
 def load_hear_model(module: str, model: str = "", options: Mapping[str, Any] | None = None) -> HearModel:
     """Import `module`, call its `load_model([model], **options)`, move the model to the GPU if there is one.
@@ -119,7 +113,7 @@ def embed_task(hear: HearModel, task_dir: Path, out_dir: Path, *, resample: bool
     for split, order in task.shuffled_clips():
         dim = _embed_split(hear, task, split, order, out_dir, resample)
         count += len(order)
-    provenance = {
+    made_by = {
         "model": hear.name,
         "module": hear.module.__name__,
         "checkpoint_sha256": hear.checkpoint_sha256,
@@ -132,7 +126,7 @@ def embed_task(hear: HearModel, task_dir: Path, out_dir: Path, *, resample: bool
     }
     profile = {"time_elapsed": time.time() - started, "gpu_max_mem": None, "gpu_device_name": hear.device.type}
     for name, text in (
-        (PROVENANCE, json.dumps(provenance, indent=1)),
+        (PROVENANCE, json.dumps(made_by, indent=1)),
         ("profile.embeddings.json", json.dumps(profile, indent=4)),
         (DONE, ""),
     ):
@@ -147,6 +141,18 @@ def is_current(task: Task, out_dir: Path) -> bool:
         return False
     names = (METADATA, VOCABULARY, *(f"{split}.json" for split in task.splits))
     return all((out_dir / n).is_file() and (out_dir / n).read_bytes() == (task.folder / n).read_bytes() for n in names)
+
+
+def require_done(folder: Path) -> None:
+    """Raise HearSsamError for an embedding folder that was not finished."""
+    if not (folder / DONE).exists():
+        raise HearSsamError(f"{folder} is not a finished embedding folder ({DONE} is missing); make it again.")
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    """What `embed_task` noted about an embedding folder; empty for one that heareval made."""
+    path = folder / PROVENANCE
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def audio_folder(task: Task, split: str, sample_rate: int, resample: bool) -> Path:

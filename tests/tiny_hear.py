@@ -14,7 +14,7 @@ class Bands(torch.nn.Module):
         self.broken = broken
 
 
-def load_model(model_file_path: str = "", bands: int = 32, broken: str = "") -> Bands:
+def load_model(model_file_path: str = "", bands: int = 40, broken: str = "") -> Bands:
     """`broken` makes one fault on purpose: nan, seconds or shape."""
     return Bands(bands, broken)
 

@@ -1,0 +1,74 @@
+"""Results on disk: one JSON line per model, checkpoint, task, protocol, probe, seed, fold and metric.
+
+A job's lines are appended in one write, so a killed run loses no finished job; a line that a crash tore is skipped,
+and of two lines with the same key the later one counts. Every table is a view of such a file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import HearSsamError
+
+STORE = "records.jsonl"
+KEY = ("model", "checkpoint_sha256", "task", "version", "protocol", "probe", "seed", "fold", "metric")
+
+Record = dict[str, Any]  # the fields of KEY, `score` (None where it is not finite), and provenance
+
+
+def key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What identifies a record. `fold` is None for the score of the task (the mean over folds)."""
+    return tuple(record[name] for name in KEY)
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity: such scores are stored as null."""
+    return value if math.isfinite(value) else None
+
+
+def append(path: Path, records: Iterable[Record]) -> None:
+    """Append records in one write and force them to disk. Raises HearSsamError that names an unwritable file."""
+    text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            size = os.lseek(descriptor, 0, os.SEEK_END)
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                text = "\n" + text  # close the line that a crash tore
+            data = text.encode()
+            if os.write(descriptor, data) != len(data):
+                raise OSError(None, "the disk is full")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise HearSsamError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+def read(path: Path) -> list[Record]:
+    """All whole records of a store (a file, or the results folder that holds it), the last of each key, in order.
+
+    Raises HearSsamError where there is no store or a line is valid JSON but no record.
+    """
+    path = path / STORE if path.is_dir() else path
+    found: dict[tuple[Any, ...], Record] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise HearSsamError(f"cannot read results from {path}: {error.strerror}.") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # torn by a crash; its job was not finished and runs again
+        try:
+            found[key_of(record)] = record
+        except (KeyError, TypeError) as error:
+            raise HearSsamError(f"{path}, line {number} is not a result record (lacks {error}).") from error
+    return list(found.values())
