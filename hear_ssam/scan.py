@@ -111,12 +111,11 @@ def causal_conv1d(
         out = _kernels(name).conv_forward(*tensors, activation, reverse)
     if not return_last_state:
         return out
-    inputs = x.flip(1) if reverse else x
-    if initial_state is not None:
-        inputs = torch.cat([initial_state.to(x.dtype), inputs], 1)
-    elif x.shape[1] < before[1]:
-        inputs = torch.cat([x.new_zeros(before), inputs], 1)
-    return out, inputs[:, inputs.shape[1] - before[1] :]
+    recent = x[:, : before[1]].flip(1) if reverse else x[:, max(0, x.shape[1] - before[1]) :]
+    if recent.shape[1] < before[1]:
+        earlier = x.new_zeros(before) if initial_state is None else initial_state.to(x.dtype)
+        recent = torch.cat([earlier, recent], 1)[:, -before[1] :]
+    return out, recent
 
 
 @contextlib.contextmanager
