@@ -1,0 +1,153 @@
+"""Stage one writes heareval's folder layout, row for row, for any HEAR module."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from hear_ssam import HearSsamError
+from hear_ssam.embeddings import embed_task, frame_labels, load_hear_model, require_done
+from hear_ssam.tasks import read_task
+
+from . import tiny_hear
+from .tiny_tasks import write_task
+
+
+@pytest.fixture(scope="module")
+def hear():
+    return load_hear_model("tests.tiny_hear")
+
+
+def embed_alone(path):
+    audio, _ = soundfile.read(path, dtype="float32")
+    return tiny_hear.get_scene_embeddings(torch.from_numpy(audio)[None], tiny_hear.load_model())[0].numpy()
+
+
+def test_scene_folder(hear, tmp_path):
+    task = read_task(write_task(tmp_path / "tones", folds=3, clips=8))
+    out = embed_task(hear, task.folder, tmp_path / "out" / "tones")
+    for split, order in task.shuffled_clips():
+        assert json.loads((out / f"{split}.embedding-dimensions.json").read_text()) == [8, 40]
+        rows = np.fromfile(out / f"{split}.embeddings.npy", np.float32).reshape(8, 40)
+        alone = np.stack([embed_alone(task.folder / "16000" / split / name) for name in order])
+        np.testing.assert_allclose(rows, alone, atol=1e-5)
+        labels = task.clips(split)
+        assert pickle.loads((out / f"{split}.target-labels.pkl").read_bytes()) == [labels[name] for name in order]
+        assert (out / f"{split}.json").read_bytes() == (task.folder / f"{split}.json").read_bytes()
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".") and path.name != ".done.embeddings"]
+    made_by = json.loads((out / "embeddings.json").read_text())
+    assert (made_by["model"], made_by["clips"], made_by["dim"]) == ("tests.tiny_hear", 24, 40)
+
+
+def test_event_folder(hear, tmp_path):
+    task = read_task(write_task(tmp_path / "beeps", embedding_type="event"))
+    out = embed_task(hear, task.folder, tmp_path / "out")
+    split, order = next(iter(task.shuffled_clips()))
+    stamped = json.loads((out / f"{split}.filename-timestamps.json").read_text())
+    frames = 20  # of 50 ms
+    assert json.loads((out / f"{split}.embedding-dimensions.json").read_text()) == [len(order) * frames, 40]
+    assert [name for name, _ in stamped] == [str(out / split / name) for name in order for _ in range(frames)]
+    assert [ms for _, ms in stamped] == [25.0 + 50 * t for _ in order for t in range(frames)]
+    labels = pickle.loads((out / f"{split}.target-labels.pkl").read_bytes())
+    for (path, ms), active in zip(stamped, labels, strict=True):
+        (event,) = task.clips(split)[path.rpartition("/")[2]]
+        assert active == ([event["label"]] if event["start"] <= ms <= event["end"] else [])
+
+
+def test_frame_labels_equal_heareval(golden):
+    for case in json.loads((golden / "heareval" / "scores.json").read_text())["timestamp_labels"]:
+        for events, times, expected in zip(case["events"], case["timestamps"], case["labels"], strict=True):
+            ours = frame_labels(events, np.array(times, np.float32))
+            assert [set(frame) for frame in ours] == [set(frame) for frame in expected]
+
+
+def test_a_finished_folder_is_kept_a_half_done_or_outdated_one_is_made_again(hear, tmp_path):
+    folder = write_task(tmp_path / "tones")
+    out = tmp_path / "out"
+
+    def run():
+        embed_task(hear, folder, out)
+        return (out / "train.embeddings.npy").stat().st_mtime_ns
+
+    first = run()
+    assert run() == first
+    (out / ".done.embeddings").unlink()
+    with pytest.raises(HearSsamError, match="not a finished embedding folder"):
+        require_done(out)
+    second = run()
+    assert second > first
+    clips = json.loads((folder / "valid.json").read_text())
+    clips.popitem()
+    (folder / "valid.json").write_text(json.dumps(clips))
+    assert run() > second
+    assert json.loads((out / "valid.embedding-dimensions.json").read_text())[0] == len(clips)
+
+
+def test_clips_of_different_lengths(hear, tmp_path):
+    folder = write_task(tmp_path / "tones", sample_duration=None)
+    path = folder / "16000" / "test" / "test-2.wav"
+    soundfile.write(path, soundfile.read(path)[0][:8000], 16000)
+    for duration in (None, 1.0):
+        metadata = json.loads((folder / "task_metadata.json").read_text())
+        (folder / "task_metadata.json").write_text(json.dumps(metadata | {"sample_duration": duration}))
+        out = embed_task(hear, folder, tmp_path / f"out-{duration}")
+        order = dict(read_task(folder).shuffled_clips())["test"]
+        rows = np.fromfile(out / "test.embeddings.npy", np.float32).reshape(-1, 40)
+        np.testing.assert_allclose(rows[order.index("test-2.wav")], embed_alone(path), atol=1e-5)
+
+
+def test_other_rates_only_on_request(hear, tmp_path):
+    folder = write_task(tmp_path / "tones", rate=48000)
+    with pytest.raises(HearSsamError, match=r"no 16000 Hz audio for train, only 48000 Hz.*--resample"):
+        embed_task(hear, folder, tmp_path / "out")
+    resampled = embed_task(hear, folder, tmp_path / "out", resample=True)
+    (folder / "48000").rename(folder / "16000")
+    with pytest.raises(HearSsamError, match=r"train-0\.wav has 48000 Hz"):
+        embed_task(hear, folder, tmp_path / "again")
+    native = embed_task(hear, write_task(tmp_path / "native"), tmp_path / "native-out")
+    a, b = (np.fromfile(out / "test.embeddings.npy", np.float32).reshape(-1, 40) for out in (resampled, native))
+    assert (np.exp(a).argmax(1) == np.exp(b).argmax(1)).all()  # the tones stay where they are
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("nan", r"NaN or infinite values for the clip train-0\.wav of the task tones"),
+        ("shape", r"get_scene_embeddings returned embeddings \(6, 39\)"),
+    ],
+)
+def test_wrong_scene_embeddings(tmp_path, broken, message):
+    hear = load_hear_model("tests.tiny_hear", options={"broken": broken})
+    assert hear.name == f"tests.tiny_hear-broken={broken}"
+    with pytest.raises(HearSsamError, match=message):
+        embed_task(hear, write_task(tmp_path / "tones"), tmp_path / "out")
+
+
+def test_timestamps_in_seconds(tmp_path):
+    hear = load_hear_model("tests.tiny_hear", options={"broken": "seconds"})
+    with pytest.raises(HearSsamError, match="they must be milliseconds"):
+        embed_task(hear, write_task(tmp_path / "beeps", embedding_type="event"), tmp_path / "out")
+
+
+def test_missing_audio_is_named(hear, tmp_path):
+    folder = write_task(tmp_path / "tones")
+    (folder / "16000" / "valid" / "valid-3.wav").unlink()
+    with pytest.raises(HearSsamError, match=r"valid-3\.wav"):
+        embed_task(hear, folder, tmp_path / "out")
+    shutil.rmtree(folder / "16000")
+    with pytest.raises(HearSsamError, match="has no audio: the folder 16000/train is missing"):
+        embed_task(hear, folder, tmp_path / "out")
+
+
+def test_modules_without_the_hear_api(monkeypatch):
+    with pytest.raises(HearSsamError, match="cannot import the HEAR module 'no_such_module'"):
+        load_hear_model("no_such_module")
+    with pytest.raises(HearSsamError, match="json has no function load_model"):
+        load_hear_model("json")
+    monkeypatch.delattr(tiny_hear.Bands, "sample_rate")
+    with pytest.raises(HearSsamError, match="needs the attribute sample_rate"):
+        load_hear_model("tests.tiny_hear")

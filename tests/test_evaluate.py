@@ -1,0 +1,130 @@
+"""The driver end to end: records, resumption, failures, foreign embedding folders."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hear_ssam import HearSsamError, cli
+from hear_ssam.evaluate import run_evaluation
+from hear_ssam.records import STORE, key_of, read
+
+from .tiny_tasks import write_task
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULE = "tests.tiny_hear"
+
+
+def test_one_bad_task_does_not_stop_the_others(tmp_path, capsys):
+    tasks, results = tmp_path / "tasks", tmp_path / "results"
+    write_task(tasks / "tones")
+    write_task(tasks / "folds", folds=3)
+    write_task(tasks / "broken")
+    (tasks / "broken" / "16000" / "test" / "test-1.wav").unlink()
+    command = ["evaluate", MODULE, "--tasks-dir", str(tasks), "--results-dir", str(results), "--workers", "1"]
+    assert cli.main(command) == 1
+    captured = capsys.readouterr()
+    assert "1 failed" in captured.err and "test-1.wav" in captured.err
+    assert "tones" in captured.out and "folds" in captured.out and "broken" not in captured.out
+
+    records = read(results)
+    assert {(r["task"], r["fold"]) for r in records} == {
+        ("tones", None), ("folds", None), ("folds", "fold00"), ("folds", "fold01"), ("folds", "fold02"),
+    }  # fmt: skip
+    assert {r["metric"] for r in records} == {"top1_acc", "mAP"}
+    folds = [r["score"] for r in records if r["task"] == "folds" and r["fold"] and r["primary"]]
+    (mean,) = (r["score"] for r in records if r["task"] == "folds" and r["fold"] is None and r["primary"])
+    assert mean == pytest.approx(np.mean(folds))
+    first = records[0]
+    assert (first["model"], first["protocol"], first["probe"], first["seed"]) == (MODULE, "heareval", "exact", 42)
+    assert (first["clips"], first["threads"], first["embeddings"]["dim"]) == (18, 1, 40)
+
+    with np.load(results / "predictions" / MODULE / "folds" / "heareval-exact-seed42.npz") as stored:
+        assert stored["labels"].tolist() == ["high", "low", "mid"]
+        right = stored["fold00/prediction"].argmax(1) == stored["fold00/target"].argmax(1)
+    assert right.mean() == pytest.approx(folds[0])
+
+    # Repairing the task and running again does only what is missing.
+    before = (results / STORE).read_bytes()
+    shutil.copy(tasks / "broken" / "16000" / "test" / "test-4.wav", tasks / "broken" / "16000" / "test" / "test-1.wav")
+    assert cli.main(command) == 0
+    after = (results / STORE).read_bytes()
+    assert after.startswith(before) and {r["task"] for r in read(results)} == {"tones", "folds", "broken"}
+    assert cli.main(command) == 0 and (results / STORE).read_bytes() == after
+
+    assert cli.main([*command, "--existing", "never"]) == 2
+    assert "--existing never" in capsys.readouterr().err
+
+
+def test_foreign_embeddings_need_no_module(tmp_path):
+    """Folders as heareval leaves them: no provenance file; the parent folder names the model."""
+    write_task(tmp_path / "tasks" / "tones")
+    run_evaluation(MODULE, tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "a", workers=1)
+    folder = shutil.copytree(tmp_path / "a" / "embeddings" / MODULE, tmp_path / "openl3")
+    (folder / "tones" / "embeddings.json").unlink()
+    evaluation = run_evaluation(embeddings_dir=folder, results_dir=tmp_path / "b", workers=1)
+    assert not evaluation.failures
+    assert {r["model"] for r in evaluation.records} == {"openl3"}
+    assert [r["score"] for r in evaluation.records] == [r["score"] for r in read(tmp_path / "a")]
+    (folder / "tones" / ".done.embeddings").unlink()
+    evaluation = run_evaluation(embeddings_dir=folder, results_dir=tmp_path / "c", workers=1)
+    assert "not a finished embedding folder" in evaluation.failures["tones"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
+def test_a_killed_run_loses_no_finished_job(tmp_path):
+    write_task(tmp_path / "tasks" / "tones")
+    store = tmp_path / "results" / STORE
+    command = [sys.executable, "-m", "hear_ssam", "evaluate", MODULE, "--tasks-dir", str(tmp_path / "tasks")]
+    command += ["--results-dir", str(store.parent), "--seeds", "40", "--workers", "1"]
+    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while driver.poll() is None and not (store.exists() and store.stat().st_size):
+        time.sleep(0.02)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    kept = read(store)
+    seeds = {r["seed"] for r in kept}
+    assert 1 <= len(seeds) < 40
+    evaluation = run_evaluation(
+        MODULE, tasks_dir=tmp_path / "tasks", results_dir=store.parent, seeds=len(seeds) + 1, workers=1
+    )
+    assert not evaluation.failures
+    records = {key_of(r): r for r in read(store)}
+    assert all(records[key_of(r)] == r for r in kept)  # not run again: their time stamps are the old ones
+    assert {r["seed"] for r in records.values()} == set(range(42, 43 + len(seeds)))
+
+
+def test_two_drivers_on_one_folder(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(HearSsamError, match="another evaluation writes to"):
+            run_evaluation(MODULE, tasks_dir=tmp_path, results_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks-dir", "nowhere"], "no folder nowhere"),
+        ([], "--tasks-dir"),
+        (["--tasks-dir", "nowhere", "--protocol", "sam"], "Did you mean 'ssam'"),
+        (["--tasks-dir", "nowhere", "--seeds", "0"], "--seeds must be at least 1"),
+        (["--tasks-dir", "nowhere", "--model-options", "[1]"], "must be a JSON object"),
+    ],
+)
+def test_wrong_arguments(tmp_path, capsys, arguments, message):
+    assert cli.main(["evaluate", MODULE, "--results-dir", str(tmp_path / "results"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(HearSsamError, match="Did you mean 'always'"):
+        run_evaluation(MODULE, tasks_dir=tmp_path, results_dir=tmp_path, existing="allways")
+
+
+def test_help_is_light():
+    code = "import sys, hear_ssam.evaluate, hear_ssam.report; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

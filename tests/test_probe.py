@@ -1,0 +1,239 @@
+"""The exact probe: heareval's grid, order, early stopping and numbers."""
+
+import csv
+import itertools
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from hear_ssam import HearSsamError
+from hear_ssam.probe import (
+    PROTOCOLS,
+    HeadConfig,
+    batches,
+    grid_points,
+    read_labels,
+    read_rows,
+    run_probe,
+    train_head,
+)
+from hear_ssam.tasks import read_task
+
+DIGITS = "spoken_digit__default_t1_torch2.13.0"
+TONES = "multitone__default_t1_torch1.13.1"
+
+
+def logged_checks(folder, training):
+    with open(folder / f"metrics_version_{training}.csv") as file:
+        return [row for row in csv.DictReader(file) if row["val_loss"]]
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_embeddings(folder, splits, *, dim=4, rows=30, labels=("a", "b", "c"), **metadata):
+    """A folder in heareval's layout with separable classes."""
+    folder.mkdir()
+    metadata = {
+        "task_name": "toy",
+        "embedding_type": "scene",
+        "prediction_type": "multiclass",
+        "split_mode": "trainvaltest" if "train" in splits else "presplit_kfold",
+        "splits": splits,
+        "evaluation": ["top1_acc", "mAP"],
+        "evaluation_params": {"task_specific_param_grid": {"hidden_dim": [8], "max_epochs": [12]}},
+        **metadata,
+    }
+    (folder / "task_metadata.json").write_text(json.dumps(metadata))
+    vocabulary = "".join(f"{index},{label}\n" for index, label in enumerate(labels))
+    (folder / "labelvocabulary.csv").write_text("idx,label\n" + vocabulary)
+    generator = np.random.default_rng(1)
+    centres = generator.normal(0, 2, (len(labels), dim))
+    for split in splits:
+        ids = generator.integers(0, len(labels), rows)
+        x = (centres[ids] + generator.normal(0, 1, (rows, dim))).astype(np.float32)
+        x.tofile(folder / f"{split}.embeddings.npy")
+        (folder / f"{split}.embedding-dimensions.json").write_text(json.dumps(x.shape))
+        (folder / f"{split}.target-labels.pkl").write_bytes(pickle.dumps([[labels[i]] for i in ids]))
+        (folder / f"{split}.json").write_text(json.dumps({f"{n}.wav": [labels[i]] for n, i in enumerate(ids)}))
+    return folder
+
+
+# ---- grid
+
+
+def test_heareval_tries_the_same_eight_points_in_every_task():
+    points = [(p.hidden_layers, p.initialization[7], p.lr) for p in grid_points(PROTOCOLS["heareval"], {}, 42)]
+    assert points == [
+        (1, "n", 1e-4), (2, "u", 1e-3), (1, "n", 1e-3), (1, "n", 3.2e-4),
+        (2, "n", 3.2e-4), (2, "u", 3.2e-4), (2, "n", 3.2e-3), (2, "u", 3.2e-3),
+    ]  # fmt: skip
+
+
+def test_ssam_tries_two_dropouts_with_ten_seeds():
+    protocol = PROTOCOLS["ssam"]
+    for seed in range(10):
+        points = grid_points(protocol, {}, seed)
+        assert {(p.hidden_layers, p.initialization, p.lr, p.dropout) for p in points} == {
+            (1, "xavier_normal", 1e-4, 0.1),
+            (1, "xavier_normal", 1e-4, 0.25),
+        }
+    assert (protocol.first_seed, protocol.seeds) == (0, 10)
+
+
+def test_tasks_may_change_the_grid():
+    points = grid_points(PROTOCOLS["heareval"], {"task_name": "dcase2016_task2"}, 42)
+    assert {p.check_val_every_n_epoch for p in points} == {10}
+    metadata = {"evaluation_params": {"task_specific_param_grid": {"max_epochs": [50]}}}
+    assert {p.max_epochs for p in grid_points(PROTOCOLS["ssam"], metadata, 0)} == {50}
+    metadata["evaluation_params"]["task_specific_param_grid"] = {"epochs": [50]}
+    with pytest.raises(HearSsamError, match="unknown grid parameter 'epochs'"):
+        grid_points(PROTOCOLS["ssam"], metadata, 0)
+
+
+# ---- data
+
+
+@pytest.mark.parametrize(("sizes", "size"), [((10,), 4), ((3, 5, 1), 4), ((9,), 4), ((4, 4), 4), ((1,), 4), ((5,), 2)])
+def test_batches_cut_all_rows_in_order(sizes, size):
+    parts = [part.clone() for part in torch.arange(sum(sizes) * 2.0).view(-1, 2).split(sizes)]
+    cut = batches(parts, size)
+    assert torch.equal(torch.cat(cut), torch.cat(parts))
+    assert all(len(batch) == size for batch in cut[:-1]) and 1 <= len(cut[-1]) <= size
+    merged = batches(parts, size, merge_single=True)
+    assert torch.equal(torch.cat(merged), torch.cat(parts))
+    assert len(merged) == 1 or len(merged[-1]) > 1
+
+
+def test_a_last_batch_of_one_row_trains(tmp_path):
+    folder = write_embeddings(tmp_path / "toy", ["train", "valid", "test"], rows=9)
+    task = read_task(folder)
+    splits = {name: read_rows(task, name) for name in task.splits}
+    trained = train_head(task, splits, task.data_splits[0], HeadConfig(hidden_dim=8, batch_size=4, max_epochs=3))
+    assert trained.epoch == 2
+
+
+def test_a_hostile_label_pickle_is_not_executed(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    path = tmp_path / "train.target-labels.pkl"
+    path.write_bytes(pickle.dumps([[Hostile()]]))
+    with pytest.raises(HearSsamError, match=r"train\.target-labels\.pkl.*mkdir"):
+        read_labels(path)
+    assert not (tmp_path / "executed").exists()
+    path.write_bytes(b"\x80\x04]")
+    with pytest.raises(HearSsamError, match="not a readable pickle"):
+        read_labels(path)
+    path.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(HearSsamError, match="must hold a list"):
+        read_labels(path)
+
+
+def test_damaged_embedding_folders_are_named(tmp_path):
+    folder = write_embeddings(tmp_path / "toy", ["train", "valid", "test"])
+    x = np.fromfile(folder / "valid.embeddings.npy", np.float32)
+    x[4 * 7] = np.nan
+    x.tofile(folder / "valid.embeddings.npy")
+    with pytest.raises(HearSsamError, match=r"valid\.embeddings\.npy: row 7 is not finite"):
+        run_probe(folder, "ssam", 0)
+    x[:50].tofile(folder / "valid.embeddings.npy")
+    with pytest.raises(HearSsamError, match=r"valid\.embeddings\.npy does not have the size"):
+        run_probe(folder, "ssam", 0)
+    (folder / "valid.embeddings.npy").unlink()
+    with pytest.raises(HearSsamError, match=r"cannot read .*valid\.embeddings\.npy"):
+        run_probe(folder, "ssam", 0)
+    with pytest.raises(HearSsamError, match="Did you mean 'ssam'"):
+        run_probe(write_embeddings(tmp_path / "other", ["train", "valid", "test"]), "sam", 0)
+
+
+# ---- heads
+
+
+def test_runs_repeat_and_leave_the_random_state_alone(tmp_path, one_thread):
+    folder = write_embeddings(tmp_path / "toy", ["fold02", "fold00", "fold01", "fold03"])
+    state = torch.get_rng_state()
+    once, again, other = (run_probe(folder, "heareval", seed) for seed in (42, 42, 43))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert once.histories == again.histories != other.histories
+    assert [fold.fold for fold in once.folds] == ["fold00", "fold01", "fold02", "fold03"]
+    assert len(once.histories) == 8 + 3
+    for fold in once.folds:
+        assert fold.prediction.sum(1) == pytest.approx(np.ones(30))
+        assert fold.scores["top1_acc"] == np.mean(fold.prediction.argmax(1) == fold.target.argmax(1))
+
+
+def test_the_winner_is_the_first_best_and_its_best_epoch_is_tested(tmp_path):
+    result = run_probe(write_embeddings(tmp_path / "toy", ["train", "valid", "test"]), "heareval", 42)
+    best = [max(check["val_score"] for check in history) for history in result.histories]
+    winner = result.histories[best.index(max(best))]
+    (fold,) = result.folds
+    assert fold.validation_score == max(best)
+    assert fold.epoch == next(check["epoch"] for check in winner if check["val_score"] == max(best))
+
+
+def test_training_stops_after_patience_checks_without_improvement(tmp_path):
+    folder = write_embeddings(tmp_path / "toy", ["train", "valid", "test"])
+    task = read_task(folder)
+    splits = {name: read_rows(task, name) for name in task.splits}
+    config = HeadConfig(hidden_dim=8, patience=4, lr=1e-2)
+    trained = train_head(task, splits, task.data_splits[0], config)
+    checks = [check["epoch"] for check in trained.history]
+    assert checks == list(range(2, checks[-1] + 1, 3)) and checks[-1] == trained.epoch + 3 * 4
+
+
+def test_selection_by_loss(tmp_path):
+    folder = write_embeddings(tmp_path / "toy", ["train", "valid", "test"], use_scoring_for_early_stopping=False)
+    result = run_probe(folder, "ssam", 0)
+    assert result.folds[0].validation_score == min(c["val_loss"] for h in result.histories for c in h)
+
+
+def test_initial_weights_and_first_epochs_equal_heareval(golden, one_thread):
+    """Losses agree to rounding: equal torch and thread count, but perhaps another CPU than the golden run's."""
+    folder = golden / "heareval" / DIGITS
+    task = read_task(folder)
+    splits = {name: read_rows(task, name) for name in task.splits}
+    point, *_ = grid_points(PROTOCOLS["heareval"], task.metadata, 42)
+    torch.manual_seed(42)
+    trained = train_head(task, splits, task.data_splits[0], point)
+    rows = logged_checks(folder, 0)
+    assert [check["epoch"] for check in trained.history[:10]] == [int(row["epoch"]) for row in rows[:10]]
+    for check, row in itertools.islice(zip(trained.history, rows, strict=False), 10):
+        assert check["val_loss"] == pytest.approx(float(row["val_loss"]), rel=5e-3)
+        assert check["val_score"] == pytest.approx(float(row["val_score"]), abs=0.051)  # one clip of 20
+
+
+@pytest.mark.slow
+def test_a_whole_run_equals_heareval(golden, one_thread):
+    folder = golden / "heareval" / DIGITS
+    expected = json.loads((folder / "test.predicted-scores.json").read_text())
+    result = run_probe(folder, "heareval", 42)
+    assert result.config.lr == expected["hparams"]["lr"]
+    assert result.config.hidden_layers == expected["hparams"]["hidden_layers"]
+    for fold in result.folds:
+        assert fold.epoch == expected[fold.fold]["epoch"]
+        assert fold.loss == pytest.approx(expected[fold.fold]["test_loss"], rel=5e-3)
+        assert fold.scores["top1_acc"] == pytest.approx(expected[fold.fold]["test_score"], abs=0.051)
+
+
+def test_multilabel_head_reaches_heareval(golden, tmp_path, one_thread):
+    """Another torch drew other dropout masks, so scores agree as those of two seeds do."""
+    folder = shutil.copytree(golden / "heareval" / TONES, tmp_path / "tones", copy_function=shutil.copy)
+    expected = json.loads((folder / "test.predicted-scores.json").read_text())
+    task = read_task(folder)
+    splits = {name: read_rows(task, name) for name in task.splits}
+    config = HeadConfig(2, initialization="xavier_uniform", lr=3.2e-3)
+    torch.manual_seed(0)
+    trained = train_head(task, splits, task.data_splits[0], config)
+    assert trained.validation_score == pytest.approx(expected["test"]["validation_score"], abs=0.02)

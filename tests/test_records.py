@@ -1,0 +1,45 @@
+"""The store of results: whole lines, the last of a key counts, a torn line is not a result."""
+
+import json
+
+import pytest
+
+from hear_ssam import HearSsamError
+from hear_ssam.records import KEY, STORE, append, finite, read
+
+
+def record(**values):
+    return {**dict.fromkeys(KEY, "x"), "seed": 0, "fold": None, "score": 0.5, **values}
+
+
+def test_what_was_appended_is_read_and_a_later_line_replaces_its_key(tmp_path):
+    store = tmp_path / "new folder" / STORE
+    append(store, [record(seed=0), record(seed=1)])
+    append(store, [record(seed=0, score=0.75)])
+    assert read(store) == read(store.parent) == [record(seed=0, score=0.75), record(seed=1)]
+
+
+def test_a_torn_line_is_skipped_and_closed_by_the_next_append(tmp_path):
+    store = tmp_path / STORE
+    append(store, [record(seed=0), record(seed=1)])
+    store.write_bytes(store.read_bytes()[:-10])
+    assert [r["seed"] for r in read(store)] == [0]
+    append(store, [record(seed=2)])
+    assert [r["seed"] for r in read(store)] == [0, 2]
+
+
+def test_scores_that_are_not_finite_become_null(tmp_path):
+    append(tmp_path / STORE, [record(score=finite(float("inf")))])
+    assert json.loads((tmp_path / STORE).read_text())["score"] is None
+    with pytest.raises(ValueError, match="JSON compliant"):
+        append(tmp_path / STORE, [record(score=float("nan"))])
+
+
+def test_bad_stores_are_named(tmp_path):
+    with pytest.raises(HearSsamError, match=r"cannot read results from .*records\.jsonl"):
+        read(tmp_path)
+    (tmp_path / STORE).write_text('{"a": 1}\n')
+    with pytest.raises(HearSsamError, match="line 1 is not a result record"):
+        read(tmp_path)
+    with pytest.raises(HearSsamError, match="cannot write"):
+        append(tmp_path / STORE / STORE, [record()])

@@ -1,0 +1,101 @@
+"""HEAR task folders are read as heareval reads them, and what is wrong with one is said by name."""
+
+import json
+import pickle
+import re
+
+import pytest
+
+from hear_ssam import HearSsamError
+from hear_ssam.tasks import find_tasks, read_task
+
+from .tiny_tasks import write_task
+
+
+def test_folds_rotate_as_in_heareval(golden, tmp_path):
+    expected = json.loads((golden / "heareval" / "scores.json").read_text())["folds"]
+    for count, splits in expected.items():
+        task = read_task(write_task(tmp_path / f"k{count}", folds=int(count), clips=3))
+        assert [
+            {"train": list(s.train), "valid": [s.valid], "test": [s.test]} for s in task.data_splits
+        ] == splits
+
+
+def test_train_valid_test(tmp_path):
+    (split,) = read_task(write_task(tmp_path / "tones")).data_splits
+    assert (split.train, split.valid, split.test) == (("train",), "valid", "test")
+
+
+def test_rows_are_shuffled_as_in_heareval(golden):
+    task = read_task(golden / "heareval" / "spoken_digit__default_t1_torch2.13.0")
+    for split, order in task.shuffled_clips():
+        clips = task.clips(split)
+        rows = pickle.loads((task.folder / f"{split}.target-labels.pkl").read_bytes())
+        assert [clips[name] for name in order] == rows
+
+
+def test_targets_are_one_hot_rows_by_vocabulary(tmp_path):
+    task = read_task(write_task(tmp_path / "tones"))
+    assert task.labels == ("high", "low", "mid")
+    assert task.targets([["low"], ["high"]], "here").tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
+def test_tasks_are_found_by_name_also_below_an_unpacked_archive(tmp_path):
+    write_task(tmp_path / "hear-2021.0.6" / "tasks" / "tones")
+    write_task(tmp_path / "chords")
+    assert [path.name for path in find_tasks(tmp_path)] == ["chords", "tones"]
+    assert [path.name for path in find_tasks(tmp_path, ["tones"])] == ["tones"]
+    with pytest.raises(HearSsamError, match="Did you mean 'tones'"):
+        find_tasks(tmp_path, ["tone"])
+    with pytest.raises(HearSsamError, match="no folder"):
+        find_tasks(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split_mode": "loocv"}, "unknown split_mode"),
+        ({"splits": ["train", "test"]}, "needs the splits train, valid and test"),
+        ({"split_mode": "new_split_kfold", "splits": ["fold00", "fold01"]}, "at least three"),
+        ({"evaluation": []}, "at least one score"),
+    ],
+)
+def test_contradictory_metadata(tmp_path, change, message):
+    folder = write_task(tmp_path / "tones")
+    path = folder / "task_metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(HearSsamError, match=message):
+        read_task(folder)
+
+
+@pytest.mark.parametrize("name", ["task_metadata.json", "labelvocabulary.csv"])
+def test_missing_file_is_named(tmp_path, name):
+    folder = write_task(tmp_path / "tones")
+    (folder / name).unlink()
+    with pytest.raises(HearSsamError, match=re.escape(name)):
+        read_task(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a.wav": ["lou"]}', "label 'lou'"),
+        ('{"a.wav": ["low", "high"]}', "exactly one"),
+        ('{"a.wav": "low"}', "must be a list"),
+        ("{}", "at least one file"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_wrong_labels_are_named(tmp_path, content, message):
+    folder = write_task(tmp_path / "tones")
+    (folder / "valid.json").write_text(content)
+    with pytest.raises(HearSsamError, match=message) as caught:
+        read_task(folder).clips("valid")
+    assert "valid.json" in str(caught.value)
+
+
+def test_missing_split_is_named(tmp_path):
+    folder = write_task(tmp_path / "tones")
+    (folder / "test.json").unlink()
+    with pytest.raises(HearSsamError, match=r"test\.json"):
+        read_task(folder).clips("test")
