@@ -68,11 +68,17 @@ class HearModel(nn.Module):
 
     def forward(self, audio: Tensor) -> Tensor:
         """Timestamp embeddings (B, T, E), float32."""
-        return self._rows(audio)[:, : len(self.timestamps(audio.shape[-1]))]
+        return self.scene_and_rows(audio)[1]
 
-    def scene(self, audio: Tensor) -> Tensor:
-        """Scene embeddings (B, E), float32: the mean over the rows."""
-        return self(audio).mean(1)
+    def scene_and_rows(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """Scene embeddings (B, E') and timestamp embeddings (B, T, E) of one pass, float32."""
+        computed = self._rows(audio)
+        rows = computed[:, : len(self.timestamps(audio.shape[-1]))]
+        return self._scene(rows, computed), rows
+
+    def _scene(self, rows: Tensor, computed: Tensor) -> Tensor:
+        """The scene embedding: the mean over the rows."""
+        return rows.mean(1)
 
     def _rows(self, audio: Tensor) -> Tensor:
         """All rows computed for a clip, of which `forward` keeps the first T."""
@@ -136,8 +142,8 @@ class EncoderModel(HearModel):
             rows = max(1, math.floor((samples - start) / (patch * HOP)) + 1)
         return (start + patch * HOP * torch.arange(rows, dtype=torch.float64)) / MILLISECOND
 
-    def scene(self, audio: Tensor) -> Tensor:
-        return self._rows(audio).mean(1) if self.kaldi and self.official else super().scene(audio)
+    def _scene(self, rows: Tensor, computed: Tensor) -> Tensor:
+        return (computed if self.kaldi and self.official else rows).mean(1)
 
     def _frames(self, samples: int) -> int:
         return 1 + ((samples - WINDOW) // HOP if self.kaldi else samples // HOP)
@@ -192,8 +198,7 @@ class LogMelModel(HearModel):
     def timestamps(self, samples: int) -> Tensor:
         return torch.arange(1 + samples // HOP, dtype=torch.float64) * HOP / MILLISECOND
 
-    def scene(self, audio: Tensor) -> Tensor:
-        rows = self(audio)
+    def _scene(self, rows: Tensor, computed: Tensor) -> Tensor:
         mean = rows.mean(1)
         return torch.cat([mean, (rows - mean[:, None]).square().mean(1).sqrt()], dim=1)
 
@@ -272,7 +277,7 @@ def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:
     Stays on the audio's device and builds no graph. Raises HearSsamError for audio that cannot be embedded.
     """
     with torch.no_grad():
-        return _known(model).scene(audio)
+        return _known(model).scene_and_rows(audio)[0]
 
 
 def get_timestamp_embeddings(audio: Tensor, model: HearModel) -> tuple[Tensor, Tensor]:
