@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from scipy.special import ndtri
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 from .errors import unknown_name
 
@@ -30,11 +30,23 @@ def chroma_accuracy(prediction: np.ndarray, target: np.ndarray) -> float:
 
 def mean_average_precision(prediction: np.ndarray, target: np.ndarray) -> float:
     """Unweighted mean over classes of the non-interpolated average precision; no positives counts as 0."""
-    present = np.asarray(target.any(0))
-    if not present.any():
+    return float(np.mean([_average_precision(p, t) for p, t in zip(prediction.T, target.T, strict=True)]))
+
+
+def _average_precision(prediction: np.ndarray, target: np.ndarray) -> float:
+    """Σ over thresholds of precision times gain in recall, for one class.
+
+    Equal to scikit-learn's to the last bit (hence the order of the sum), without its checks of the input: validation
+    scores fifty classes after every third epoch.
+    """
+    order = np.argsort(prediction)[::-1]
+    ranked = prediction[order]
+    threshold = np.flatnonzero(np.append(ranked[:-1] != ranked[1:], True))  # last place of each distinct value
+    hits = np.cumsum(target[order], dtype=np.float64)[threshold]
+    if hits[-1] == 0:
         return 0.0
-    precision = average_precision_score(target[:, present], prediction[:, present], average=None)
-    return float(np.sum(precision) / len(present))
+    precision, recall = hits / (threshold + 1), hits / hits[-1]
+    return float(-np.sum(np.diff(recall[::-1], append=0) * precision[::-1]))
 
 
 def _class_aucs(prediction: np.ndarray, target: np.ndarray) -> np.ndarray:

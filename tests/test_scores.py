@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score
 
 from hear_ssam import HearSsamError
 from hear_ssam.scores import SCORES, aggregate_folds, named_score
@@ -28,6 +29,16 @@ def test_perfect_and_undefined_scores():
     assert SCORES["mAP"].compute(absent, absent) == pytest.approx(2 / 3)
     assert math.isnan(SCORES["aucroc"].compute(absent, absent))
     assert math.isnan(SCORES["d_prime"].compute(absent, absent))
+
+
+def test_average_precision_is_scikit_learns_to_the_last_bit():
+    generator = np.random.default_rng(0)
+    for rows in (1, 2, 50, 333):
+        prediction = generator.random((rows, 7)).astype(np.float32)
+        prediction[:, 3] = prediction[:, 3].round(1)  # ties
+        target = (generator.random((rows, 7)) < 0.3).astype(np.float32)
+        target[0] = 1
+        assert SCORES["mAP"].compute(prediction, target) == average_precision_score(target, prediction)
 
 
 def test_octave_errors_are_forgiven_by_chroma_alone():
