@@ -93,7 +93,10 @@ def save_checkpoint(
     facts = {key: value for key, value in info.items() if key != "sha256"}  # no file can hold its own
     metadata = json.dumps({"config": config.to_dict(), "info": facts}, sort_keys=True)
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata={METADATA: metadata})
+        try:
+            save_file(tensors, temporary, metadata={METADATA: metadata})
+        except SafetensorError as error:  # a full disk
+            raise HearSsamError(f"cannot write {path}: {error}.") from error
 
 
 def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> tuple[EncoderConfig, dict[str, Any]]:

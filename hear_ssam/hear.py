@@ -39,9 +39,9 @@ from .scan import available_backends, use_backend
 DEFAULT = "ssam_tiny"
 BASELINE = "logmel"
 MILLISECOND = SAMPLE_RATE // 1000  # samples
-# Tokens x width that go through the encoder at once. CPU: what stays near the caches (8 windows of ssam_tiny).
-GROUP = {"cpu": 8 * 251 * 192}
-GPU_GROUP = 64 * GROUP["cpu"]
+# Tokens x width that go through the encoder at once. CPU: what stays near the caches (4 windows of ssam_tiny).
+GROUP = {"cpu": 4 * 251 * 192}
+GPU_GROUP = 128 * GROUP["cpu"]
 
 
 class HearModel(nn.Module):
@@ -213,7 +213,7 @@ class LogMelModel(HearModel):
 
 
 def load_model(
-    model_file_path: str | os.PathLike[str] = "",
+    model_file_path: str | os.PathLike[str] | None = "",
     *,
     model: str = "",
     pretrained: bool = True,
@@ -244,7 +244,7 @@ def load_model(
         raise unknown_name("option of load_model", option, load_model.__kwdefaults__ or ())
     if backend not in (None, "auto"):
         _check_backend(backend)
-    path = os.fspath(model_file_path)
+    path = os.fspath(model_file_path or "")
     if path and model:
         raise HearSsamError(f"load_model got both model_file_path={path!r} and model={model!r}; give one.")
     name = path or model or DEFAULT

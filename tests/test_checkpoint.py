@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from hear_ssam import HearSsamError
+from hear_ssam import HearSsamError, checkpoint
 from hear_ssam.checkpoint import METADATA, _official_name, convert, load_checkpoint, save_checkpoint
 from hear_ssam.cli import main
 from hear_ssam.config import SYSTEMS, EncoderConfig, build_config
@@ -78,6 +79,18 @@ def test_half_precision_is_widened(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "half.safetensors", config, state, {})
     _, read, _ = load_checkpoint(tmp_path / "half.safetensors")
     assert all(read[name].dtype == torch.float32 and torch.equal(read[name], state[name].float()) for name in state)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    config = small_config("ssam")
+    (tmp_path / "a.safetensors").write_bytes(b"old")
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(HearSsamError, match=r"cannot write .*a\.safetensors: No space left"):
+        save_checkpoint(tmp_path / "a.safetensors", config, weights(config), {})
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
 
 
 def test_a_state_that_does_not_fit_is_not_saved(tmp_path: Path) -> None:
@@ -204,6 +217,8 @@ def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["convert", str(tmp_path / "absent.pth"), str(tmp_path / "b.safetensors")]) == 2
     assert "absent.pth" in capsys.readouterr().err
     assert not (tmp_path / "b.safetensors").exists()
+    assert main(["convert", str(source), str(source / "below_a_file.safetensors")]) == 2
+    assert "cannot write" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------- hostile files
