@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +17,13 @@ from .errors import HearSsamError
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
-    import torch
 
     from .hear import HearModel
 
-    _Embedded = tuple[np.ndarray, np.ndarray]
+    _Embedded = tuple[np.ndarray, list[float | None]]
 
 ROW_GROUP = 8192  # rows that are collected before they are written
+KINDS = {"both": ("scene", "timestamps"), "scene": ("scene",), "timestamps": ("timestamps",)}
 
 EXAMPLES = """examples:
   hear-ssam embed recordings/ -o embeddings.parquet
@@ -53,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("inputs", nargs="+", metavar="FILE_OR_FOLDER", help="audio files; folders are searched")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the Parquet file to write")
     parser.add_argument("--model", default="", metavar="NAME|FILE", help="default: the shipped one")
-    parser.add_argument("--kind", choices=("both", "scene", "timestamps"), default="both", help="default: both")
+    parser.add_argument("--kind", choices=KINDS, default="both", help="default: both")
     parser.add_argument("--workers", type=int, metavar="N", help="files embedded at the same time; default: CPU cores")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
     parser.add_argument("--device", default="cpu", help="default: cpu")
@@ -90,7 +90,7 @@ def embed_files(
 ) -> list[Path]:
     """Embed files and write them to the Parquet file `output` in their order; returns the files that were skipped.
 
-    kind     "scene", "timestamps" or "both"
+    kind     a key of KINDS
     workers  files embedded at the same time, each by one thread; twice as many are kept in memory
 
     Skipped files are named on stderr. Raises HearSsamError where `output` cannot be written or every file is skipped;
@@ -100,13 +100,10 @@ def embed_files(
     import pyarrow.parquet as pq
     from tqdm import tqdm
 
-    from .audio import read_audio
     from .paths import atomic_write
 
     schema = _schema(model, kind)
-    outcomes = _in_order(
-        files, lambda file: read_audio(file, model.sample_rate), lambda audio: _embed(audio, model, kind), workers
-    )
+    outcomes = _in_order(files, model, kind, workers)
     skipped: list[Path] = []
     pending: list[pa.Table] = []
     with (
@@ -116,7 +113,7 @@ def embed_files(
     ):
         for file, outcome in tqdm(outcomes, total=len(files), unit="file", disable=None):
             if isinstance(outcome, HearSsamError):
-                tqdm.write(f"skipped {_naming(file, outcome)}", file=sys.stderr)
+                tqdm.write(f"skipped {outcome}", file=sys.stderr)
                 skipped.append(file)
                 continue
             pending.append(_table(file, outcome, model, schema))
@@ -131,25 +128,24 @@ def embed_files(
     return skipped
 
 
-def _naming(file: Path, error: HearSsamError) -> str:
-    return str(error) if str(error).startswith(str(file)) else f"{file}: {error}"
-
-
 def _in_order(
-    files: Sequence[Path],
-    decode: Callable[[Path], np.ndarray],
-    embed: Callable[[np.ndarray], _Embedded],
-    workers: int,
+    files: Sequence[Path], model: HearModel, kind: str, workers: int
 ) -> Generator[tuple[Path, _Embedded | HearSsamError], None, None]:
     """Decode and embed in threads; yield each file with its embeddings or its error, in the order of `files`.
 
     The next files are decoded while the first are embedded; a bounded number is under way.
     """
+    from .audio import read_audio
+
     decoders, embedders = ThreadPoolExecutor(workers), ThreadPoolExecutor(workers)
     under_way: deque[tuple[Path, Future[_Embedded]]] = deque()
 
-    def embed_decoded(audio: Future[np.ndarray]) -> _Embedded:
-        return embed(audio.result())
+    def embed(file: Path, decoding: Future[np.ndarray]) -> _Embedded:
+        audio = decoding.result()
+        try:
+            return _embed(audio, model, kind)
+        except HearSsamError as error:
+            raise HearSsamError(f"{file}: {error}") from error
 
     def first() -> tuple[Path, _Embedded | HearSsamError]:
         file, future = under_way.popleft()
@@ -160,7 +156,8 @@ def _in_order(
 
     try:
         for file in files:
-            under_way.append((file, embedders.submit(embed_decoded, decoders.submit(decode, file))))
+            decoding = decoders.submit(read_audio, file, model.sample_rate)
+            under_way.append((file, embedders.submit(embed, file, decoding)))
             if len(under_way) == 2 * workers:
                 yield first()
         while under_way:
@@ -171,33 +168,26 @@ def _in_order(
 
 
 def _embed(audio: np.ndarray, model: HearModel, kind: str) -> _Embedded:
-    """Embeddings (rows, width) float32 and their times (rows,) in ms; the scene comes first, its time is NaN."""
-    import numpy as np
+    """Embeddings (rows, width) float32 and the times of the rows in ms; the scene comes first and has none."""
     import torch
 
-    from .hear import get_scene_embeddings, get_timestamp_embeddings
-
-    clip = torch.from_numpy(audio)[None].to(_device(model))  # (1, samples)
-    rows, times = [], []
-    if kind != "timestamps":
-        rows.append(get_scene_embeddings(clip, model))
-        times.append(torch.full((1,), torch.nan))
-    if kind != "scene":
-        embeddings, milliseconds = get_timestamp_embeddings(clip, model)  # (1, T, E), (1, T)
-        rows.append(embeddings[0])
-        times.append(milliseconds[0].cpu())
-    return torch.cat(rows).cpu().numpy(), torch.cat(times).numpy().astype(np.float64)
-
-
-def _device(model: HearModel) -> torch.device:
-    return next(iter([*model.parameters(), *model.buffers()])).device
+    device = next(iter([*model.parameters(), *model.buffers()])).device
+    with torch.no_grad():
+        scene, rows = model.scene_and_rows(torch.from_numpy(audio)[None].to(device))  # (1, E), (1, T, E)
+    embeddings = {"scene": scene, "timestamps": rows[0]}
+    times = {"scene": [None], "timestamps": model.timestamps(len(audio)).tolist()}
+    return (
+        torch.cat([embeddings[part] for part in KINDS[kind]]).cpu().numpy(),
+        [time for part in KINDS[kind] for time in times[part]],
+    )
 
 
 def _schema(model: HearModel, kind: str) -> pa.Schema:
     import pyarrow as pa
 
     widths = {"scene": model.scene_embedding_size, "timestamps": model.timestamp_embedding_size}
-    if kind == "both" and len(set(widths.values())) > 1:
+    first, *others = {widths[part] for part in KINDS[kind]}
+    if others:
         raise HearSsamError(
             f"{model.name}: embeddings of scenes ({widths['scene']}) and timestamps ({widths['timestamps']}) differ in "
             "width and do not fit one column; choose --kind scene or --kind timestamps."
@@ -208,20 +198,19 @@ def _schema(model: HearModel, kind: str) -> pa.Schema:
             ("start_ms", pa.float64()),
             ("model", pa.string()),
             ("checkpoint_sha256", pa.string()),
-            ("embedding", pa.list_(pa.float32(), widths["scene" if kind == "scene" else "timestamps"])),
+            ("embedding", pa.list_(pa.float32(), first)),
         ]
     )
 
 
 def _table(file: Path, embedded: _Embedded, model: HearModel, schema: pa.Schema) -> pa.Table:
-    import numpy as np
     import pyarrow as pa
 
     rows, times = embedded
     path = os.fsencode(file).decode(errors="replace")  # names that are not UTF-8 have no place in Parquet
     columns = [
         [path] * len(rows),
-        pa.array(times, mask=np.isnan(times)),
+        times,
         [model.name] * len(rows),
         [model.checkpoint_sha256] * len(rows),
         pa.FixedSizeListArray.from_arrays(rows.reshape(-1), rows.shape[1]),
