@@ -1,0 +1,111 @@
+"""The command line as a whole: starts fast, helps by example, fails in one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hear_ssam import __version__, cli
+from hear_ssam.errors import HearSsamError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def call(code: str, **options: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, **options)
+
+
+def commands(parser: argparse.ArgumentParser, prefix: str = "") -> dict[str, argparse.ArgumentParser]:
+    """Every command that can be called, those of commands included."""
+    (nested,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)] or [None]
+    if nested is None:
+        return {prefix: parser}
+    found = {}
+    for name, below in nested.choices.items():
+        found |= commands(below, f"{prefix} {name}".strip())
+    return found
+
+
+COMMANDS = commands(cli.build_parser())
+
+
+def test_every_room_is_there() -> None:
+    assert {name.split()[0] for name in COMMANDS} == set(cli.ROOMS)
+
+
+@pytest.mark.parametrize("command", ["", *cli.ROOMS])
+def test_help_needs_no_heavy_import(command: str) -> None:
+    done = call(
+        "import sys\n"
+        "from hear_ssam.cli import main\n"
+        f"try: main({[*command.split(), '--help']})\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'scipy', 'sklearn', 'pyarrow', 'matplotlib'}\n"
+        "print(*heavy & set(sys.modules), file=sys.stderr)"
+    )
+    assert done.returncode == 0 and done.stderr.strip() == ""
+    assert "usage: hear-ssam" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_ends_with_examples_that_parse(command: str) -> None:
+    text = COMMANDS[command].format_help()
+    examples = [line.strip() for line in text[text.index("examples:") :].splitlines() if "hear-ssam " in line]
+    assert any(f"hear-ssam {command}" in example for example in examples)
+    for example in examples:
+        words = shlex.split(re.split(r"  +| \| | > ", example)[0])  # without a remark, a pipe
+        start = words.index("hear-ssam") + 1
+        if "--help" not in words:
+            cli.build_parser().parse_args(words[start:])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"hear-ssam {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["embd"], ["embed"], ["embed", "a.wav", "-o", "b", "--modle", "x"]])
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2
+    assert "usage: hear-ssam" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "message"),
+    [
+        (HearSsamError("a.wav: is broken."), 2, "hear-ssam: error: a.wav: is broken.\n"),
+        (KeyboardInterrupt(), 130, "hear-ssam: interrupted\n"),
+    ],
+)
+def test_what_ends_a_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ending: BaseException, code: int, message: str
+) -> None:
+    def run(args: argparse.Namespace) -> int:
+        raise ending
+
+    monkeypatch.setattr("hear_ssam.doctor.run", run)
+    assert cli.main(["doctor"]) == code
+    assert capsys.readouterr().err == message
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "hear_ssam", "doctor"], env=environment, stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -1,0 +1,241 @@
+"""`hear-ssam embed`: any audio in, one Parquet file out, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import torch
+
+import hear_ssam
+from hear_ssam import audio, cli, extract
+from hear_ssam.audio import read_audio
+from hear_ssam.checkpoint import save_checkpoint
+from hear_ssam.config import build_config
+from hear_ssam.encoder import Encoder
+from hear_ssam.errors import HearSsamError
+from hear_ssam.hear import HearModel
+from hear_ssam.paths import sha256
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def same_thread_count() -> Iterator[None]:
+    threads = torch.get_num_threads()  # the command chooses it for its own process
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = build_config("ssam", 16, depth=1)
+    file = tmp_path_factory.mktemp("weights") / "mini.safetensors"
+    save_checkpoint(file, config, Encoder(config).state_dict(), {})
+    return file
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recordings")
+    random = np.random.default_rng(0)
+    (folder / "sub").mkdir()
+    for name, rate, channels, seconds in [
+        ("a.wav", 16000, 1, 2.0),
+        ("b.flac", 44100, 2, 5.3),
+        ("c.wav", 8000, 6, 0.5),
+        ("sub/d.ogg", 48000, 1, 1.0),
+    ]:
+        soundfile.write(folder / name, 0.3 * random.standard_normal((round(rate * seconds), channels)), rate)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_bad(recordings: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two good files among bad ones."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "text.wav").write_text("hello")
+    soundfile.write(folder / "short.wav", np.zeros(100), 16000)
+    good, also_good = recordings / "a.wav", recordings / "c.wav"
+    return [folder / "text.wav", good, folder / "absent.wav", folder / "short.wav", also_good]
+
+
+def embed(*arguments: str | Path) -> int:
+    return cli.main(["embed", *map(str, arguments)])
+
+
+def columns(file: Path) -> dict[str, list]:
+    return pq.read_table(file).to_pydict()
+
+
+def test_rows_are_those_of_the_hear_functions(recordings: Path, weights: Path, tmp_path: Path) -> None:
+    assert embed(recordings, "-o", tmp_path / "out.parquet", "--model", weights) == 0
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table.schema.names == ["path", "start_ms", "model", "checkpoint_sha256", "embedding"]
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 80)
+    data = table.to_pydict()
+    assert set(data["model"]) == {"mini"} and set(data["checkpoint_sha256"]) == {sha256(weights)}
+
+    model = hear_ssam.load_model(weights)
+    paths, times, embeddings = [], [], []
+    for name in ("a.wav", "b.flac", "c.wav", "sub/d.ogg"):
+        clip = torch.from_numpy(read_audio(recordings / name, 16000))[None]
+        rows, milliseconds = hear_ssam.get_timestamp_embeddings(clip, model)
+        embeddings += [hear_ssam.get_scene_embeddings(clip, model), rows[0]]
+        times += [None, *milliseconds[0].tolist()]
+        paths += [str(recordings / name)] * (1 + rows.shape[1])
+    assert data["path"] == paths
+    assert data["start_ms"] == times
+    np.testing.assert_allclose(np.array(data["embedding"]), torch.cat(embeddings).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("scene", 4), ("timestamps", 50 + 133 + 13 + 25)])
+def test_kinds(recordings: Path, weights: Path, tmp_path: Path, kind: str, rows: int) -> None:
+    for output, chosen in {"some": kind, "all": "both"}.items():
+        assert embed(recordings, "-o", tmp_path / output, "--model", weights, "--kind", chosen) == 0
+    everything = pq.read_table(tmp_path / "all").to_pylist()
+    wanted = [row for row in everything if (row["start_ms"] is None) == (kind == "scene")]
+    assert pq.read_table(tmp_path / "some").to_pylist() == wanted
+    assert len(wanted) == rows
+
+
+def test_workers_and_row_groups_change_nothing(
+    recordings: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed(recordings, "-o", tmp_path / "one", "--model", weights, "--workers", "1")
+    monkeypatch.setattr(extract, "ROW_GROUP", 20)
+    embed(recordings, "-o", tmp_path / "three", "--model", weights, "--workers", "3")
+    one, three = columns(tmp_path / "one"), columns(tmp_path / "three")
+    np.testing.assert_allclose(np.array(one.pop("embedding")), np.array(three.pop("embedding")), atol=1e-5)
+    assert one == three
+    assert pq.ParquetFile(tmp_path / "three").num_row_groups > 10
+
+
+def test_a_bounded_number_of_files_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hear_ssam.load_model("logmel")
+    under_way, most, lock = 0, 0, threading.Lock()
+
+    def read(file: Path, rate: int) -> np.ndarray:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        return np.zeros(400, np.float32)
+
+    monkeypatch.setattr(audio, "read_audio", read)
+    for _ in extract._in_order([Path(str(number)) for number in range(50)], model, "scene", workers=2):
+        with lock:
+            under_way -= 1
+        time.sleep(0.002)  # a slow writer: the readers could run far ahead
+    assert under_way == 0 and 2 <= most <= 4
+
+
+def test_bad_files_are_named_and_skipped(
+    with_bad: list[Path], weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert embed(*with_bad, "-o", tmp_path / "out", "--model", weights, "--kind", "scene") == 1
+    text, good, absent, short, also_good = with_bad
+    assert columns(tmp_path / "out")["path"] == [str(good), str(also_good)]
+    errors = capsys.readouterr().err.splitlines()
+    for line, (file, reason) in zip(
+        [line for line in errors if line.startswith("skipped")],
+        [(text, "cannot be read"), (absent, "No such file"), (short, "at least 201")],
+        strict=True,
+    ):
+        assert line.startswith(f"skipped {file}: ") and reason in line
+
+
+def test_nothing_good_leaves_the_older_output(
+    with_bad: list[Path], weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("older")
+    assert embed(with_bad[0], "-o", tmp_path / "out", "--model", weights) == 1
+    assert "none of 1 files" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out").read_text() == "older"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_audio_here", "-o", "out"], "no audio files below no_audio_here"),
+        (["a.wav", "-o", "a.wav/out"], "cannot write a.wav/out"),
+        (["a.wav", "-o", "out", "--model", "ssam_tny"], "Did you mean 'ssam_tiny'"),
+        (["a.wav", "-o", "out", "--model", "logmel"], "--kind scene or --kind timestamps"),
+        (["a.wav", "-o", "out", "--workers", "0"], "--workers must be at least 1"),
+        (["a.wav", "-o", "out", "--device", "cuda:99"], "cuda:99"),
+    ],
+)
+def test_wrong_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "no_audio_here").mkdir()
+    soundfile.write("a.wav", np.zeros(16000), 16000)
+    if "--model" not in arguments:
+        arguments = [*arguments, "--model", "logmel", "--kind", "scene"]
+    assert embed(*arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hear-ssam: error: ") and message in line
+    assert not (tmp_path / "out").exists()
+
+
+def start(*arguments: str | Path, **options: object) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "hear_ssam", "embed", *map(str, arguments), "--model", "logmel"]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_full_disk_leaves_nothing(recordings: Path, tmp_path: Path) -> None:
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    process = start(recordings, "-o", tmp_path / "out", "--kind", "timestamps", preexec_fn=small_disk)
+    error = process.communicate()[1]
+    assert process.returncode == 2 and f"hear-ssam: error: cannot write {tmp_path / 'out'}: " in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupting_leaves_nothing(recordings: Path, tmp_path: Path) -> None:
+    files = [recordings / "b.flac"] * 5000
+    process = start(*files, "-o", tmp_path / "out", "--kind", "scene")
+    while not list(tmp_path.iterdir()):  # until the output has begun
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "hear-ssam: interrupted" and "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_defect_is_not_taken_for_a_bad_file(
+    recordings: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(model: HearModel, audio: torch.Tensor) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(HearModel, "scene_and_rows", broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        embed(recordings, "-o", tmp_path / "out", "--model", weights)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_function_behind_the_command(recordings: Path, with_bad: list[Path], tmp_path: Path) -> None:
+    model = hear_ssam.load_model("logmel")
+    skipped = extract.embed_files(with_bad, tmp_path / "out", model, kind="scene")
+    assert skipped == [with_bad[0], with_bad[2], with_bad[3]]
+    with pytest.raises(HearSsamError, match="none of 1 files"):
+        extract.embed_files(with_bad[:1], tmp_path / "out", model, kind="scene")
