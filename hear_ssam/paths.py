@@ -28,6 +28,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises HearSsamError that names `path` where it cannot be written (no folder, no permission, full disk).
     """
     target = Path(path)
+    if os.path.exists(target) and not os.path.isfile(target):  # a rename would replace even a device
+        raise HearSsamError(f"cannot write {target}: it is a folder or a device.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")

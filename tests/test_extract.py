@@ -172,6 +172,8 @@ def test_nothing_good_leaves_the_older_output(
     [
         (["no_audio_here", "-o", "out"], "no audio files below no_audio_here"),
         (["a.wav", "-o", "a.wav/out"], "cannot write a.wav/out"),
+        (["a.wav", "-o", "no_audio_here"], "cannot write no_audio_here: it is a folder or a device"),
+        (["a.wav", "-o", "/dev/null"], "cannot write /dev/null: it is a folder or a device"),
         (["a.wav", "-o", "out", "--model", "ssam_tny"], "Did you mean 'ssam_tiny'"),
         (["a.wav", "-o", "out", "--model", "logmel"], "--kind scene or --kind timestamps"),
         (["a.wav", "-o", "out", "--workers", "0"], "--workers must be at least 1"),
