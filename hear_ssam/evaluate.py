@@ -343,7 +343,7 @@ def _records(
             "metric": metric,
             "score": finite(score),
             "primary": metric == task.scores[0],
-            "maximize": named_score(metric).maximize,
+            "maximize": next(named_score(name).maximize for name in task.scores if metric.startswith(name)),
             **details,
         }
         for metric, score in scores.items()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import HearSsamError, unknown_name
-from .scores import named_score
+from .scores import EventJudge, SceneJudge, named_score, to_events
 from .tasks import DataSplit, Task, read_task
 
 
@@ -77,6 +77,8 @@ PROTOCOLS = {
 }
 # heareval's own exception for the task whose event scores were slow
 _TASK_GRID = {"dcase2016_task2": {"check_val_every_n_epoch": (10,)}}
+# ways to make events of frames; a task's metadata may state its own
+_POSTPROCESSING = {"median_filter_ms": (250,), "min_duration": (125, 250)}
 
 
 def named_protocol(name: str) -> Protocol:
@@ -134,6 +136,9 @@ class Rows:
     x: Tensor
     target: Tensor
 
+    def __len__(self) -> int:
+        return len(self.x)
+
 
 def read_rows(task: Task, split: str) -> Rows:
     """Map one split of an embedding folder; raises HearSsamError where files disagree or a value is not finite."""
@@ -155,6 +160,25 @@ def read_rows(task: Task, split: str) -> Rows:
         if not finite.all():
             raise HearSsamError(f"{path}: row {start + int(finite.argmin())} is not finite.")
     return Rows(torch.from_numpy(mapped), torch.from_numpy(task.targets(labels, where=str(labels_path))))
+
+
+def make_judge(task: Task, split: str, rows: Rows) -> SceneJudge | EventJudge:
+    """What scores predictions of a split: its targets, or its true events and the file and time of every frame."""
+    if not task.event:
+        return SceneJudge(task.scores, rows.target.numpy())
+    path = task.folder / f"{split}.filename-timestamps.json"
+    try:
+        stamped = json.loads(path.read_text())
+        files, timestamps = [Path(file).name for file, _ in stamped], np.array([ms for _, ms in stamped], np.float64)
+    except OSError as error:
+        raise HearSsamError(f"cannot read {path}: {error.strerror}.") from error
+    except (TypeError, ValueError) as error:
+        raise HearSsamError(f"{path} must list [file, ms] of every row: {error}.") from error
+    reference = {file: to_events(events, task.class_index) for file, events in task.clips(split).items()}
+    if len(files) != len(rows) or not set(files) <= set(reference):
+        raise HearSsamError(f"{path} does not fit the embeddings and {split}.json beside it.")
+    grid = task.metadata.get("evaluation_params", {}).get("event_postprocessing_grid", _POSTPROCESSING)
+    return EventJudge(task.scores, len(task.labels), files, timestamps, reference, grid)
 
 
 def batches(parts: Sequence[Tensor], size: int, *, merge_single: bool = False) -> list[Tensor]:
@@ -207,6 +231,7 @@ class TrainedHead:
     validation_score: float  # of the first score, or the loss where the task selects by loss
     key: float  # larger is better
     head: nn.Sequential
+    postprocessing: dict[str, float] | None  # of events, the best at that epoch
     history: list[dict[str, float]] = field(default_factory=list)  # epoch, val_loss, val_score of every validation
 
 
@@ -240,9 +265,9 @@ def train_head(task: Task, splits: Mapping[str, Rows], split: DataSplit, config:
         )
     )
     valid = splits[split.valid]
-    score = named_score(task.scores[0])
+    judge = make_judge(task, split.valid, valid)
     by_score = task.metadata.get("use_scoring_for_early_stopping", True)
-    sign = 1 if by_score and score.maximize else -1
+    sign = 1 if by_score and named_score(task.scores[0]).maximize else -1
 
     dim = valid.x.shape[1]
     head = build_head(dim, len(task.labels), config)
@@ -263,13 +288,15 @@ def train_head(task: Task, splits: Mapping[str, Rows], split: DataSplit, config:
         _draw_loader_seed()
         logits, probability = predict(head, valid.x, config.batch_size, task.multilabel)
         checked = {"epoch": epoch, "val_loss": float(_loss(logits, valid.target, task.multilabel))}
-        if by_score:  # heareval compares scores as float32
-            checked["val_score"] = float(np.float32(score.compute(probability.numpy(), valid.target.numpy())))
+        postprocessing = None
+        if by_score:
+            score, postprocessing = judge.validate(probability.numpy())
+            checked["val_score"] = float(np.float32(score))  # as heareval compares them
         history.append(checked)
         value = checked["val_score" if by_score else "val_loss"]
         key = -math.inf if math.isnan(value) else sign * value
         if best is None or key > best.key:
-            best = TrainedHead(config, epoch, value, key, copy.deepcopy(head), history)
+            best = TrainedHead(config, epoch, value, key, copy.deepcopy(head), postprocessing, history)
             waited = 0
         else:
             waited += 1
@@ -314,7 +341,9 @@ def run_probe(folder: Path, protocol: str, seed: int) -> ProbeResult:
     """
     task = read_task(folder)
     for name in task.scores:
-        named_score(name)
+        if named_score(name).event != task.event:
+            kind = task.metadata["embedding_type"]
+            raise HearSsamError(f"{folder}: the score {name} does not fit the embedding_type {kind!r}.")
     splits = {name: read_rows(task, name) for name in task.splits}
     dims = {rows.x.shape[1] for rows in splits.values()}
     if len(dims) > 1:
@@ -341,5 +370,5 @@ def _test(task: Task, rows: Rows, fold: str, trained: TrainedHead) -> FoldResult
     logits, probability = predict(trained.head, rows.x, trained.config.batch_size, task.multilabel)
     loss = float(_loss(logits, rows.target, task.multilabel))
     prediction, target = probability.numpy(), rows.target.numpy()
-    scores = {name: named_score(name).compute(prediction, target) for name in task.scores}
+    scores = make_judge(task, fold, rows).test(prediction, trained.postprocessing)
     return FoldResult(fold, scores, loss, trained.validation_score, trained.epoch, prediction, target)

@@ -62,6 +62,17 @@ def test_one_bad_task_does_not_stop_the_others(tmp_path, capsys):
     assert "--existing never" in capsys.readouterr().err
 
 
+def test_event_tasks(tmp_path):
+    quick = {"task_specific_param_grid": {"hidden_dim": [64], "max_epochs": [60], "lr": [1e-2], "hidden_layers": [1]}}
+    write_task(tmp_path / "tasks" / "beeps", embedding_type="event", clips=12, evaluation_params=quick)
+    evaluation = run_evaluation(MODULE, tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "results", workers=1)
+    assert not evaluation.failures
+    scores = {r["metric"]: r["score"] for r in evaluation.records}
+    assert scores["event_onset_200ms_fms"] == scores["event_onset_200ms_fms_f_measure"] > 0.9
+    assert scores["segment_1s_er"] == scores["segment_1s_er_error_rate"] < 0.2
+    assert {r["metric"]: r["maximize"] for r in evaluation.records}["segment_1s_er_error_rate"] is False
+
+
 def test_foreign_embeddings_need_no_module(tmp_path):
     """Folders as heareval leaves them: no provenance file; the parent folder names the model."""
     write_task(tmp_path / "tasks" / "tones")

@@ -1,6 +1,7 @@
 """The exact probe: heareval's grid, order, early stopping and numbers."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -212,6 +213,17 @@ def test_initial_weights_and_first_epochs_equal_heareval(golden, one_thread):
     for check, row in itertools.islice(zip(trained.history, rows, strict=False), 10):
         assert check["val_loss"] == pytest.approx(float(row["val_loss"]), rel=5e-3)
         assert check["val_score"] == pytest.approx(float(row["val_score"]), abs=0.051)  # one clip of 20
+
+
+@pytest.mark.slow
+def test_an_event_task_equals_heareval(golden, one_thread, monkeypatch):
+    """The fixture's torch drew other dropout masks; both choose the same heads and hear the same events."""
+    folder = golden / "heareval" / "toneevents__default_gp2_t1_torch1.13.1"
+    monkeypatch.setitem(PROTOCOLS, "two", dataclasses.replace(PROTOCOLS["heareval"], grid_points=2))
+    expected = json.loads((folder / "test.predicted-scores.json").read_text())["test"]
+    (fold,) = run_probe(folder, "two", 42).folds
+    for name, score in fold.scores.items():
+        assert score == pytest.approx(expected[f"test_{name}"], abs=0.03)
 
 
 @pytest.mark.slow
