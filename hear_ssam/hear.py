@@ -161,7 +161,7 @@ class EncoderModel(HearModel):
         full = frames // window
         parts = [spec[:, : full * window].reshape(len(audio) * full, window, spec.shape[2]), spec[:, full * window :]]
         rows = [self._encode(part) for part in parts if part.numel()]  # (B * full, slots, E) and (B, slots, E)
-        return torch.cat([part.reshape(len(audio), -1, self.timestamp_embedding_size) for part in rows], dim=1)
+        return torch.cat([part.reshape(len(audio), -1, part.shape[2]) for part in rows], dim=1)
 
     def _spectrogram(self, audio: Tensor, frames: int) -> Tensor:
         """The normalised spectrogram, cut or zero-padded to `frames`; SSAMBA's zeros come before its statistics."""

@@ -287,8 +287,25 @@ def test_official_ssamba_cuts_long_audio_into_windows(files: dict[str, Path], mo
     model = load(files["ssamba"], token_order="official")
     assert seen_windows(model, monkeypatch, noise(1, 6)) == [(3, 256)]
     assert model.scene_embedding_size == 48
-    rows, _ = get_timestamp_embeddings(noise(1, 6), model)
-    assert rows.shape == (1, 37, 48)
+    rows, times = get_timestamp_embeddings(noise(1, 6), model)
+    assert rows.shape == (1, 37, 48) and times[0, :2].tolist() == [87.5, 247.5]
+
+
+def test_official_ssamba_pads_before_it_normalises(files: dict[str, Path]) -> None:
+    model = load(files["ssamba"], token_order="official")
+    raw = model.frontend(noise(1, 1))
+    spec = (functional.pad(raw, (0, 0, 0, 256 - raw.shape[1])) + 4.2677393) / (2 * 4.5689974)
+    with torch.no_grad():
+        expected = model.encoder.tokens(spec)[:, 1:].mean(1)
+    assert_close(get_scene_embeddings(noise(1, 1), model), expected)
+
+
+def test_official_ssamba_rows_are_means_over_the_bands(files: dict[str, Path]) -> None:
+    time, official = load(files["ssamba"]), load(files["ssamba"], token_order="official")
+    audio = noise(1, 2.575)  # 256 frames: no padding, the same tokens either way
+    rows, means = (get_timestamp_embeddings(audio, model)[0] for model in (time, official))
+    assert_close(means, rows.unflatten(2, (8, 48)).mean(2))
+    assert_close(get_scene_embeddings(audio, official), means.mean(1))
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
