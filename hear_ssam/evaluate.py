@@ -33,7 +33,7 @@ from .errors import HearSsamError, unknown_name
 from .paths import atomic_write
 from .records import STORE, Record, append, finite, key_of, read
 from .report import terminal
-from .tasks import Task, find_tasks, read_task
+from .tasks import Task, find_tasks, known_tasks, read_task
 
 if TYPE_CHECKING:
     from .embeddings import HearModel
@@ -128,7 +128,7 @@ def run_evaluation(
             sources = _given_sources(embeddings_dir, tasks, failures)
         else:
             assert tasks_dir is not None
-            folders = find_tasks(tasks_dir, tasks)
+            folders = find_tasks(tasks_dir, tasks, unpack_to=results_dir / "tasks")
             hear = load_hear_model(module, model, model_options)
             sources = _module_sources(hear, folders, results_dir, resample, failures)
         done = {key_of(record) for record in read(store)} if store.exists() else set()
@@ -139,7 +139,7 @@ def run_evaluation(
         if existing == "never" and (kept := [name for name, todo in missing.items() if len(todo) < count]):
             raise HearSsamError(f"{store} has results of {', '.join(kept)} already (--existing never).")
         jobs, commit = [], _git_commit()
-        for source in sources:
+        for source in tqdm(sources, desc="tasks", unit="task", disable=None, leave=False):
             if existing == "always":
                 missing[source.task.name] = list(seed_range)
             if missing[source.task.name]:
@@ -191,9 +191,24 @@ def _module_sources(
     sources = []
     for folder in folders:
         with _named(folder.name, failures):
+            task = read_task(folder)
+            _warn(task)
             make = functools.partial(embed_task, hear, folder, root / folder.name, resample=resample)
-            sources.append(Source(read_task(folder), hear.name, hear.checkpoint_sha256, root / folder.name, make))
+            sources.append(Source(task, hear.name, hear.checkpoint_sha256, root / folder.name, make))
     return sources
+
+
+def _warn(task: Task) -> None:
+    """Say on stderr what makes the scores of a task something else than HEAR scores."""
+    if card := known_tasks().get(task.name):
+        for difference in card.differences(task):
+            print(f"{task.name} is not as HEAR released it: {difference}.", file=sys.stderr)
+    for split, labels in task.absent_classes().items():
+        print(
+            f"{task.name}: {split} has no clip of {', '.join(labels)}; "
+            "mAP counts that as 0, d_prime and aucroc are undefined there.",
+            file=sys.stderr,
+        )
 
 
 def _given_sources(embeddings_dir: Path, names: Sequence[str], failures: dict[str, str]) -> list[Source]:

@@ -6,17 +6,28 @@ heareval copies these files into its embedding folders, so `read_task` serves bo
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import random
+import shutil
+import sys
+import tarfile
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .errors import HearSsamError, unknown_name
+from .paths import shipped
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 METADATA = "task_metadata.json"
 VOCABULARY = "labelvocabulary.csv"
@@ -98,6 +109,16 @@ class Task:
             self.class_ids([label["label"] if self.event else label for label in labels], where=f"{path}: {name!r}")
         return clips
 
+    def absent_classes(self) -> dict[str, list[str]]:
+        """Splits in which classes do not occur, and those classes: what makes scores of small tasks undefined."""
+        absent = {}
+        for split in self.splits:
+            labels = itertools.chain.from_iterable(self.clips(split).values())
+            present = {str(label["label"] if self.event else label) for label in labels}
+            if missing := [label for label in self.labels if label not in present]:
+                absent[split] = missing
+        return absent
+
     @cached_property
     def class_index(self) -> dict[str, int]:
         return {label: index for index, label in enumerate(self.labels)}
@@ -151,24 +172,106 @@ def read_task(folder: Path) -> Task:
     return Task(folder, metadata, _read_vocabulary(folder / VOCABULARY))
 
 
-def find_tasks(tasks_dir: Path, names: Sequence[str] = ()) -> list[Path]:
+def find_tasks(tasks_dir: Path, names: Sequence[str] = (), *, unpack_to: Path | None = None) -> list[Path]:
     """Task folders in `tasks_dir` (or in `tasks_dir/…/tasks`, as HEAR's archives unpack), sorted by name.
 
-    `names` selects folders by name; unknown names raise with the nearest known one.
+    `names` selects folders by name. A missing one raises HearSsamError that says where to get it or which name is
+    near. With `unpack_to`, archives in `tasks_dir` (.tar, .tar.gz, .tgz) are unpacked there, once each.
     """
     if not tasks_dir.is_dir():
         raise HearSsamError(f"no folder {tasks_dir}; --tasks-dir must hold one folder per HEAR task.")
+    roots = [tasks_dir]
+    if unpack_to is not None:
+        archives = [path for path in sorted(tasks_dir.iterdir()) if path.name.endswith((".tar", ".tar.gz", ".tgz"))]
+        roots += [_unpack(path, unpack_to) for path in archives if not names or any(n in path.name for n in names)]
     folders = {
         path.parent.name: path.parent
+        for root in reversed(roots)  # a folder goes before an archive
         for pattern in ("*/tasks/*", "tasks/*", "*")
-        for path in tasks_dir.glob(f"{pattern}/{METADATA}")
+        for path in root.glob(f"{pattern}/{METADATA}")
     }
     if not folders:
         raise HearSsamError(f"{tasks_dir} holds no HEAR task (no folder in it has a {METADATA}).")
     for name in names:
+        if name in known_tasks() and name not in folders:
+            raise HearSsamError(f"{tasks_dir} lacks {name}; {known_tasks()[name].source}.")
         if name not in folders:
             raise unknown_name(f"task in {tasks_dir}", name, folders)
     return [folders[name] for name in sorted(names or folders)]
+
+
+def _unpack(archive: Path, folder: Path) -> Path:
+    """Unpack an archive into a folder of its own, whole or not at all; a newer archive replaces it."""
+    target = folder / archive.name.partition(".tar")[0].removesuffix(".tgz")
+    if target.is_dir() and target.stat().st_mtime >= archive.stat().st_mtime:
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".unpacking-"))
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(scratch, filter="data")  # refuses members that would leave the folder
+        shutil.rmtree(target, ignore_errors=True)
+        scratch.rename(target)
+        target.touch()
+    except (OSError, tarfile.TarError) as error:
+        raise HearSsamError(f"cannot unpack {archive}: {error}.") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+# ---- what is known about HEAR's own tasks --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TaskCard:
+    """One of HEAR's 19 tasks (20 folders) as `eval_tasks/<folder>.toml` describes it. Scores are fractions."""
+
+    title: str
+    folder: str
+    version: str
+    embedding_type: str
+    prediction_type: str
+    split_mode: str  # trainvaltest or kfold
+    splits: int
+    classes: int
+    clips: int
+    scores: dict[str, str]  # HEAR's name → max or min; the first leads
+    archive: str  # RATE stands for the sample rate
+    licence: str
+    citation: str
+    sample_duration: float | None = None
+    published: tuple[dict[str, Any], ...] = ()  # model, score (of the leading metric), source
+
+    @property
+    def source(self) -> str:
+        """Where the task can be had."""
+        return (
+            f"get {self.archive} (48000 Hz: https://zenodo.org/records/5885750; 16000, 22050, 32000 and 44100 Hz: "
+            "gs://hear2021-archive/tasks/, requester pays)"
+        )
+
+    def differences(self, task: Task) -> list[str]:
+        """How a folder on disk differs from HEAR's release; such scores are not HEAR scores."""
+        found = {
+            "version": task.version,
+            "embedding_type": task.metadata["embedding_type"],
+            "prediction_type": task.metadata["prediction_type"],
+            "splits": len(task.splits),
+            "classes": len(task.labels),
+            "clips": sum(len(task.clips(split)) for split in task.splits),
+            "scores": task.scores,
+            "sample_duration": task.metadata.get("sample_duration"),
+        }
+        expected = {**{name: getattr(self, name) for name in found}, "scores": list(self.scores)}
+        return [f"{name} is {found[name]}, HEAR's {expected[name]}" for name in found if found[name] != expected[name]]
+
+
+@cache
+def known_tasks() -> dict[str, TaskCard]:
+    """HEAR's own tasks by folder name."""
+    cards = (TaskCard(**tomllib.loads(path.read_text("utf-8"))) for path in shipped("eval_tasks").glob("*.toml"))
+    return {card.folder: card for card in sorted(cards, key=lambda card: card.folder)}
 
 
 def _read_json(path: Path) -> Any:

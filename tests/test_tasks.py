@@ -3,11 +3,13 @@
 import json
 import pickle
 import re
+import tarfile
 
 import pytest
 
 from hear_ssam import HearSsamError
-from hear_ssam.tasks import find_tasks, read_task
+from hear_ssam.scores import SCORES
+from hear_ssam.tasks import find_tasks, known_tasks, read_task
 
 from .tiny_tasks import write_task
 
@@ -99,3 +101,51 @@ def test_missing_split_is_named(tmp_path):
     (folder / "test.json").unlink()
     with pytest.raises(HearSsamError, match=r"test\.json"):
         read_task(folder).clips("test")
+
+
+def test_archives_are_unpacked_once_and_safely(tmp_path):
+    folder = write_task(tmp_path / "source" / "tones")
+    (tmp_path / "tasks").mkdir()
+    archive = tmp_path / "tasks" / "hear2021-tones-16000.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, "hear-2021.0.6/tasks/tones")
+    (found,) = find_tasks(tmp_path / "tasks", ["tones"], unpack_to=tmp_path / "cache")
+    assert read_task(found).clips("train") == read_task(folder).clips("train")
+    (found / "train.json").unlink()  # a second unpacking would bring it back
+    (again,) = find_tasks(tmp_path / "tasks", unpack_to=tmp_path / "cache")
+    assert again == found and not (found / "train.json").exists()
+
+    with tarfile.open(tmp_path / "tasks" / "hostile.tar", "w") as tar:
+        tar.add(folder / "test.json", "../outside.json")
+    with pytest.raises(HearSsamError, match=r"cannot unpack .*hostile\.tar"):
+        find_tasks(tmp_path / "tasks", unpack_to=tmp_path / "cache")
+    assert not (tmp_path / "outside.json").exists() and not list((tmp_path / "cache").glob(".unpacking*"))
+
+
+def test_cards_describe_hears_nineteen_tasks():
+    cards = known_tasks()
+    assert len(cards) == 20  # Beehive States has two folders
+    for name, card in cards.items():
+        assert card.folder == name and card.version in name and name in card.archive
+        assert all(SCORES[score].maximize == (way == "max") for score, way in card.scores.items())
+        assert all(0 < row["score"] < 1 and row["source"] for row in card.published)
+    assert sum(card.embedding_type == "event" for card in cards.values()) == 2
+    assert cards["esc50-v2.0.0-full"].clips == 2000
+
+
+def test_a_missing_hear_task_says_where_to_get_it(tmp_path):
+    write_task(tmp_path / "tones")
+    with pytest.raises(HearSsamError, match=r"lacks esc50-v2\.0\.0-full; get hear2021-esc50.*zenodo"):
+        find_tasks(tmp_path, ["esc50-v2.0.0-full"])
+
+
+def test_a_folder_that_differs_from_the_release_is_told(tmp_path):
+    task = read_task(write_task(tmp_path / "esc50-v2.0.0-full", folds=5, version="v2.0.0", sample_duration=5.0))
+    told = known_tasks()["esc50-v2.0.0-full"].differences(task)
+    assert [line.split()[0] for line in told] == ["classes", "clips", "scores"]
+
+
+def test_absent_classes_are_told(tmp_path):
+    task = read_task(write_task(tmp_path / "tones", clips=2))
+    assert task.absent_classes() == {"train": ["mid"], "valid": ["mid"], "test": ["mid"]}
+    assert read_task(write_task(tmp_path / "beeps", embedding_type="event")).absent_classes() == {}
