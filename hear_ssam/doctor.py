@@ -12,7 +12,7 @@ from typing import Any
 
 from . import __version__
 
-NEEDED = ("torch", "numpy", "scipy", "scikit-learn", "soundfile", "soxr", "safetensors", "pyarrow")
+NEEDED = ("numpy", "scipy", "scikit-learn", "soundfile", "soxr", "safetensors", "pyarrow")
 OPTIONAL = ("llvmlite", "triton", "mamba-ssm", "causal-conv1d", "torchaudio")
 HEAR_TOOLS = ("hearvalidator", "heareval")
 # What decides the speed, in /proc/cpuinfo's words.
@@ -52,13 +52,16 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> dict[str, dict[str, Any]]:
     """The report: section → name → finding, ready for JSON."""
+    import torch
+
     from .scan import available_backends
 
     return {
         "versions": {
             "hear-ssam": __version__,
             "python": f"{platform.python_version()} on {platform.platform()}",
-            **{name: metadata_version(name) for name in (*NEEDED, *OPTIONAL)},
+            "torch": torch.__version__,  # with its build, cpu or CUDA
+            **{name: _version(name) for name in (*NEEDED, *OPTIONAL)},
             "libsndfile": _libsndfile(),
         },
         "cpu": _cpu(),
@@ -72,7 +75,7 @@ def examine() -> dict[str, dict[str, Any]]:
     }
 
 
-def metadata_version(distribution: str) -> str:
+def _version(distribution: str) -> str:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -124,7 +127,7 @@ def _weights() -> dict[str, str]:
 def _hear_tools() -> dict[str, str]:
     from .hear_tools import INSTALL
 
-    versions = {name: metadata_version(name) for name in HEAR_TOOLS}
+    versions = {name: _version(name) for name in HEAR_TOOLS}
     if "not installed" in versions.values():
         versions["to install them"] = "\n    ".join(["", *INSTALL])
     return versions
