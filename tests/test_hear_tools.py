@@ -30,6 +30,10 @@ def test_the_error_without_the_tools_says_how_to_install_them(
     assert "--no-deps --ignore-requires-python" in capsys.readouterr().err
 
 
+def test_the_readme_installs_the_same_versions() -> None:
+    assert set(INSTALL) <= set((ROOT / "README.md").read_text().splitlines())
+
+
 @pytest.fixture(scope="session")
 def tools_bin() -> Path:
     """The bin folder of an environment with the tools: this one's packages (torch) below, the tools above.
