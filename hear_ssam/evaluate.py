@@ -31,7 +31,7 @@ from tqdm import tqdm
 from . import __version__
 from .errors import HearSsamError, unknown_name
 from .paths import atomic_write
-from .records import STORE, Record, append, finite, key_of, read
+from .records import STORE, Record, append, embeddings_folder, finite, key_of, predictions_file, read
 from .report import terminal
 from .tasks import Task, find_tasks, known_tasks, read_task
 
@@ -187,14 +187,14 @@ def _module_sources(
 ) -> list[Source]:
     from .embeddings import embed_task
 
-    root = results_dir / "embeddings" / folder_name(hear.name, hear.checkpoint_sha256)
     sources = []
     for folder in folders:
         with _named(folder.name, failures):
             task = read_task(folder)
             _warn(task)
-            make = functools.partial(embed_task, hear, folder, root / folder.name, resample=resample)
-            sources.append(Source(task, hear.name, hear.checkpoint_sha256, root / folder.name, make))
+            target = embeddings_folder(results_dir, hear.name, hear.checkpoint_sha256, folder.name)
+            make = functools.partial(embed_task, hear, folder, target, resample=resample)
+            sources.append(Source(task, hear.name, hear.checkpoint_sha256, target, make))
     return sources
 
 
@@ -226,12 +226,6 @@ def _given_sources(embeddings_dir: Path, names: Sequence[str], failures: dict[st
 # ---- jobs ----------------------------------------------------------------------------------------------------------
 
 
-def folder_name(model: str, checkpoint_sha256: str) -> str:
-    """A folder name that differs for different models and checkpoints."""
-    slug = "".join(letter if letter.isalnum() or letter in "._=-" else "-" for letter in model)
-    return f"{slug}-{checkpoint_sha256[:8]}".rstrip("-")
-
-
 def _job(source: Source, protocol: str, seed: int, results_dir: Path, commit: str | None) -> Job:
     identity = {
         "model": source.model,
@@ -242,9 +236,7 @@ def _job(source: Source, protocol: str, seed: int, results_dir: Path, commit: st
         "probe": PROBE,
         "seed": seed,
     }
-    file = f"{protocol}-{PROBE}-seed{seed}.npz"
-    by_model = results_dir / "predictions" / folder_name(source.model, source.checkpoint_sha256)
-    return Job(source.folder, identity, by_model / source.task.name / file, commit)
+    return Job(source.folder, identity, predictions_file(results_dir, identity), commit)
 
 
 def _run_jobs(jobs: list[Job], store: Path, workers: int, failures: dict[str, str]) -> None:
@@ -319,10 +311,11 @@ def _work(job: Job) -> list[Record]:
     started = time.time()
     task = read_task(job.source_folder)
     result = run_probe(job.source_folder, job.identity["protocol"], job.identity["seed"])
-    if not task.event:
-        arrays = {f"{f.fold}/{kind}": getattr(f, kind) for f in result.folds for kind in ("prediction", "target")}
-        with atomic_write(job.predictions) as path, open(path, "wb") as file:
-            np.savez_compressed(file, labels=np.array(task.labels), **arrays)
+    arrays = {"labels": np.array(task.labels), "histories": np.array(json.dumps(result.histories))}
+    if not task.event:  # frames of long recordings would fill the disk
+        arrays |= {f"{f.fold}/{kind}": getattr(f, kind) for f in result.folds for kind in ("prediction", "target")}
+    with atomic_write(job.predictions) as path, open(path, "wb") as file:
+        np.savez_compressed(file, **arrays)
     made_by = provenance(job.source_folder)
     common = {
         "clips": sum(len(names) for _, names in task.shuffled_clips()),

@@ -31,6 +31,27 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _model_folder(model: str, checkpoint_sha256: str) -> str:
+    """A folder name that differs for different models and checkpoints."""
+    slug = "".join(letter if letter.isalnum() or letter in "._=-" else "-" for letter in model)
+    return f"{slug}-{checkpoint_sha256[:8]}".rstrip("-")
+
+
+def embeddings_folder(results_dir: Path, model: str, checkpoint_sha256: str, task: str) -> Path:
+    """Where a results folder keeps the embeddings of a task by a model."""
+    return results_dir / "embeddings" / _model_folder(model, checkpoint_sha256) / task
+
+
+def predictions_file(results_dir: Path, record: Mapping[str, Any]) -> Path:
+    """Where a results folder keeps what a record's job predicted.
+
+    An .npz with `labels`, `histories` (JSON: the validations of every training) and, for scene tasks,
+    `<fold>/prediction` and `<fold>/target`, both float32 (clips, classes).
+    """
+    folder = results_dir / "predictions" / _model_folder(record["model"], record["checkpoint_sha256"]) / record["task"]
+    return folder / f"{record['protocol']}-{record['probe']}-seed{record['seed']}.npz"
+
+
 def append(path: Path, records: Iterable[Record]) -> None:
     """Append records in one write and force them to disk. Raises HearSsamError that names an unwritable file."""
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)

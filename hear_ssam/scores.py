@@ -66,7 +66,8 @@ def area_under_roc(prediction: np.ndarray, target: np.ndarray) -> float:
 
 def d_prime(prediction: np.ndarray, target: np.ndarray) -> float:
     """Mean over classes of √2 Φ⁻¹(AUC); infinite where a class is separated perfectly."""
-    return float(np.mean(ndtri(_class_aucs(prediction, target)) * math.sqrt(2)))
+    with np.errstate(invalid="ignore"):  # one class at infinity and another at minus infinity: NaN
+        return float(np.mean(ndtri(_class_aucs(prediction, target)) * math.sqrt(2)))
 
 
 # ---- events --------------------------------------------------------------------------------------------------------
