@@ -1,0 +1,488 @@
+"""The scan backend for CPUs: the recurrence in vector registers, compiled by llvmlite when first used (see simd).
+
+A work unit is one batch row of one block of CHANNELS channels. It walks through time in blocks of SAVE_EVERY steps:
+stage the block's step sizes and inputs in scratch memory (L1 cache), scan them, finish the outputs. Steps beyond the
+end of the sequence get the step size 0, which changes no state. Nothing of size length x channels x state exists.
+
+The four functions and the tensor `saved` are those of scan_torch; notation as in scan_reference, N = `state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import scan_reference
+from .scan_torch import SAVE_EVERY
+from .simd import LANES, LOG2E, Argument, Array, Kernel, LaneSums, Operand, Value, build, run
+
+CHANNELS = 32  # of a work unit: two cache lines of float32
+VECTORS = CHANNELS // LANES
+TILE = 4  # forward: time steps whose step sizes, inputs and outputs stay in registers together
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _units(k: Kernel) -> Iterator[tuple[Value, Value, Value, Value]]:
+    """Each unit's number, its batch row, the first of its vectors of channels, and how many they are."""
+    vectors = k.integer("vectors")
+    blocks = (vectors + (VECTORS - 1)) // VECTORS
+    with k.loop(k.begin, k.end) as unit:
+        row = unit // blocks
+        first = (unit - row * blocks) * VECTORS
+        yield unit, row, first, k.minimum(vectors - first, VECTORS)
+
+
+def _load_states(k: Kernel, target: Array, v: Value, state: int, source: Argument, *index: Operand) -> None:
+    """target[v N + n] = source[..., channel, n] for LANES channels from index[-1] on."""
+    with k.loop(0, state) as n, k.loop(0, LANES) as lane:
+        target.numbers[(v * state + n) * LANES + lane] = source.load_number(*index[:-1], index[-1] + lane, n)
+
+
+def _store_states(k: Kernel, source: Array, v: Value, state: int, target: Argument, *index: Operand) -> None:
+    with k.loop(0, state) as n, k.loop(0, LANES) as lane:
+        target.store_number(source.numbers[(v * state + n) * LANES + lane], *index[:-1], index[-1] + lane, n)
+
+
+def _write_scan_forward(k: Kernel, state: int, bf16: bool, gate: bool, softplus: bool) -> None:
+    u, delta, out = k.rows("u", bf16), k.rows("delta"), k.rows("out", bf16)
+    z = k.rows("z", bf16) if gate else None
+    B_all, C_all = k.rows("B"), k.rows("C")
+    A_all, D_all, bias = k.tensor("A", 2), k.tensor("D", 1), k.tensor("delta_bias", 1)
+    initial, last, saved = k.tensor("initial_state", 3), k.tensor("last", 3), k.tensor("saved", 4)
+    length, save = k.integer("length"), k.integer("save")
+    A, h = k.array(VECTORS * state), k.array(VECTORS * state)  # [v N + n]; A times log2(e)
+    B, C = (k.array(SAVE_EVERY * state // LANES).numbers for _ in range(2))  # [t N + n]
+    dt, dtu, y = (k.array(SAVE_EVERY) for _ in range(3))  # [t]
+    with _units(k) as (_, row, first, count):
+        with k.loop(0, count) as v:
+            _load_states(k, A, v, state, A_all, (first + v) * LANES)
+            _load_states(k, h, v, state, initial, row, (first + v) * LANES)
+        with k.loop(0, count * state) as i:
+            A[i] = A[i] * LOG2E
+        with k.loop(0, length, SAVE_EVERY) as start:
+            steps = k.minimum(length - start, SAVE_EVERY)
+            padded = (steps + (TILE - 1)) // TILE * TILE
+            with k.loop(0, padded) as t:
+                now = k.minimum(start + t, length - 1)
+                k.copy(B, t * state, B_all.address(row, now, 0), state)
+                k.copy(C, t * state, C_all.address(row, now, 0), state)
+            with k.loop(0, count) as v:
+                c = (first + v) * LANES
+                with k.loop(0, save * state) as n:
+                    saved.store(h[v * state + n], row, start // SAVE_EVERY, n, c)
+                with k.loop(0, padded) as t:
+                    now = k.minimum(start + t, length - 1)
+                    x, step = u.load(row, now, c), delta.load(row, now, c) + bias.load(c)
+                    if softplus:
+                        step, _ = k.softplus(step)
+                    step = k.select(t, "<", steps, step, 0.0)
+                    dt[t], dtu[t], y[t] = step, step * x, D_all.load(c) * x
+                with k.loop(0, padded, TILE) as t:
+                    tile = range(TILE)
+                    step_sizes, inputs = [dt[t + j] for j in tile], [dtu[t + j] for j in tile]
+                    sums = [k.array(1) for j in tile]  # become registers
+                    for j in tile:
+                        sums[j][0] = y[t + j]
+                    with k.loop(0, state) as n:
+                        a, now = A[v * state + n], h[v * state + n]
+                        for j in tile:
+                            at = (t + j) * state + n
+                            now = k.exp2(step_sizes[j] * a) * now + inputs[j] * k.fill(B[at])
+                            sums[j][0] = now * k.fill(C[at]) + sums[j][0]
+                        h[v * state + n] = now
+                    for j in tile:
+                        y[t + j] = sums[j][0]
+                with k.loop(0, steps) as t:
+                    result = y[t]
+                    if z is not None:
+                        gates = z.load(row, start + t, c)
+                        result = result * gates * k.sigmoid(gates)
+                    out.store(result, row, start + t, c)
+        with k.loop(0, count) as v:
+            _store_states(k, h, v, state, last, row, (first + v) * LANES)
+
+
+def _write_scan_backward(k: Kernel, state: int, bf16: bool, gate: bool, softplus: bool) -> None:
+    """Per block, from the last to the first: stage; per state recompute forwards, then walk back; finish.
+
+    With carry_t = decay_{t+1} dh_{t+1}:  dh_t = C_t dy_t + carry_t,  dC_t = <h_t, dy_t>,  dB_t = <dh_t, dt_t u_t>,
+    d(dt_t u_t) = <dh_t, B_t>,  d(dt_t A) = dh_t decay_t h_{t-1}. dB and dC sum over the lanes, and over units outside.
+    """
+    u, delta, dout = k.rows("u", bf16), k.rows("delta"), k.rows("dout", bf16)
+    du, ddelta = k.rows("du", bf16), k.rows("ddelta")
+    z, dz = (k.rows("z", bf16), k.rows("dz", bf16)) if gate else (None, None)
+    B_all, C_all = k.rows("B"), k.rows("C")
+    A_all, D_all, bias = k.tensor("A", 2), k.tensor("D", 1), k.tensor("delta_bias", 1)
+    saved, dlast, dinitial = k.tensor("saved", 4), k.tensor("dlast", 3), k.tensor("dinitial", 3)
+    dA_all, dD_all, dbias_all = k.tensor("dA", 3), k.tensor("dD", 2), k.tensor("dbias", 2)  # per batch row
+    dB_all, dC_all = k.tensor("dB", 4), k.tensor("dC", 4)  # (units, blocks, N, SAVE_EVERY)
+    length = k.integer("length")
+    A, dA, carry = (k.array(VECTORS * state) for _ in range(3))  # [v N + n]
+    B, C = (k.array(SAVE_EVERY * state // LANES).numbers for _ in range(2))  # [t N + n]
+    parts = SAVE_EVERY // LANES
+    dB, dC = k.array(state * parts), k.array(state * parts)  # [n parts + t // LANES], lane t % LANES
+    dt, dtu, dy, y, dx, ds, slope, dgate = (k.array(SAVE_EVERY) for _ in range(8))  # [t]
+    dD, dbias = k.array(VECTORS), k.array(VECTORS)
+    zero = k.constant(0.0)
+    with _units(k) as (unit, row, first, count):
+        with k.loop(0, count) as v:
+            dD[v], dbias[v] = zero, zero
+            _load_states(k, A, v, state, A_all, (first + v) * LANES)
+            _load_states(k, carry, v, state, dlast, row, (first + v) * LANES)
+        with k.loop(0, count * state) as i:
+            A[i], dA[i] = A[i] * LOG2E, zero
+        blocks = (length + (SAVE_EVERY - 1)) // SAVE_EVERY
+        with k.loop(0, blocks) as done:
+            block = blocks - 1 - done
+            start = block * SAVE_EVERY
+            steps = k.minimum(length - start, SAVE_EVERY)
+            with k.loop(0, SAVE_EVERY) as t:
+                now = k.minimum(start + t, length - 1)
+                k.copy(B, t * state, B_all.address(row, now, 0), state)
+                k.copy(C, t * state, C_all.address(row, now, 0), state)
+            with k.loop(0, state * parts) as i:
+                dB[i], dC[i] = zero, zero
+            with k.loop(0, count) as v:
+                c = (first + v) * LANES
+                with k.loop(0, SAVE_EVERY) as t:
+                    now = k.minimum(start + t, length - 1)
+                    x, g = u.load(row, now, c), dout.load(row, now, c)
+                    step = delta.load(row, now, c) + bias.load(c)
+                    if softplus:
+                        step, slope[t] = k.softplus(step)
+                    if z is not None:  # the derivative of z sigmoid(z) is sigmoid(z) (1 + z (1 - sigmoid(z)))
+                        gates = z.load(row, now, c)
+                        open_ = k.sigmoid(gates)
+                        dgate[t] = g * open_ * (gates * (1.0 - open_) + 1.0)
+                        g = g * gates * open_
+                    step, g = (k.select(t, "<", steps, value, 0.0) for value in (step, g))
+                    dt[t], dtu[t], dy[t], y[t] = step, step * x, g, D_all.load(c) * x
+                    dx[t], ds[t] = zero, zero
+                with k.loop(0, state) as n:
+                    at = v * state + n
+                    a = A[at]
+                    decays, states = [], [saved.load(row, block, n, c)]
+                    sums = [LaneSums(k) for _ in range(2 * parts)]
+                    for s in range(SAVE_EVERY):
+                        decays.append(k.exp2(dt[s] * a))
+                        states.append(decays[s] * states[s] + dtu[s] * k.fill(B[n + s * state]))
+                        y[s] = states[s + 1] * k.fill(C[n + s * state]) + y[s]
+                        sums[s // LANES].put(s % LANES, states[s + 1] * dy[s])
+                    back, da = carry[at], dA[at]
+                    for s in reversed(range(SAVE_EVERY)):
+                        dh = dy[s] * k.fill(C[n + s * state]) + back
+                        sums[parts + s // LANES].put(s % LANES, dh * dtu[s])
+                        dx[s] = dh * k.fill(B[n + s * state]) + dx[s]
+                        back = dh * decays[s]
+                        w = back * states[s]
+                        ds[s] = w * a + ds[s]
+                        da = w * dt[s] + da
+                    carry[at], dA[at] = back, da
+                    for part in range(parts):
+                        dC[n * parts + part] = dC[n * parts + part] + sums[part].result
+                        dB[n * parts + part] = dB[n * parts + part] + sums[parts + part].result
+                with k.loop(0, steps) as t:
+                    now = start + t
+                    x = u.load(row, now, c)
+                    dstep = ds[t] * (1 / LOG2E) + dx[t] * x
+                    if softplus:
+                        dstep = dstep * slope[t]
+                    ddelta.store(dstep, row, now, c)
+                    du.store(dx[t] * dt[t] + D_all.load(c) * dy[t], row, now, c)
+                    if dz is not None:
+                        dz.store(dgate[t] * y[t], row, now, c)
+                    dD[v], dbias[v] = dD[v] + dy[t] * x, dbias[v] + dstep
+            with k.loop(0, state) as n:
+                for part in range(parts):
+                    dB_all.store(dB[n * parts + part], unit, block, n, part * LANES)
+                    dC_all.store(dC[n * parts + part], unit, block, n, part * LANES)
+        with k.loop(0, count) as v:
+            c = (first + v) * LANES
+            dD_all.store(dD[v], row, c)
+            dbias_all.store(dbias[v], row, c)
+            _store_states(k, carry, v, state, dinitial, row, c)
+            with k.loop(0, state) as n:
+                dA_all.store(dA[v * state + n], row, n, c)
+
+
+def _write_conv_forward(k: Kernel, kernel: int, bf16: bool, activation: bool) -> None:
+    x, out, initial = k.rows("x", bf16), k.rows("out", bf16), k.tensor("initial_state", 3, bf16)
+    weight, bias, length = k.tensor("weight", 2), k.tensor("bias", 1), k.integer("length")
+    w, window = k.array(kernel), k.array(kernel)  # [tap]; the last tap is the token itself
+    with _units(k) as (_, row, first, count), k.loop(0, count) as v:
+        c = (first + v) * LANES
+        _load_states(k, w, k.as_index(0), kernel, weight, c)
+        for j in range(kernel - 1):
+            window[j + 1] = initial.load(row, j, c)
+        with k.loop(0, length) as t:
+            y = _convolve(k, window, x.load(row, t, c), w, bias.load(c))
+            out.store(y * k.sigmoid(y) if activation else y, row, t, c)
+
+
+def _write_conv_backward(k: Kernel, kernel: int, bf16: bool, activation: bool) -> None:
+    x, dout, dx = k.rows("x", bf16), k.rows("dout", bf16), k.rows("dx", bf16)
+    initial, dinitial = k.tensor("initial_state", 3, bf16), k.tensor("dinitial", 3, bf16)
+    weight, bias, length = k.tensor("weight", 2), k.tensor("bias", 1), k.integer("length")
+    dweight, dbias = k.tensor("dweight", 3), k.tensor("dbias", 2)  # per batch row: (B, K, D), (B, D)
+    w, window, dw = (k.array(kernel) for _ in range(3))  # [tap]
+    pending = k.array(kernel)  # gradients of the last inputs; later tokens still add to them
+    db, zero = k.array(1), k.constant(0.0)
+    with _units(k) as (_, row, first, count), k.loop(0, count) as v:
+        c = (first + v) * LANES
+        _load_states(k, w, k.as_index(0), kernel, weight, c)
+        for j in range(kernel):
+            dw[j], pending[j] = zero, zero
+        db[0] = zero
+        for j in range(kernel - 1):
+            window[j + 1] = initial.load(row, j, c)
+
+        def finish(t: Value) -> None:
+            """Store the gradient of the input kernel - 1 tokens before t, which may lie before the sequence."""
+            before, inside = dinitial.address(row, t, c), dx.address(row, t - (kernel - 1), c)
+            k.store(pending[0], k.select(t, "<", kernel - 1, before, inside), bf16)
+            for j in range(kernel - 1):
+                pending[j] = pending[j + 1]
+            pending[kernel - 1] = zero
+
+        with k.loop(0, length) as t:
+            y = _convolve(k, window, x.load(row, t, c), w, bias.load(c))
+            dy = dout.load(row, t, c)
+            if activation:
+                open_ = k.sigmoid(y)
+                dy = dy * open_ * (y * (1.0 - open_) + 1.0)
+            for j in range(kernel):
+                dw[j] = dy * window[j] + dw[j]
+                pending[j] = dy * w[j] + pending[j]
+            db[0] = db[0] + dy
+            finish(t)
+        with k.loop(length, length + (kernel - 1)) as t:
+            finish(t)
+        dbias.store(db[0], row, c)
+        for j in range(kernel):
+            dweight.store(dw[j], row, j, c)
+
+
+def _convolve(k: Kernel, window: Array, now: Value, w: Array, bias: Value) -> Value:
+    """Shift `now` into the window of the last inputs and weigh them."""
+    taps = window.vectors
+    for j in range(taps - 1):
+        window[j] = window[j + 1]
+    window[taps - 1] = now
+    for j in range(taps):
+        bias = window[j] * w[j] + bias
+    return bias
+
+
+# --- the four functions ---------------------------------------------------------------------------------------------
+
+
+def scan_forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns out (B, L, D) in u's dtype, the last state (B, D, N), and saved states (empty unless `save`)."""
+    (batch, length, channels), state = u.shape, A.shape[1]
+    inputs, io = _scan_inputs(u, delta, A, B, C, D, z, delta_bias)
+    width = inputs["u"].shape[2]
+    out = u.new_empty(batch, length, width, dtype=io)
+    last = u.new_empty(batch, width, state, dtype=torch.float32)
+    saved = last.new_empty((batch, -(-length // SAVE_EVERY) if save else 0, state, width))
+    run(
+        build(_write_scan_forward, state, io == torch.bfloat16, z is not None, delta_softplus),
+        _count(batch, width), reverse, **inputs, initial_state=_states(initial_state, last), out=out, last=last,
+        saved=saved, save=int(save), length=length, vectors=width // LANES,
+    )  # fmt: skip
+    saved = _trim(saved, channels) if save else saved.new_empty(0)
+    return _trim(out, channels).to(u.dtype), last[:, :channels].contiguous(), saved
+
+
+def scan_backward(
+    dout: Tensor,
+    dlast: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    saved: Tensor,
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state), each in its input's dtype."""
+    (batch, length, channels), state, blocks = u.shape, A.shape[1], saved.shape[1]
+    inputs, io = _scan_inputs(u, delta, A, B, C, D, z, delta_bias)
+    width = inputs["u"].shape[2]
+    units = _count(batch, width)
+    du, ddelta = (u.new_empty(batch, length, width, dtype=dtype) for dtype in (io, torch.float32))
+    dz = None if z is None else torch.empty_like(du)
+    dinitial = saved.new_empty(batch, width, state)
+    dA, dD, dbias = (saved.new_empty(batch, *shape) for shape in ((state, width), (width,), (width,)))
+    dB, dC = (saved.new_empty(units, blocks, state, SAVE_EVERY) for _ in range(2))
+    run(
+        build(_write_scan_backward, state, io == torch.bfloat16, z is not None, delta_softplus),
+        units, reverse, **inputs, dout=_rows(dout, io), saved=_rows(saved, torch.float32),
+        dlast=_states(dlast, dinitial), du=du, ddelta=ddelta, dz=du if dz is None else dz, dinitial=dinitial,
+        dA=dA, dD=dD, dbias=dbias, dB=dB, dC=dC, length=length, vectors=width // LANES,
+    )  # fmt: skip
+
+    def per_token(x: Tensor) -> Tensor:  # (units, blocks, N, SAVE_EVERY) → (B, L, N)
+        x = x.view(batch, _count(1, width), blocks, state, SAVE_EVERY).sum(1).transpose(2, 3).flatten(1, 2)[:, :length]
+        return x.flip(1) if reverse else x.contiguous()
+
+    return (
+        _trim(du, channels).to(u.dtype),
+        _trim(ddelta, channels).to(delta.dtype),
+        dA.sum(0).t()[:channels].to(A.dtype).contiguous(),
+        per_token(dB).to(B.dtype),
+        per_token(dC).to(C.dtype),
+        None if D is None else dD.sum(0)[:channels].to(D.dtype),
+        None if z is None or dz is None else _trim(dz, channels).to(z.dtype),
+        None if delta_bias is None else dbias.sum(0)[:channels].to(delta_bias.dtype),
+        None if initial_state is None else dinitial[:, :channels].to(initial_state.dtype).contiguous(),
+    )
+
+
+def conv_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool, reverse: bool
+) -> Tensor:
+    inputs, io = _conv_inputs(x, weight, bias, initial_state)
+    out = torch.empty(inputs["x"].shape, dtype=io)
+    width = out.shape[2]
+    run(
+        build(_write_conv_forward, weight.shape[1], io == torch.bfloat16, activation),
+        _count(len(x), width), reverse, **inputs, out=out, length=x.shape[1], vectors=width // LANES,
+    )  # fmt: skip
+    return _trim(out, x.shape[2]).to(x.dtype)
+
+
+def conv_backward(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    activation: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of (x, weight, bias, initial_state)."""
+    inputs, io = _conv_inputs(x, weight, bias, initial_state)
+    channels, kernel, width = *weight.shape, inputs["x"].shape[2]
+    dx, dinitial = torch.empty(inputs["x"].shape, dtype=io), torch.empty(inputs["initial_state"].shape, dtype=io)
+    dweight, dbias = torch.empty(len(x), kernel, width), torch.empty(len(x), width)
+    run(
+        build(_write_conv_backward, kernel, io == torch.bfloat16, activation),
+        _count(len(x), width), reverse, **inputs, dout=_rows(dout, io), dx=dx, dinitial=dinitial,
+        dweight=dweight, dbias=dbias, length=x.shape[1], vectors=width // LANES,
+    )  # fmt: skip
+    return (
+        _trim(dx, channels).to(x.dtype),
+        dweight.sum(0).t()[:channels].to(weight.dtype).contiguous(),
+        None if bias is None else dbias.sum(0)[:channels].to(bias.dtype),
+        None if initial_state is None else _trim(dinitial, channels).to(initial_state.dtype),
+    )
+
+
+def self_check() -> None:
+    """Raise if llvmlite is missing, the CPU is unknown to it, or the kernels compute something else than the law.
+
+    Compiles exactly the forward kernels that an SSAM encoder needs, about 0.2 s.
+    """
+    g = torch.Generator().manual_seed(0)
+    u, delta, z = (torch.randn(1, 19, LANES, generator=g) for _ in range(3))
+    A, B, C = -torch.rand(LANES, 24, generator=g) * 9, *(torch.randn(1, 19, 24, generator=g) for _ in range(2))
+    weight, D = torch.randn(LANES, 4, generator=g), torch.randn(LANES, generator=g)
+    for reverse in (False, True):
+        arguments = (u, delta, A, B, C, D, z, D, None, True, reverse)
+        conv = (u, weight, D, None, True, reverse)
+        pairs = {
+            "scan": (scan_forward(*arguments, False)[:2], scan_reference.selective_scan(*arguments)),
+            "convolution": ((conv_forward(*conv),), (scan_reference.causal_conv1d(*conv),)),
+        }
+        for name, (got, want) in pairs.items():
+            for x, y in zip(got, want, strict=True):
+                if not torch.allclose(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max())):
+                    raise RuntimeError(f"the compiled {name} differs from the reference by {(x - y).abs().max():.2g}")
+
+
+def _scan_inputs(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> tuple[dict[str, Tensor], torch.dtype]:
+    """The kernels' common inputs as they want them, and the dtype of u, z, out and their gradients."""
+    io = torch.bfloat16 if u.dtype == torch.bfloat16 and (z is None or z.dtype == u.dtype) else torch.float32
+    inputs = {"u": _rows(u, io), "delta": _rows(delta), "B": _unit_stride(B.float()), "C": _unit_stride(C.float())}
+    if z is not None:
+        inputs["z"] = _rows(z, io)
+    inputs["A"] = _states(A, A.new_empty(inputs["u"].shape[2], A.shape[1]))
+    for name, x in (("D", D), ("delta_bias", delta_bias)):
+        inputs[name] = _rows(torch.zeros(u.shape[2]) if x is None else x)
+    return inputs, io
+
+
+def _conv_inputs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None
+) -> tuple[dict[str, Tensor], torch.dtype]:
+    io = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    batch, (channels, kernel) = len(x), weight.shape
+    rows = _rows(x, io)
+    return {
+        "x": rows,
+        "weight": _states(weight, weight.new_empty(rows.shape[2], kernel)),
+        "bias": _rows(torch.zeros(channels) if bias is None else bias),
+        "initial_state": _rows(
+            x.new_zeros(batch, kernel - 1, channels) if initial_state is None else initial_state, io
+        ),
+    }, io
+
+
+def _rows(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x with a last dimension of unit stride and whole vectors; almost always x itself."""
+    missing = -x.shape[-1] % LANES
+    return _unit_stride(F.pad(x.to(dtype), (0, missing)) if missing else x.to(dtype))
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _states(x: Tensor | None, like: Tensor) -> Tensor:
+    """(..., channels, N), float32 and contiguous, with as many channels as `like`; zeros for None."""
+    if x is None:
+        return torch.zeros_like(like, dtype=torch.float32)
+    return F.pad(x.float(), (0, 0, 0, like.shape[-2] - x.shape[-2])).contiguous()
+
+
+def _trim(x: Tensor, channels: int) -> Tensor:
+    return x[..., :channels].contiguous()
+
+
+def _count(batch: int, width: int) -> int:
+    """Work units."""
+    return batch * -(-width // CHANNELS)
