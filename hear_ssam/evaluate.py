@@ -32,7 +32,7 @@ from . import __version__
 from .errors import HearSsamError, unknown_name
 from .paths import atomic_write
 from .records import STORE, Record, append, embeddings_folder, finite, key_of, predictions_file, read
-from .report import terminal
+from .report import Options, terminal
 from .tasks import Task, find_tasks, known_tasks, read_task
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ def _work(job: Job) -> list[Record]:
     if not task.event:  # frames of long recordings would fill the disk
         arrays |= {f"{f.fold}/{kind}": getattr(f, kind) for f in result.folds for kind in ("prediction", "target")}
     with atomic_write(job.predictions) as path, open(path, "wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # its stub takes the names for options
     made_by = provenance(job.source_folder)
     common = {
         "clips": sum(len(names) for _, names in task.shuffled_clips()),
@@ -422,7 +422,7 @@ def run(args: argparse.Namespace) -> int:
     if evaluation.records:  # beside what other models have reached on the same tasks
         tasks = {record["task"] for record in evaluation.records}
         rows = [r for r in read(args.results_dir) if r["task"] in tasks and r["protocol"] == args.protocol]
-        print(terminal(rows), end="")
+        print(terminal(rows, Options()), end="")
     if not evaluation.failures:
         return 0
     print(f"\n{len(evaluation.failures)} failed:", file=sys.stderr)

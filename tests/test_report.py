@@ -2,13 +2,12 @@
 
 import csv
 import io
-import statistics
 
 import pytest
 
-from hear_ssam import cli
+from hear_ssam import HearSsamError, cli
 from hear_ssam.records import append
-from hear_ssam.report import comma_separated, interval, markdown, tables, terminal
+from hear_ssam.report import Options, aggregates, comma_separated, interval, latex, markdown, tables, terminal
 
 
 def record(model, task, seed, score, *, metric="top1_acc", fold=None, maximize=True, digest="", protocol="ssam"):
@@ -41,24 +40,68 @@ def test_a_cell_is_the_mean_over_seeds_of_the_task_score():
     (table,) = tables(RECORDS)
     assert table.tasks == {"birds": "top1_acc", "doors": "segment_1s_er", "waves": "top1_acc"}
     cell = table.cells["birds", "ours"]
-    assert (cell.mean, cell.seeds) == (pytest.approx(0.82), 3)
+    assert (cell.mean, len(cell.scores)) == (pytest.approx(0.82), 3)
     assert cell.half_width == interval([0.80, 0.84, 0.82])
     assert ("waves", "ours") not in table.cells
-    assert table.cells["waves", "theirs"].seeds == 1  # the score that is not finite does not count
+    assert table.cells["waves", "theirs"].scores == (0.33,)  # the score that is not finite does not count
 
 
 def test_the_best_follows_the_direction_of_the_metric():
     (table,) = tables(RECORDS)
-    assert table.best("birds") == statistics.mean((0.8, 0.84, 0.82))
-    assert table.best("doors") == 0.25  # an error rate
+    assert table.best("birds") == "ours"
+    assert table.best("doors") == "theirs"  # an error rate
     assert table.best("waves") is None  # no rival
 
 
+def test_significance_is_welchs_test_against_the_best():
+    scores = {"best": (0.80, 0.82, 0.84), "near": (0.79, 0.80, 0.84), "far": (0.50, 0.52, 0.51), "once": (0.83,)}
+    records = [record(model, "birds", seed, s) for model, seeds in scores.items() for seed, s in enumerate(seeds)]
+    (table,) = tables(records)
+    assert table.best("birds") == "once"  # but one run says nothing about the spread
+    assert not any(table.close_to_best("birds", model) for model in scores)
+    (table,) = tables([r for r in records if r["model"] != "once"])
+    assert [table.close_to_best("birds", model) for model in table.models] == [False, True, False]
+    assert "≈ 81.0 ± " in markdown(records[:9], Options())
+
+
+def test_aggregates_follow_their_definitions():
+    scores = {"logmel": (0.2, 0.4, 0.9), "a": (0.6, 0.3, 0.5), "b": (0.4, 0.8, 0.7)}
+    (table,) = tables([record(m, f"t{i}", 0, s) for m, row in scores.items() for i, s in enumerate(row)])
+    # task by task: a 1, 0 (below the baseline), 0; b 0.5, 1, 0 (nobody beats the baseline on the last)
+    below = aggregates(table, Options())
+    assert below["s(m)"] == pytest.approx([0, 100 / 3, 50])
+    assert below["rank"] == pytest.approx([(3 + 2 + 1) / 3, (1 + 3 + 3) / 3, (2 + 1 + 2) / 3])
+    assert "baseline logmel, best of logmel, a, b" in terminal([*table.records], Options())
+    assert aggregates(table, Options(baseline="b"))["s(m)"][2] == 0
+    with pytest.raises(HearSsamError, match="unknown baseline 'c'"):
+        aggregates(table, Options(baseline="c"))
+
+
+def test_aggregates_count_only_tasks_that_every_model_has():
+    (table,) = tables([record("logmel", "t0", 0, 0.5), record("a", "t0", 0, 0.6), record("a", "t1", 0, 0.9)])
+    assert table.common_tasks == ["t0"]
+    assert aggregates(table, Options()) == {"s(m)": [0, 100], "rank": [2, 1]}
+
+
 def test_formats_mark_the_best_and_state_the_protocol():
-    assert "| birds | top1_acc | **82.0 ± 5.0** | 79.0 |" in markdown(RECORDS)
-    assert "| doors | segment_1s_er | 0.5 | **0.2** |" in markdown(RECORDS)
-    assert "| waves | top1_acc | – | 33.0 |" in markdown(RECORDS)
-    assert "*82.0 ± 5.0*" in terminal(RECORDS) and "protocol ssam, probe exact, 1–3 seeds" in terminal(RECORDS)
+    text = markdown(RECORDS, Options())
+    assert "| birds | top1_acc | **82.0 ± 5.0** | 79.0 |" in text
+    assert "| doors | segment_1s_er | 0.50 | **0.25** |" in text
+    assert "| waves | top1_acc | – | 33.0 |" in text
+    text = terminal(RECORDS, Options())
+    assert "*82.0 ± 5.0*" in text and "Protocol ssam, probe exact, 1–3 seeds" in text
+    text = latex(RECORDS, Options())
+    assert r"birds & top1\_acc & \textbf{82.0 $\pm$ 5.0} & 79.0 \\" in text
+    assert text.count("&") == 5 * 3
+
+
+def test_published_scores_stand_apart():
+    records = [record("ours", "esc50-v2.0.0-full", 0, 0.99), record("theirs", "esc50-v2.0.0-full", 0, 0.1)]
+    text = markdown(records, Options(published=True))
+    header, _, row, *below = (line.split(" | ") for line in text.splitlines()[2:])
+    assert row[header.index("SSAM-B †")] == "82.9" and row[2] == "**99.0**"
+    assert "† published, not measured here" in text and "GRAM" in text
+    assert all(line[header.index("SSAM-B †")] == "–" for line in below)
 
 
 def test_checkpoints_of_one_name_and_protocols_are_kept_apart():
@@ -69,7 +112,7 @@ def test_checkpoints_of_one_name_and_protocols_are_kept_apart():
 
 
 def test_csv_has_fractions_and_marks_folds():
-    rows = list(csv.DictReader(io.StringIO(comma_separated(RECORDS))))
+    rows = list(csv.DictReader(io.StringIO(comma_separated(RECORDS, Options()))))
     assert len(rows) == len(RECORDS)
     assert {"model", "task", "protocol", "seed", "metric", "score"} <= rows[0].keys()
     assert float(rows[0]["score"]) == 0.8
@@ -80,6 +123,8 @@ def test_csv_has_fractions_and_marks_folds():
 def test_the_command(tmp_path, capsys):
     append(tmp_path / "records.jsonl", RECORDS)
     assert cli.main(["report", str(tmp_path), "--format", "csv"]) == 0
-    assert capsys.readouterr().out == comma_separated(RECORDS)
+    assert capsys.readouterr().out == comma_separated(RECORDS, Options())
+    assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "new" / "table.txt")]) == 0
+    assert (tmp_path / "new" / "table.txt").read_text() == terminal(RECORDS, Options())
     assert cli.main(["report", str(tmp_path), "--protocol", "heareval"]) == 2
     assert "holds no results of protocol heareval" in capsys.readouterr().err
