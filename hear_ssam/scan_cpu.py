@@ -18,11 +18,13 @@ from torch import Tensor
 
 from . import scan_reference
 from .scan_torch import SAVE_EVERY
-from .simd import LANES, LOG2E, Argument, Array, Kernel, LaneSums, Operand, Value, build, run
+from .simd import LANES, LOG2E, Argument, Array, Kernel, Operand, Value, build, run
 
 CHANNELS = 32  # of a work unit: two cache lines of float32
 VECTORS = CHANNELS // LANES
-TILE = 4  # forward: time steps whose step sizes, inputs and outputs stay in registers together
+TILE = 4  # time steps whose step sizes, inputs and sums stay in registers together
+TILES = SAVE_EVERY // TILE
+STATES = 8  # backward: states whose decays and values of a whole block stay in the L1 cache together
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
@@ -50,94 +52,145 @@ def _store_states(k: Kernel, source: Array, v: Value, state: int, target: Argume
         target.store_number(source.numbers[(v * state + n) * LANES + lane], *index[:-1], index[-1] + lane, n)
 
 
+class _Scratch:
+    """What a unit keeps in the L1 cache: its states, and one block of time steps."""
+
+    def __init__(self, k: Kernel, state: int) -> None:
+        self.state = state
+        self.A, self.h = k.array(VECTORS * state), k.array(VECTORS * state)  # [v N + n]; A times log2(e)
+        self.B, self.C = (k.array(SAVE_EVERY * state // LANES).numbers for _ in range(2))  # [t N + n]
+        self.dt, self.dtu, self.y = (k.array(SAVE_EVERY) for _ in range(3))  # [t]
+
+
+def _scan_block(
+    k: Kernel, s: _Scratch, steps: Operand, first: Value, stop: Value, trace: tuple[Array, Array] | None = None
+) -> None:
+    """Let the states first ... stop - 1 of one vector of channels pass `steps` staged steps, and add to y.
+
+    `trace` receives the decay of every step and the state before it, [(i - first) SAVE_EVERY + t].
+    """
+    tile = range(TILE)
+    with k.loop(0, steps, TILE) as start:
+        step_sizes, inputs = [s.dt[start + j] for j in tile], [s.dtu[start + j] for j in tile]
+        sums = [k.variable(s.y[start + j]) for j in tile]
+        with k.loop(first, stop) as i:
+            a, h, n = s.A[i], s.h[i], i - first // s.state * s.state
+            for j in tile:
+                at = (start + j) * s.state + n
+                decay = k.exp2(step_sizes[j] * a)
+                if trace:
+                    place = (i - first) * SAVE_EVERY + start + j
+                    trace[0][place], trace[1][place] = decay, h
+                h = decay * h + inputs[j] * k.fill(s.B[at])
+                sums[j].value = h * k.fill(s.C[at]) + sums[j].value
+            s.h[i] = h
+        for j in tile:
+            s.y[start + j] = sums[j].value
+
+
 def _write_scan_forward(k: Kernel, state: int, bf16: bool, gate: bool, softplus: bool) -> None:
     u, delta, out = k.rows("u", bf16), k.rows("delta"), k.rows("out", bf16)
     z = k.rows("z", bf16) if gate else None
-    B_all, C_all = k.rows("B"), k.rows("C")
-    A_all, D_all, bias = k.tensor("A", 2), k.tensor("D", 1), k.tensor("delta_bias", 1)
+    A, B, C = k.tensor("A", 2), k.rows("B"), k.rows("C")
+    D, bias = k.tensor("D", 1), k.tensor("delta_bias", 1)
     initial, last, saved = k.tensor("initial_state", 3), k.tensor("last", 3), k.tensor("saved", 4)
     length, save = k.integer("length"), k.integer("save")
-    A, h = k.array(VECTORS * state), k.array(VECTORS * state)  # [v N + n]; A times log2(e)
-    B, C = (k.array(SAVE_EVERY * state // LANES).numbers for _ in range(2))  # [t N + n]
-    dt, dtu, y = (k.array(SAVE_EVERY) for _ in range(3))  # [t]
+    s = _Scratch(k, state)
     with _units(k) as (_, row, first, count):
         with k.loop(0, count) as v:
-            _load_states(k, A, v, state, A_all, (first + v) * LANES)
-            _load_states(k, h, v, state, initial, row, (first + v) * LANES)
+            _load_states(k, s.A, v, state, A, (first + v) * LANES)
+            _load_states(k, s.h, v, state, initial, row, (first + v) * LANES)
         with k.loop(0, count * state) as i:
-            A[i] = A[i] * LOG2E
+            s.A[i] = s.A[i] * LOG2E
         with k.loop(0, length, SAVE_EVERY) as start:
             steps = k.minimum(length - start, SAVE_EVERY)
             padded = (steps + (TILE - 1)) // TILE * TILE
             with k.loop(0, padded) as t:
                 now = k.minimum(start + t, length - 1)
-                k.copy(B, t * state, B_all.address(row, now, 0), state)
-                k.copy(C, t * state, C_all.address(row, now, 0), state)
+                k.copy(s.B, t * state, B.address(row, now, 0), state)
+                k.copy(s.C, t * state, C.address(row, now, 0), state)
             with k.loop(0, count) as v:
                 c = (first + v) * LANES
                 with k.loop(0, save * state) as n:
-                    saved.store(h[v * state + n], row, start // SAVE_EVERY, n, c)
+                    saved.store(s.h[v * state + n], row, start // SAVE_EVERY, n, c)
                 with k.loop(0, padded) as t:
                     now = k.minimum(start + t, length - 1)
                     x, step = u.load(row, now, c), delta.load(row, now, c) + bias.load(c)
                     if softplus:
                         step, _ = k.softplus(step)
                     step = k.select(t, "<", steps, step, 0.0)
-                    dt[t], dtu[t], y[t] = step, step * x, D_all.load(c) * x
-                with k.loop(0, padded, TILE) as t:
-                    tile = range(TILE)
-                    step_sizes, inputs = [dt[t + j] for j in tile], [dtu[t + j] for j in tile]
-                    sums = [k.array(1) for j in tile]  # become registers
-                    for j in tile:
-                        sums[j][0] = y[t + j]
-                    with k.loop(0, state) as n:
-                        a, now = A[v * state + n], h[v * state + n]
-                        for j in tile:
-                            at = (t + j) * state + n
-                            now = k.exp2(step_sizes[j] * a) * now + inputs[j] * k.fill(B[at])
-                            sums[j][0] = now * k.fill(C[at]) + sums[j][0]
-                        h[v * state + n] = now
-                    for j in tile:
-                        y[t + j] = sums[j][0]
+                    s.dt[t], s.dtu[t], s.y[t] = step, step * x, D.load(c) * x
+                _scan_block(k, s, padded, v * state, v * state + state)
                 with k.loop(0, steps) as t:
-                    result = y[t]
+                    result = s.y[t]
                     if z is not None:
                         gates = z.load(row, start + t, c)
                         result = result * gates * k.sigmoid(gates)
                     out.store(result, row, start + t, c)
         with k.loop(0, count) as v:
-            _store_states(k, h, v, state, last, row, (first + v) * LANES)
+            _store_states(k, s.h, v, state, last, row, (first + v) * LANES)
+
+
+class _BackwardScratch(_Scratch):
+    def __init__(self, k: Kernel, state: int) -> None:
+        super().__init__(k, state)
+        self.carry, self.dA = k.array(VECTORS * state), k.array(VECTORS * state)  # [v N + n]
+        # Sums over LANES / TILE groups of lanes, finished once per block: [n TILES + t // TILE], lanes t % TILE.
+        self.dB, self.dC = k.array(state * TILES), k.array(state * TILES)
+        self.dy, self.dx, self.ds, self.slope, self.dgate = (k.array(SAVE_EVERY) for _ in range(5))  # [t]
+        self.dD, self.dbias = k.array(VECTORS), k.array(VECTORS)
+        self.trace = k.array(STATES * SAVE_EVERY), k.array(STATES * SAVE_EVERY)
+
+
+def _walk_back(k: Kernel, s: _BackwardScratch, tile: Value, first: Value, stop: Value) -> None:
+    """Let the gradients of the states first ... stop - 1 pass the time steps of a tile, last step first.
+
+    With carry_t = decay_{t+1} dh_{t+1}:  dh_t = C_t dy_t + carry_t,  dC_t = <h_t, dy_t>,  dB_t = <dh_t, dt_t u_t>,
+    d(dt_t u_t) = <dh_t, B_t>,  d(dt_t A) = dh_t decay_t h_{t-1}. s.h[i] holds h after the tile and moves before it.
+    """
+    start = tile * TILE
+    dt, dtu, dy = ([x[start + j] for j in range(TILE)] for x in (s.dt, s.dtu, s.dy))
+    dx, ds = ([k.variable(x[start + j]) for j in range(TILE)] for x in (s.dx, s.ds))
+    with k.loop(first, stop) as i:
+        a, h, carry, dA = s.A[i], s.h[i], s.carry[i], s.dA[i]
+        n = i - first // s.state * s.state
+        to_sum: tuple[list[Value], list[Value]] = ([], [])
+        for j in reversed(range(TILE)):
+            at, place = (start + j) * s.state + n, (i - first) * SAVE_EVERY + start + j
+            dh = dy[j] * k.fill(s.C[at]) + carry
+            to_sum[0].insert(0, dh * dtu[j])
+            to_sum[1].insert(0, h * dy[j])
+            dx[j].value = dh * k.fill(s.B[at]) + dx[j].value
+            carry, h = dh * s.trace[0][place], s.trace[1][place]
+            w = carry * h
+            ds[j].value = w * a + ds[j].value
+            dA = w * dt[j] + dA
+        s.h[i], s.carry[i], s.dA[i] = h, carry, dA
+        for total, vectors in zip((s.dB, s.dC), to_sum, strict=True):
+            total[n * TILES + tile] = total[n * TILES + tile] + k.fold(vectors, 1)
+    for j in range(TILE):
+        s.dx[start + j], s.ds[start + j] = dx[j].value, ds[j].value
 
 
 def _write_scan_backward(k: Kernel, state: int, bf16: bool, gate: bool, softplus: bool) -> None:
-    """Per block, from the last to the first: stage; per state recompute forwards, then walk back; finish.
-
-    With carry_t = decay_{t+1} dh_{t+1}:  dh_t = C_t dy_t + carry_t,  dC_t = <h_t, dy_t>,  dB_t = <dh_t, dt_t u_t>,
-    d(dt_t u_t) = <dh_t, B_t>,  d(dt_t A) = dh_t decay_t h_{t-1}. dB and dC sum over the lanes, and over units outside.
-    """
+    """Per block of time steps, from the last to the first: stage, recompute forwards, walk back, finish."""
     u, delta, dout = k.rows("u", bf16), k.rows("delta"), k.rows("dout", bf16)
     du, ddelta = k.rows("du", bf16), k.rows("ddelta")
     z, dz = (k.rows("z", bf16), k.rows("dz", bf16)) if gate else (None, None)
-    B_all, C_all = k.rows("B"), k.rows("C")
-    A_all, D_all, bias = k.tensor("A", 2), k.tensor("D", 1), k.tensor("delta_bias", 1)
+    A, B, C = k.tensor("A", 2), k.rows("B"), k.rows("C")
+    D, bias = k.tensor("D", 1), k.tensor("delta_bias", 1)
     saved, dlast, dinitial = k.tensor("saved", 4), k.tensor("dlast", 3), k.tensor("dinitial", 3)
-    dA_all, dD_all, dbias_all = k.tensor("dA", 3), k.tensor("dD", 2), k.tensor("dbias", 2)  # per batch row
-    dB_all, dC_all = k.tensor("dB", 4), k.tensor("dC", 4)  # (units, blocks, N, SAVE_EVERY)
+    dA, dD, dbias = k.tensor("dA", 3), k.tensor("dD", 2), k.tensor("dbias", 2)  # one for each batch row
+    dB, dC = k.tensor("dB", 4), k.tensor("dC", 4)  # (units, blocks, N, SAVE_EVERY)
     length = k.integer("length")
-    A, dA, carry = (k.array(VECTORS * state) for _ in range(3))  # [v N + n]
-    B, C = (k.array(SAVE_EVERY * state // LANES).numbers for _ in range(2))  # [t N + n]
-    parts = SAVE_EVERY // LANES
-    dB, dC = k.array(state * parts), k.array(state * parts)  # [n parts + t // LANES], lane t % LANES
-    dt, dtu, dy, y, dx, ds, slope, dgate = (k.array(SAVE_EVERY) for _ in range(8))  # [t]
-    dD, dbias = k.array(VECTORS), k.array(VECTORS)
-    zero = k.constant(0.0)
+    s, zero = _BackwardScratch(k, state), k.constant(0.0)
     with _units(k) as (unit, row, first, count):
         with k.loop(0, count) as v:
-            dD[v], dbias[v] = zero, zero
-            _load_states(k, A, v, state, A_all, (first + v) * LANES)
-            _load_states(k, carry, v, state, dlast, row, (first + v) * LANES)
+            s.dD[v], s.dbias[v] = zero, zero
+            _load_states(k, s.A, v, state, A, (first + v) * LANES)
+            _load_states(k, s.carry, v, state, dlast, row, (first + v) * LANES)
         with k.loop(0, count * state) as i:
-            A[i], dA[i] = A[i] * LOG2E, zero
+            s.A[i], s.dA[i] = s.A[i] * LOG2E, zero
         blocks = (length + (SAVE_EVERY - 1)) // SAVE_EVERY
         with k.loop(0, blocks) as done:
             block = blocks - 1 - done
@@ -145,71 +198,58 @@ def _write_scan_backward(k: Kernel, state: int, bf16: bool, gate: bool, softplus
             steps = k.minimum(length - start, SAVE_EVERY)
             with k.loop(0, SAVE_EVERY) as t:
                 now = k.minimum(start + t, length - 1)
-                k.copy(B, t * state, B_all.address(row, now, 0), state)
-                k.copy(C, t * state, C_all.address(row, now, 0), state)
-            with k.loop(0, state * parts) as i:
-                dB[i], dC[i] = zero, zero
+                k.copy(s.B, t * state, B.address(row, now, 0), state)
+                k.copy(s.C, t * state, C.address(row, now, 0), state)
+            with k.loop(0, state * TILES) as i:
+                s.dB[i], s.dC[i] = zero, zero
             with k.loop(0, count) as v:
                 c = (first + v) * LANES
+                with k.loop(0, state) as n:
+                    s.h[v * state + n] = saved.load(row, block, n, c)
                 with k.loop(0, SAVE_EVERY) as t:
                     now = k.minimum(start + t, length - 1)
-                    x, g = u.load(row, now, c), dout.load(row, now, c)
+                    x, dy = u.load(row, now, c), dout.load(row, now, c)
                     step = delta.load(row, now, c) + bias.load(c)
                     if softplus:
-                        step, slope[t] = k.softplus(step)
+                        step, s.slope[t] = k.softplus(step)
                     if z is not None:  # the derivative of z sigmoid(z) is sigmoid(z) (1 + z (1 - sigmoid(z)))
                         gates = z.load(row, now, c)
-                        open_ = k.sigmoid(gates)
-                        dgate[t] = g * open_ * (gates * (1.0 - open_) + 1.0)
-                        g = g * gates * open_
-                    step, g = (k.select(t, "<", steps, value, 0.0) for value in (step, g))
-                    dt[t], dtu[t], dy[t], y[t] = step, step * x, g, D_all.load(c) * x
-                    dx[t], ds[t] = zero, zero
-                with k.loop(0, state) as n:
-                    at = v * state + n
-                    a = A[at]
-                    decays, states = [], [saved.load(row, block, n, c)]
-                    sums = [LaneSums(k) for _ in range(2 * parts)]
-                    for s in range(SAVE_EVERY):
-                        decays.append(k.exp2(dt[s] * a))
-                        states.append(decays[s] * states[s] + dtu[s] * k.fill(B[n + s * state]))
-                        y[s] = states[s + 1] * k.fill(C[n + s * state]) + y[s]
-                        sums[s // LANES].put(s % LANES, states[s + 1] * dy[s])
-                    back, da = carry[at], dA[at]
-                    for s in reversed(range(SAVE_EVERY)):
-                        dh = dy[s] * k.fill(C[n + s * state]) + back
-                        sums[parts + s // LANES].put(s % LANES, dh * dtu[s])
-                        dx[s] = dh * k.fill(B[n + s * state]) + dx[s]
-                        back = dh * decays[s]
-                        w = back * states[s]
-                        ds[s] = w * a + ds[s]
-                        da = w * dt[s] + da
-                    carry[at], dA[at] = back, da
-                    for part in range(parts):
-                        dC[n * parts + part] = dC[n * parts + part] + sums[part].result
-                        dB[n * parts + part] = dB[n * parts + part] + sums[parts + part].result
+                        share = k.sigmoid(gates)
+                        s.dgate[t] = dy * share * (gates * (1.0 - share) + 1.0)
+                        dy = dy * gates * share
+                    step, dy = (k.select(t, "<", steps, value, 0.0) for value in (step, dy))
+                    s.dt[t], s.dtu[t], s.dy[t], s.y[t] = step, step * x, dy, D.load(c) * x
+                    s.dx[t], s.ds[t] = zero, zero
+                end = v * state + state
+                with k.loop(v * state, end, STATES) as i:
+                    stop = k.minimum(i + STATES, end)
+                    _scan_block(k, s, SAVE_EVERY, i, stop, s.trace)
+                    with k.loop(0, TILES) as tile:
+                        _walk_back(k, s, (TILES - 1) - tile, i, stop)
                 with k.loop(0, steps) as t:
                     now = start + t
                     x = u.load(row, now, c)
-                    dstep = ds[t] * (1 / LOG2E) + dx[t] * x
+                    dstep = s.ds[t] * (1 / LOG2E) + s.dx[t] * x
                     if softplus:
-                        dstep = dstep * slope[t]
+                        dstep = dstep * s.slope[t]
                     ddelta.store(dstep, row, now, c)
-                    du.store(dx[t] * dt[t] + D_all.load(c) * dy[t], row, now, c)
+                    du.store(s.dx[t] * s.dt[t] + D.load(c) * s.dy[t], row, now, c)
                     if dz is not None:
-                        dz.store(dgate[t] * y[t], row, now, c)
-                    dD[v], dbias[v] = dD[v] + dy[t] * x, dbias[v] + dstep
+                        dz.store(s.dgate[t] * s.y[t], row, now, c)
+                    s.dD[v], s.dbias[v] = s.dD[v] + s.dy[t] * x, s.dbias[v] + dstep
             with k.loop(0, state) as n:
-                for part in range(parts):
-                    dB_all.store(dB[n * parts + part], unit, block, n, part * LANES)
-                    dC_all.store(dC[n * parts + part], unit, block, n, part * LANES)
+                for part in range(0, TILES, LANES // TILE):
+                    tiles = range(part, part + LANES // TILE)
+                    for total, target in ((s.dB, dB), (s.dC, dC)):
+                        whole = k.fold([total[n * TILES + tile] for tile in tiles], TILE)
+                        target.store(whole, unit, block, n, part * TILE)
         with k.loop(0, count) as v:
             c = (first + v) * LANES
-            dD_all.store(dD[v], row, c)
-            dbias_all.store(dbias[v], row, c)
-            _store_states(k, carry, v, state, dinitial, row, c)
+            dD.store(s.dD[v], row, c)
+            dbias.store(s.dbias[v], row, c)
+            _store_states(k, s.carry, v, state, dinitial, row, c)
             with k.loop(0, state) as n:
-                dA_all.store(dA[v * state + n], row, n, c)
+                dA.store(s.dA[v * state + n], row, n, c)
 
 
 def _write_conv_forward(k: Kernel, kernel: int, bf16: bool, activation: bool) -> None:

@@ -120,6 +120,22 @@ class Array:
         self.kernel.builder.store(value.ir, self.at(index))
 
 
+class Variable:
+    """A vector that changes in a loop; the compiler keeps it in a register."""
+
+    def __init__(self, kernel: Kernel, value: Value) -> None:
+        self._memory = Array(kernel, 1)
+        self.value = value
+
+    @property
+    def value(self) -> Value:
+        return self._memory[0]
+
+    @value.setter
+    def value(self, value: Value) -> None:
+        self._memory[0] = value
+
+
 class Argument:
     """A tensor argument, float32 or bfloat16: its last dimension has unit stride, the others have any."""
 
@@ -179,6 +195,9 @@ class Kernel:
 
     def array(self, vectors: int) -> Array:
         return Array(self, vectors)
+
+    def variable(self, value: Value) -> Variable:
+        return Variable(self, value)
 
     def pointer(self, address: Value, kind: ir.Type) -> ir.Value:
         return self.builder.inttoptr(address.ir, kind.as_pointer())
@@ -298,34 +317,22 @@ class Kernel:
         value = s * self.polynomial(s * s, _LOG1P) + self.maximum(x, 0.0)
         return value, self.select(x, "<", 0.0, e, 1.0) / (e + 1.0)
 
+    def fold(self, vectors: list[Value], first: int) -> Value:
+        """Begin or go on to sum the lanes of vectors: halve their number by each bit of the lane from `first` on.
 
-class LaneSums:
-    """Sums of the lanes of LANES vectors, as one vector: `put` them in any order, then read `result`.
-
-    Vectors that differ in one bit of their number are added pairwise as soon as both are there, so few wait at a time.
-    """
-
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self._waiting: dict[tuple[int, int], Value] = {}  # (bit, number)
-
-    def put(self, number: int, vector: Value) -> None:
-        bit = 1
-        while (other := self._waiting.pop((bit, number ^ bit), None)) is not None:
-            pair = (other, vector) if number & bit else (vector, other)
-            # Lane i of both halves comes from the vector that bit `bit` of i chooses.
+        Starting at bit 1 with LANES vectors, lane i of the result is the sum of all lanes of vector i.
+        """
+        bit = first
+        while len(vectors) > 1:
             low = [(LANES if i & bit else 0) + (i & ~bit) for i in range(LANES)]
             high = [lane + bit for lane in low]
-            vector = self._shuffle(*pair, low) + self._shuffle(*pair, high)
-            number, bit = number & ~bit, 2 * bit
-        self._waiting[bit, number] = vector
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [self._shuffle(a, b, low) + self._shuffle(a, b, high) for a, b in pairs]
+            bit *= 2
+        return vectors[0]
 
     def _shuffle(self, a: Value, b: Value, lanes: list[int]) -> Value:
-        return Value(self.kernel, self.kernel.builder.shuffle_vector(a.ir, b.ir, ir.Constant(_bits, lanes)))
-
-    @property
-    def result(self) -> Value:
-        return self._waiting[LANES, 0]
+        return Value(self, self.builder.shuffle_vector(a.ir, b.ir, ir.Constant(_bits, lanes)))
 
 
 # --- compiling and running ------------------------------------------------------------------------------------------
