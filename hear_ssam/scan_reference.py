@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SAVE_EVERY = 16  # steps between the states that the fast twins keep for their backward pass
+
 
 def selective_scan(
     u: Tensor,

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SAVE_EVERY = 16  # steps between saved states; also the block length
+from .scan_reference import SAVE_EVERY
+
 CACHE_BYTES = 1 << 20  # wanted size of one block buffer on a CPU
 
 
