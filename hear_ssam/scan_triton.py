@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _softplus(x):
-    """log(1 + exp(x)) and its derivative, exact to float32 also where exp(x) is tiny: log1p(e) = 2 atanh(e / (2 + e))."""
+    """log(1 + exp(x)) and its derivative; log1p(e) = 2 atanh(e / (2 + e)) is exact to float32 also for tiny e."""
     e = tl.exp2(-tl.abs(x) * LOG2E)
     s = e / (2 + e)
     q = s * s  # at most 1/9
@@ -406,7 +407,7 @@ def scan_backward(
     saved: Tensor,
     delta_softplus: bool,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state), each in its input's dtype."""
     (batch, length, channels), state = u.shape, A.shape[1]
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
@@ -414,7 +415,7 @@ def scan_backward(
     A, D, delta_bias, dlast = (_dense(x) for x in (A, D, delta_bias, dlast))
     blocks = triton.cdiv(channels, CHANNELS)
 
-    def per_row(x: Tensor | None, *shape: int) -> Tensor | None:
+    def per_row(x: Tensor | None, *shape: int) -> Any:
         """Room for one float32 gradient per batch row, summed afterwards: no atomics, so the same bits every time."""
         return None if x is None else x.new_empty((batch, *shape), dtype=torch.float32)
 
@@ -464,7 +465,7 @@ def conv_backward(
     initial_state: Tensor | None,
     activation: bool,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of (x, weight, bias, initial_state)."""
     inputs = (x, weight, bias, initial_state)
     x, before = _lead_in(x, initial_state, reverse)
@@ -482,7 +483,7 @@ def conv_backward(
                 K=kernel, BT=16, BD=CHANNELS, ACTIVATION=activation, REVERSE=reverse, num_warps=1,
             )  # fmt: skip
     dx = conv_forward(dy, weight, None, None, False, not reverse)  # the transpose runs the other way
-    dinitial = None
+    dinitial: Any = None
     if before:
         dx, dinitial = (dx[:, :-before], dx[:, -before:].flip(1)) if reverse else (dx[:, before:], dx[:, :before])
         dx, dinitial = dx.clone(), dinitial.clone()  # an op's results must not share memory
@@ -508,12 +509,12 @@ def self_check() -> None:
         raise HearSsamError(f"the compiled kernel's self check is off by {error:.1e}")
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def _rows(x: Tensor | None) -> Any:
     """Any batch and length strides are fine; the last dimension must be dense."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
+def _dense(x: Tensor | None) -> Any:
     return None if x is None else x.contiguous()
 
 
