@@ -19,6 +19,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
+from typing import List  # noqa: UP035
 
 import torch
 from torch import Tensor
@@ -275,7 +276,7 @@ def _scan_backward_op(
     delta_softplus: bool,
     reverse: bool,
     backend: str,
-) -> list[Tensor]:
+) -> List[Tensor]:  # noqa: UP006 - torch 2.6 infers no schema from list[Tensor]
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     grads = _kernels(backend).scan_backward(dout, dlast, *tensors, saved, delta_softplus, reverse)
     return [u.new_empty(0) if grad is None else grad for grad in grads]
@@ -331,7 +332,7 @@ def _conv_backward_op(
     activation: bool,
     reverse: bool,
     backend: str,
-) -> list[Tensor]:
+) -> List[Tensor]:  # noqa: UP006 - torch 2.6 infers no schema from list[Tensor]
     grads = _kernels(backend).conv_backward(dout, x, weight, bias, initial_state, activation, reverse)
     return [x.new_empty(0) if grad is None else grad for grad in grads]
 
