@@ -32,7 +32,7 @@ from . import __version__
 from .errors import HearSsamError, unknown_name
 from .paths import atomic_write
 from .records import STORE, Record, append, embeddings_folder, finite, key_of, predictions_file, read
-from .report import Options, terminal
+from .tables import Options, terminal
 from .tasks import Task, find_tasks, known_tasks, read_task
 
 if TYPE_CHECKING:

@@ -1,297 +1,31 @@
-"""Tables of results: tasks × models, mean over seeds with a 95 % t-interval. Every table is a view of the records.
+"""`hear-ssam report`: tables of results on screen, as Markdown, CSV or LaTeX, and one self-contained HTML page.
 
-Two aggregates stand below the tasks, over the tasks on which every model of the table has a score:
-
-s(m)   100 × mean over tasks of max(0, (score − baseline) / (best − baseline)), the aggregate of Yuksel et al. (GRAM)
-       after SUPERB; `best` is the best model of the same table, so s(m) depends on who is compared.
-rank   mean over tasks of the rank among the models of the table, 1 for the best, ties share their mean rank.
+The page shows, besides the tables, for every task: the scores with their intervals, and for every model the confusion
+matrix of one seed, the first two principal components of the embeddings, and the validation curves of its heads. The
+drawings are SVG; the page loads nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
+import html
+import json
 import math
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .errors import HearSsamError, unknown_name
+from .errors import HearSsamError
 from .paths import atomic_write
-from .records import Record, read
-from .tasks import known_tasks
+from .records import Record, embeddings_folder, predictions_file, read
+from .tables import BASELINE, FORMATS, Options, Table, as_text, caption, grid, tables
 
-BASELINE = "logmel"
 EXAMPLES = """examples:
   hear-ssam report results
   hear-ssam report results --format csv -o scores.csv
   hear-ssam report results --protocol ssam --format markdown --published
   hear-ssam report results --format html -o results.html
 """
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One model on one task: the primary metric of every seed."""
-
-    scores: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return statistics.mean(self.scores)
-
-    @property
-    def half_width(self) -> float | None:
-        """Half-width of the 95 % t-interval of the mean, None for a single seed."""
-        return interval(self.scores)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Primary scores of one protocol and probe. `records` are those of the cells, one per task, model and seed."""
-
-    protocol: str
-    probe: str
-    tasks: dict[str, str]  # task → primary metric
-    models: list[str]
-    cells: dict[tuple[str, str], Cell]  # (task, model); missing where there is no result
-    maximize: dict[str, bool]  # task → direction
-    records: list[Record]
-
-    def best(self, task: str) -> str | None:
-        """The model with the best mean on a task, None where fewer than two have one."""
-        models = [model for model in self.models if (task, model) in self.cells]
-        sign = 1 if self.maximize[task] else -1
-        return max(models, key=lambda model: sign * self.cells[task, model].mean) if len(models) > 1 else None
-
-    def close_to_best(self, task: str, model: str) -> bool:
-        """Whether a model is not significantly worse than the best (Welch's t-test over seeds, two-sided, 5 %)."""
-        best = self.best(task)
-        if best in (None, model) or (task, model) not in self.cells:
-            return False
-        a, b = self.cells[task, str(best)].scores, self.cells[task, model].scores
-        if min(len(a), len(b)) < 2 or (len(set(a)) == len(set(b)) == 1):
-            return False
-        from scipy.stats import ttest_ind
-
-        return bool(ttest_ind(a, b, equal_var=False).pvalue >= 0.05)
-
-    @property
-    def common_tasks(self) -> list[str]:
-        """Tasks on which every model has a score."""
-        return [task for task in self.tasks if all((task, model) in self.cells for model in self.models)]
-
-    def aggregate(self, model: str, baseline: str) -> float:
-        """s(m) of a model over the common tasks; a task on which nobody beats the baseline counts 0."""
-        shares = []
-        for task in self.common_tasks:
-            best, own, base = (self.cells[task, m].mean for m in (self.best(task) or model, model, baseline))
-            shares.append(0.0 if best == base else max(0.0, (own - base) / (best - base)))
-        return 100 * statistics.mean(shares)
-
-    def rank(self, model: str) -> float:
-        """Mean rank of a model over the common tasks."""
-        ranks = []
-        for task in self.common_tasks:
-            sign = 1 if self.maximize[task] else -1
-            own, *all_means = (sign * self.cells[task, m].mean for m in (model, *self.models))
-            better, equal = sum(m > own for m in all_means), sum(m == own for m in all_means)
-            ranks.append(better + (equal + 1) / 2)
-        return statistics.mean(ranks)
-
-
-def interval(values: Sequence[float]) -> float | None:
-    """Half-width of the 95 % t-interval of the mean, None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def tables(records: Iterable[Record]) -> list[Table]:
-    """One table per protocol and probe; models with the same name and different checkpoints are told apart."""
-    chosen = [r for r in records if r["fold"] is None and r["primary"] and r["score"] is not None]
-    digests: dict[str, set[str]] = {}
-    for record in chosen:
-        digests.setdefault(record["model"], set()).add(record["checkpoint_sha256"])
-
-    def label(record: Record) -> str:
-        ambiguous = len(digests[record["model"]]) > 1
-        return f"{record['model']}@{record['checkpoint_sha256'][:8]}" if ambiguous else record["model"]
-
-    made = []
-    for protocol, probe in dict.fromkeys((r["protocol"], r["probe"]) for r in chosen):
-        rows = [r for r in chosen if (r["protocol"], r["probe"]) == (protocol, probe)]
-        scores: dict[tuple[str, str], list[float]] = {}
-        for row in rows:
-            scores.setdefault((row["task"], label(row)), []).append(row["score"])
-        made.append(
-            Table(
-                protocol,
-                probe,
-                {row["task"]: row["metric"] for row in sorted(rows, key=lambda row: row["task"])},
-                list(dict.fromkeys(map(label, rows))),
-                {at: Cell(tuple(values)) for at, values in scores.items()},
-                {row["task"]: row["maximize"] for row in rows},
-                [{**row, "label": label(row)} for row in rows],
-            )
-        )
-    return made
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a rendered table shows besides the scores."""
-
-    baseline: str | None = None  # of s(m); default: logmel where the table has it, else no s(m)
-    published: bool = False  # columns of published scores
-
-    def baseline_of(self, table: Table) -> str | None:
-        if self.baseline is None:
-            return BASELINE if BASELINE in table.models else None
-        if self.baseline not in table.models:
-            raise unknown_name("baseline", self.baseline, table.models)
-        return self.baseline
-
-
-def as_text(value: float, metric: str) -> str:
-    """A score in percent; d' and error rates, which are no shares, as they are."""
-    return f"{value:.2f}" if metric.startswith(("d_prime", "segment")) else f"{100 * value:.1f}"
-
-
-def grid(table: Table, options: Options, bold: Callable[[str], str]) -> list[list[str]]:
-    """The table as text, header first: the best of a row in bold, ≈ before one that is not significantly worse."""
-    outside = _published(table) if options.published else {}
-    rows = [["task", "metric", *table.models, *(f"{model} †" for model in outside)]]
-    for task, metric in table.tasks.items():
-        row = [task, metric]
-        for model in table.models:
-            cell = table.cells.get((task, model))
-            text = "–" if cell is None else as_text(cell.mean, metric)
-            if cell and cell.half_width is not None:
-                text += f" ± {as_text(cell.half_width, metric)}"
-            if table.close_to_best(task, model):
-                text = f"≈ {text}"
-            row.append(bold(text) if model == table.best(task) else text)
-        row += [as_text(scores[task], metric) if task in scores else "–" for scores in outside.values()]
-        rows.append(row)
-    for name, values in aggregates(table, options).items():
-        count = len(table.common_tasks)
-        row = [f"{value:.1f}" for value in values]
-        rows.append([name, f"{count} task{'s' * (count != 1)}", *row, *("–" for _ in outside)])
-    return rows
-
-
-def aggregates(table: Table, options: Options) -> dict[str, list[float]]:
-    """The rows below the tasks: s(m) where there is a baseline, mean rank where there are rivals."""
-    rows: dict[str, list[float]] = {}
-    baseline = options.baseline_of(table)
-    if len(table.models) > 1 and table.common_tasks:
-        if baseline:
-            rows["s(m)"] = [table.aggregate(model, baseline) for model in table.models]
-        rows["rank"] = [table.rank(model) for model in table.models]
-    return rows
-
-
-def _published(table: Table) -> dict[str, dict[str, float]]:
-    """Model → task → published score, for the tasks of the table that are HEAR's own."""
-    found: dict[str, dict[str, float]] = {}
-    for task in table.tasks:
-        for row in known_tasks()[task].published if task in known_tasks() else ():
-            found.setdefault(row["model"], {})[task] = row["score"]
-    return found
-
-
-def caption(table: Table, options: Options) -> str:
-    """Protocol, seeds, and what the marks and aggregates mean."""
-    seeds = sorted({len(cell.scores) for cell in table.cells.values()})
-    count = "–".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
-    text = f"Protocol {table.protocol}, probe {table.probe}, {count} seed{'s' * (count != '1')}; scores in %"
-    if seeds[-1] > 1:
-        text += ", mean ± 95 % t-interval over seeds; ≈ not significantly worse than the best (Welch, 5 %)"
-    below = aggregates(table, options)
-    if "s(m)" in below:
-        text += (
-            f"; s(m) = 100 × mean over tasks of max(0, (score − baseline) / (best − baseline)), "
-            f"baseline {options.baseline_of(table)}, best of {', '.join(table.models)}"
-        )
-    if below:
-        text += "; rank: mean over tasks, 1 is best"
-    if options.published and (outside := _published(table)):
-        sources = {r["source"] for t in table.tasks if t in known_tasks() for r in known_tasks()[t].published}
-        text += f"; † published, not measured here ({len(outside)} models; {'; '.join(sorted(sources))})"
-    return text + "."
-
-
-def terminal(records: list[Record], options: Options) -> str:
-    """Aligned columns; * marks the best of a row."""
-    texts = []
-    for table in tables(records):
-        rows = grid(table, options, "*{}*".format)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("─" * width for width in widths))
-        texts.append("\n".join([caption(table, options), *lines]) + "\n")
-    return "\n".join(texts)
-
-
-def markdown(records: list[Record], options: Options) -> str:
-    """Pipe tables; the best of a row in bold."""
-    texts = []
-    for table in tables(records):
-        header, *rows = (f"| {' | '.join(row)} |" for row in grid(table, options, "**{}**".format))
-        rule = "|" + "---|" * header.count(" | ") + "---|"
-        texts.append("\n".join([caption(table, options), "", header, rule, *rows]) + "\n")
-    return "\n".join(texts)
-
-
-_LATEX = str.maketrans(
-    {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "±": r"$\pm$", "≈": r"$\approx$", "†": r"$\dagger$"}
-    | {"×": r"$\times$", "−": "--", "–": "--", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "≥": r"$\geq$"}
-)
-
-
-def latex(records: list[Record], options: Options) -> str:
-    """One table environment (package booktabs) per protocol and probe."""
-    texts = []
-    for table in tables(records):
-        # bold is marked by control characters until the rest is escaped
-        rows = grid(table, options, "\x02{}\x03".format)
-        lines = [" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in rows]
-        lines = [line.replace("\x02", r"\textbf{").replace("\x03", "}") for line in lines]
-        body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
-        columns = "ll" + "r" * (len(rows[0]) - 2)
-        texts.append(
-            "\\begin{table}\n\\centering\n"
-            f"\\caption{{{caption(table, options).translate(_LATEX)}}}\n"
-            f"\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}\n\\end{{table}}\n"
-        )
-    return "\n".join(texts)
-
-
-CSV_COLUMNS = ("model", "task", "protocol", "seed", "metric", "score", "fold", "probe", "checkpoint_sha256", "version")
-
-
-def comma_separated(records: list[Record], options: Options) -> str:
-    """Every record: scores as fractions, HEAR's metric names; `fold` is empty for the mean over folds."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
-
-
-FORMATS: dict[str, Callable[[list[Record], Options], str]] = {
-    "terminal": terminal,
-    "markdown": markdown,
-    "csv": comma_separated,
-    "latex": latex,
-}
-
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
@@ -318,9 +52,7 @@ def run(args: argparse.Namespace) -> int:
         raise HearSsamError(f"{args.results} holds no results{of_protocol}.")
     options = Options(args.baseline, args.published)
     if args.format == "html":
-        from .page import html
-
-        text = html(records, options, args.results if args.results.is_dir() else args.results.parent)
+        text = page(records, options, args.results if args.results.is_dir() else args.results.parent)
     else:
         text = FORMATS[args.format](records, options)
     if args.output is None:
@@ -329,3 +61,222 @@ def run(args: argparse.Namespace) -> int:
         with atomic_write(args.output) as path:
             path.write_text(text, encoding="utf-8")
     return 0
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------
+
+_STYLE = """
+:root { color-scheme: light dark; --line: light-dark(#d5d8dc, #3c4148); --soft: light-dark(#6b7178, #9aa1a9);
+  --mark: light-dark(#1f6feb, #6aa5ff); --bg: light-dark(#fff, #15181c); --fg: light-dark(#1c2024, #e6e8ea); }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem;
+  background: var(--bg); color: var(--fg); }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.5rem; border-top: 1px solid var(--line);
+  padding-top: 1rem } h3 { font-size: .95rem; margin: .2rem 0 }
+p, figcaption { color: var(--soft); max-width: 75ch } figcaption { font-size: .8rem }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left }
+th button { all: unset; cursor: pointer; font-weight: 600 } th button:focus-visible { outline: 2px solid var(--mark) }
+th[aria-sort=ascending] button::after { content: " ▲" } th[aria-sort=descending] button::after { content: " ▼" }
+section { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 0 2rem; align-items: start }
+h3 { grid-column: 1 / -1 } .key { display: inline-block; margin-right: .8em } .wide { max-width: 720px }
+figure { margin: .5rem 0 } svg { width: 100%; height: auto; display: block } svg text { fill: var(--soft);
+  font: 11px system-ui, sans-serif } .frame { fill: none; stroke: var(--line) }
+.bar { stroke: var(--mark); stroke-width: 2 } .dot { fill: var(--mark) } .curve { fill: none; stroke: var(--mark);
+  opacity: .45 } .cell { fill: var(--mark) }
+"""
+
+_SCRIPT = """
+for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
+  const header = button.parentElement, body = header.closest("table").tBodies[0];
+  const up = header.getAttribute("aria-sort") === "descending";
+  for (const other of header.parentElement.children) other.removeAttribute("aria-sort");
+  header.setAttribute("aria-sort", up ? "ascending" : "descending");
+  const value = row => row.cells[header.cellIndex].dataset.value;
+  const compare = (a, b) => isNaN(a) || isNaN(b) ? a.localeCompare(b) : a - b;
+  const rows = [...body.rows].sort((a, b) => compare(value(a), value(b)) * (up ? 1 : -1));
+  body.append(...rows);
+});
+"""
+
+
+def page(records: list[Record], options: Options, results_dir: Path) -> str:
+    """The HTML page of all tables; pictures are drawn where predictions and embeddings lie in `results_dir`."""
+    parts = []
+    for table in tables(records):
+        parts += [f"<h2>{_text(table.protocol)} protocol</h2>", _sortable(table, options)]
+        parts += [f"<p>{_text(caption(table, options))}</p>"]
+        for task, metric in table.tasks.items():
+            words = f"{metric}: mean, 95 % interval and single seeds"
+            parts += [f"<h2>{_text(task)}</h2>", f'<div class="wide">{_figure(_intervals(table, task), words)}</div>']
+            parts += _models(table, task, results_dir)
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>HEAR scores</title>'
+        '<meta name="viewport" content="width=device-width">'
+        f"<style>{_STYLE}</style><h1>HEAR scores</h1>{''.join(parts)}<script>{_SCRIPT}</script></html>\n"
+    )
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _figure(drawing: str, words: str, key: str = "") -> str:
+    return f"<figure>{drawing}<figcaption>{_text(words)} {key}</figcaption></figure>"
+
+
+def _svg(width: int, height: int, shapes: Iterable[str]) -> str:
+    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(shapes)}</svg>'
+
+
+def _sortable(table: Table, options: Options) -> str:
+    """The table with headers that sort its tasks; aggregates stay below."""
+    header, *rows = grid(table, options, "\x02{}".format)
+    head = "".join(f"<th><button>{_text(cell)}</button></th>" for cell in header)
+
+    def cells(row: list[str]) -> str:
+        made = []
+        for column, cell in enumerate(row):
+            text = cell.removeprefix("\x02")
+            number = text.removeprefix("≈ ").split(" ")[0]
+            value = text if column < 2 else "-1" if number == "–" else number
+            bold = f"<b>{_text(text)}</b>" if text != cell else _text(text)
+            made.append(f'<td data-value="{_text(value)}">{bold}</td>')
+        return f"<tr>{''.join(made)}</tr>"
+
+    body = "".join(cells(row) for row in rows[: len(table.tasks)])
+    foot = "".join(cells(row) for row in rows[len(table.tasks) :])
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody><tfoot>{foot}</tfoot></table></div>"
+    )
+
+
+def _intervals(table: Table, task: str) -> str:
+    """One row per model: a dot at the mean, a line for the interval, a tick for every seed."""
+    metric = table.tasks[task]
+    cells = [(model, table.cells[task, model]) for model in table.models if (task, model) in table.cells]
+    ends = [cell.mean + sign * (cell.half_width or 0) for _, cell in cells for sign in (-1, 1)]
+    ends += [score for _, cell in cells for score in cell.scores]
+    low, high = min(ends), max(ends)
+    span = high - low or 1
+    left, width, shapes = 220, 700, []
+
+    def x(value: float) -> float:
+        return round(left + 20 + (width - left - 60) * (value - low) / span, 1)
+
+    for number, (model, cell) in enumerate(cells):
+        y, half = 14 + 24 * number, cell.half_width or 0
+        shapes += [
+            f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{_text(model)}</text>',
+            f'<line class="bar" x1="{x(cell.mean - half)}" x2="{x(cell.mean + half)}" y1="{y}" y2="{y}"/>',
+            f'<circle class="dot" cx="{x(cell.mean)}" cy="{y}" r="4"/>',
+            *(f'<circle class="dot" opacity=".35" cx="{x(s)}" cy="{y + 7}" r="1.5"/>' for s in cell.scores),
+        ]
+    bottom = 24 * len(cells) + 18
+    shapes += [
+        f'<text x="{x(value)}" y="{bottom}" text-anchor="middle">{as_text(value, metric)}</text>'
+        for value in dict.fromkeys((low, high))
+    ]
+    return _svg(width, bottom + 6, shapes)
+
+
+def _models(table: Table, task: str, results_dir: Path) -> Iterable[str]:
+    """The drawings of each model's first seed on one task."""
+    for model in table.models:
+        records = [r for r in table.records if (r["task"], r["label"]) == (task, model)]
+        if not records:
+            continue
+        record = min(records, key=lambda r: r["seed"])
+        figures = []
+        stored = predictions_file(results_dir, record)
+        if stored.exists():
+            figures += _prediction_figures(stored)
+        folder = embeddings_folder(results_dir, record["model"], record["checkpoint_sha256"], task)
+        if folder.exists():
+            figures.append(_figure(*_embedding_map(folder)))
+        if figures:
+            yield f"<section><h3>{_text(model)}</h3>{''.join(figures)}</section>"
+
+
+def _prediction_figures(path: Path) -> list[str]:
+    import numpy as np
+
+    with np.load(path) as stored:
+        labels, histories = stored["labels"].tolist(), json.loads(str(stored["histories"]))
+        folds = [name.removesuffix("/target") for name in stored.files if name.endswith("/target")]
+        target = np.concatenate([stored[f"{fold}/target"] for fold in folds]) if folds else np.zeros((0, len(labels)))
+        predicted = np.concatenate([stored[f"{fold}/prediction"] for fold in folds]) if folds else target
+    figures = []
+    if len(target) and (target.sum(1) == 1).all():
+        counts = np.zeros((len(labels), len(labels)), int)
+        np.add.at(counts, (target.argmax(1), predicted.argmax(1)), 1)
+        words = f"confusion matrix, rows are true: {len(target)} clips, seed {path.stem.rpartition('seed')[2]}"
+        figures.append(_figure(_confusion(counts.tolist(), labels), words))
+    key = "val_score" if "val_score" in histories[0][0] else "val_loss"
+    words = f"{key.replace('val_', 'validation ')} over epochs of all {len(histories)} heads"
+    return [*figures, _figure(_curves(histories, key), words)]
+
+
+def _confusion(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> str:
+    """A square per pair of classes, the more opaque the larger its share of the true class; empty ones are left out."""
+    left = 80 if len(labels) <= 16 else 5
+    step = (300 - left) / len(labels)
+    shapes = [f'<rect class="frame" x="{left}" y="5" width="{300 - left}" height="{300 - left}"/>']
+    for row, line in enumerate(counts):
+        if len(labels) <= 16:
+            middle = 5 + (row + 0.5) * step + 4
+            shapes.append(f'<text x="{left - 5}" y="{middle:.1f}" text-anchor="end">{_text(labels[row][:12])}</text>')
+        for column, count in enumerate(line):
+            if count:
+                x, y, share = left + column * step, 5 + row * step, count / sum(line)
+                tip = f"{labels[row]} → {labels[column]}: {count}"
+                shapes.append(
+                    f'<rect class="cell" x="{x:.1f}" y="{y:.1f}" width="{step:.1f}" height="{step:.1f}" '
+                    f'opacity="{share:.2f}"><title>{_text(tip)}</title></rect>'
+                )
+    return _svg(305, 310 - left, shapes)
+
+
+def _curves(histories: Sequence[Sequence[dict[str, float]]], key: str) -> str:
+    curves = [[(c["epoch"], c[key]) for c in history if math.isfinite(c[key])] for history in histories]
+    points = [point for curve in curves for point in curve] or [(0, 0.0)]
+    last, low, high = max(x for x, _ in points) or 1, min(y for _, y in points), max(y for _, y in points)
+    span = high - low or 1
+    shapes = ['<rect class="frame" x="40" y="5" width="260" height="140"/>']
+    for curve in curves:
+        line = " ".join(f"{40 + 260 * x / last:.1f},{145 - 140 * (y - low) / span:.1f}" for x, y in curve)
+        shapes.append(f'<polyline class="curve" points="{line}"/>')
+    for y, value in ((12, high), (145, low)):
+        shapes.append(f'<text x="36" y="{y}" text-anchor="end">{value:.2f}</text>')
+    return _svg(305, 165, [*shapes, f'<text x="300" y="160" text-anchor="end">{last:.0f}</text>'])
+
+
+def _embedding_map(folder: Path, most: int = 500) -> tuple[str, str, str]:
+    """The first two principal components of (at most 500) test rows, coloured by class, with words and key."""
+    import numpy as np
+
+    from .probe import read_rows
+    from .tasks import read_task
+
+    task = read_task(folder)
+    rows = read_rows(task, task.data_splits[0].test)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:most])
+    x, target = rows.x.numpy()[chosen], rows.target.numpy()[chosen]
+    x = x - x.mean(0)
+    left, size, _ = np.linalg.svd(x, full_matrices=False)
+    places = np.pad(left[:, :2], ((0, 0), (0, max(0, 2 - left.shape[1]))))  # (rows, 2), each axis by its own range
+    places = 15 + 270 * (places - places.min(0)) / np.maximum(np.ptp(places, axis=0), 1e-30)
+    hues = [f"hsl({360 * index // len(task.labels)} 65% 55%)" for index in range(len(task.labels))]
+    shapes = ['<rect class="frame" x="5" y="5" width="290" height="290"/>']
+    for (across, up), row in zip(places, target, strict=True):
+        hue = hues[row.argmax()] if row.any() else "var(--line)"
+        label = ", ".join(task.labels[i] for i in np.flatnonzero(row))
+        shapes.append(
+            f'<circle cx="{across:.1f}" cy="{300 - up:.1f}" r="2.5" fill="{hue}"><title>{_text(label)}</title></circle>'
+        )
+    named = zip(task.labels, hues, strict=True) if len(hues) <= 16 else ()
+    key = "".join(f'<span class="key" style="color: {hue}">● {_text(label)}</span>' for label, hue in named)
+    share = 100 * float((size[:2] ** 2).sum() / max(float((size**2).sum()), 1e-30))
+    words = f"{len(chosen)} embeddings of the first test split: two principal components, {share:.0f} % of the variance"
+    return _svg(300, 300, shapes), words, key

@@ -2,12 +2,23 @@
 
 import csv
 import io
+import json
+import math
+import pickle
+import re
+import shutil
+import subprocess
 
+import numpy as np
 import pytest
 
 from hear_ssam import HearSsamError, cli
-from hear_ssam.records import append
-from hear_ssam.report import Options, aggregates, comma_separated, interval, latex, markdown, tables, terminal
+from hear_ssam.records import append, embeddings_folder, predictions_file
+from hear_ssam.tables import Options, aggregates, comma_separated, interval, latex, markdown, tables, terminal
+
+from .tiny_tasks import write_task
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def record(model, task, seed, score, *, metric="top1_acc", fold=None, maximize=True, digest="", protocol="ssam"):
@@ -118,6 +129,66 @@ def test_csv_has_fractions_and_marks_folds():
     assert float(rows[0]["score"]) == 0.8
     assert [row["fold"] for row in rows[2:4]] == ["", "fold00"]
     assert rows[-1]["score"] == ""
+
+
+# ---- the page
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Records of two models on three tasks; for one task also what the pictures are drawn from."""
+    rows = {"ours": (0.9, 0.2, 0.5), "theirs": (0.1, 0.8, 0.6)}
+    tasks = ("birds", "doors", "waves")
+    records = [
+        record(model, task, seed, score + seed / 50)
+        for model, row in rows.items()
+        for task, score in zip(tasks, row, strict=True)
+        for seed in (0, 1)
+    ]
+    append(tmp_path / "records.jsonl", records)
+    generator = np.random.default_rng(0)
+    histories = [[{"epoch": e, "val_loss": 1.0, "val_score": score} for e, score in ((2, 0.5), (5, math.nan))]]
+    target = np.eye(3, dtype=np.float32)[[0, 1, 2, 2]]
+    stored = predictions_file(tmp_path, records[0])
+    stored.parent.mkdir(parents=True)
+    arrays = {"test/target": target, "test/prediction": np.roll(target, 1, axis=1)}
+    np.savez(stored, labels=["<a>", "b", "c"], histories=json.dumps(histories), **arrays)
+    folder = write_task(embeddings_folder(tmp_path, "ours", "", "birds"), clips=7)
+    for split in ("train", "valid", "test"):
+        generator.random((7, 4), np.float32).tofile(folder / f"{split}.embeddings.npy")
+        (folder / f"{split}.embedding-dimensions.json").write_text("[7, 4]")
+        labels = json.loads((folder / f"{split}.json").read_text()).values()
+        (folder / f"{split}.target-labels.pkl").write_bytes(pickle.dumps(list(labels)))
+    return tmp_path
+
+
+def test_the_page_draws_what_the_results_hold(results):
+    assert cli.main(["report", str(results), "--format", "html", "-o", str(results / "page.html")]) == 0
+    page = (results / "page.html").read_text()
+    assert "http" not in page  # nothing is loaded
+    assert "&lt;a&gt; → b: 1" in page and "<a>" not in page
+    assert page.count("confusion matrix") == page.count("two principal components") == 1
+    assert page.count("mean, 95 % interval") == 3
+    assert "nan" not in page.partition("<script>")[0].lower()
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium to open the page with")
+def test_a_browser_sorts_and_photographs_the_page(results):
+    """A click on a model's header puts the tasks in order of its scores, best first."""
+    path = results / "page.html"
+    assert cli.main(["report", str(results), "--format", "html", "-o", str(path)]) == 0
+    click = "<script>document.querySelectorAll('th button')[3].click()</script>"
+    clicked = results / "clicked.html"
+    clicked.write_text(path.read_text().replace("</html>", f"{click}</html>"))
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={results / 'profile'}"]
+    photo = results / "page.png"
+    subprocess.run([*command, f"--screenshot={photo}", path.as_uri()], check=True, capture_output=True, timeout=60)
+    assert photo.read_bytes().startswith(b"\x89PNG") and photo.stat().st_size > 10_000
+    command += ["--dump-dom", clicked.as_uri()]
+    done = subprocess.run(command, check=True, capture_output=True, timeout=60, text=True)
+    body = done.stdout.partition("<tbody>")[2].partition("</tbody>")[0]
+    assert re.findall("birds|doors|waves", re.sub("<[^>]*>", " ", body)) == ["doors", "waves", "birds"]
+    assert done.stdout.count('aria-sort="descending"') == 1
 
 
 def test_the_command(tmp_path, capsys):

@@ -1,0 +1,283 @@
+"""Tables of results: tasks × models, mean over seeds with a 95 % t-interval. Every table is a view of the records.
+
+Two aggregates stand below the tasks, over the tasks on which every model of the table has a score:
+
+s(m)   100 × mean over tasks of max(0, (score − baseline) / (best − baseline)), the aggregate of Yuksel et al. (GRAM)
+       after SUPERB; `best` is the best model of the same table, so s(m) depends on who is compared.
+rank   mean over tasks of the rank among the models of the table, 1 for the best, ties share their mean rank.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from .errors import unknown_name
+from .records import Record
+from .tasks import known_tasks
+
+BASELINE = "logmel"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model on one task: the primary metric of every seed."""
+
+    scores: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.scores)
+
+    @property
+    def half_width(self) -> float | None:
+        """Half-width of the 95 % t-interval of the mean, None for a single seed."""
+        return interval(self.scores)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Primary scores of one protocol and probe. `records` are those of the cells, one per task, model and seed."""
+
+    protocol: str
+    probe: str
+    tasks: dict[str, str]  # task → primary metric
+    models: list[str]
+    cells: dict[tuple[str, str], Cell]  # (task, model); missing where there is no result
+    maximize: dict[str, bool]  # task → direction
+    records: list[Record]
+
+    def best(self, task: str) -> str | None:
+        """The model with the best mean on a task, None where fewer than two have one."""
+        models = [model for model in self.models if (task, model) in self.cells]
+        sign = 1 if self.maximize[task] else -1
+        return max(models, key=lambda model: sign * self.cells[task, model].mean) if len(models) > 1 else None
+
+    def close_to_best(self, task: str, model: str) -> bool:
+        """Whether a model is not significantly worse than the best (Welch's t-test over seeds, two-sided, 5 %)."""
+        best = self.best(task)
+        if best in (None, model) or (task, model) not in self.cells:
+            return False
+        a, b = self.cells[task, str(best)].scores, self.cells[task, model].scores
+        if min(len(a), len(b)) < 2 or (len(set(a)) == len(set(b)) == 1):
+            return False
+        from scipy.stats import ttest_ind
+
+        return bool(ttest_ind(a, b, equal_var=False).pvalue >= 0.05)
+
+    @property
+    def common_tasks(self) -> list[str]:
+        """Tasks on which every model has a score."""
+        return [task for task in self.tasks if all((task, model) in self.cells for model in self.models)]
+
+    def aggregate(self, model: str, baseline: str) -> float:
+        """s(m) of a model over the common tasks; a task on which nobody beats the baseline counts 0."""
+        shares = []
+        for task in self.common_tasks:
+            best, own, base = (self.cells[task, m].mean for m in (self.best(task) or model, model, baseline))
+            shares.append(0.0 if best == base else max(0.0, (own - base) / (best - base)))
+        return 100 * statistics.mean(shares)
+
+    def rank(self, model: str) -> float:
+        """Mean rank of a model over the common tasks."""
+        ranks = []
+        for task in self.common_tasks:
+            sign = 1 if self.maximize[task] else -1
+            own, *all_means = (sign * self.cells[task, m].mean for m in (model, *self.models))
+            better, equal = sum(m > own for m in all_means), sum(m == own for m in all_means)
+            ranks.append(better + (equal + 1) / 2)
+        return statistics.mean(ranks)
+
+
+def interval(values: Sequence[float]) -> float | None:
+    """Half-width of the 95 % t-interval of the mean, None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def tables(records: Iterable[Record]) -> list[Table]:
+    """One table per protocol and probe; models with the same name and different checkpoints are told apart."""
+    chosen = [r for r in records if r["fold"] is None and r["primary"] and r["score"] is not None]
+    digests: dict[str, set[str]] = {}
+    for record in chosen:
+        digests.setdefault(record["model"], set()).add(record["checkpoint_sha256"])
+
+    def label(record: Record) -> str:
+        ambiguous = len(digests[record["model"]]) > 1
+        return f"{record['model']}@{record['checkpoint_sha256'][:8]}" if ambiguous else record["model"]
+
+    made = []
+    for protocol, probe in dict.fromkeys((r["protocol"], r["probe"]) for r in chosen):
+        rows = [r for r in chosen if (r["protocol"], r["probe"]) == (protocol, probe)]
+        scores: dict[tuple[str, str], list[float]] = {}
+        for row in rows:
+            scores.setdefault((row["task"], label(row)), []).append(row["score"])
+        made.append(
+            Table(
+                protocol,
+                probe,
+                {row["task"]: row["metric"] for row in sorted(rows, key=lambda row: row["task"])},
+                list(dict.fromkeys(map(label, rows))),
+                {at: Cell(tuple(values)) for at, values in scores.items()},
+                {row["task"]: row["maximize"] for row in rows},
+                [{**row, "label": label(row)} for row in rows],
+            )
+        )
+    return made
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a rendered table shows besides the scores."""
+
+    baseline: str | None = None  # of s(m); default: logmel where the table has it, else no s(m)
+    published: bool = False  # columns of published scores
+
+    def baseline_of(self, table: Table) -> str | None:
+        if self.baseline is None:
+            return BASELINE if BASELINE in table.models else None
+        if self.baseline not in table.models:
+            raise unknown_name("baseline", self.baseline, table.models)
+        return self.baseline
+
+
+def as_text(value: float, metric: str) -> str:
+    """A score in percent; d' and error rates, which are no shares, as they are."""
+    return f"{value:.2f}" if metric.startswith(("d_prime", "segment")) else f"{100 * value:.1f}"
+
+
+def grid(table: Table, options: Options, bold: Callable[[str], str]) -> list[list[str]]:
+    """The table as text, header first: the best of a row in bold, ≈ before one that is not significantly worse."""
+    outside = _published(table) if options.published else {}
+    rows = [["task", "metric", *table.models, *(f"{model} †" for model in outside)]]
+    for task, metric in table.tasks.items():
+        row = [task, metric]
+        for model in table.models:
+            cell = table.cells.get((task, model))
+            text = "–" if cell is None else as_text(cell.mean, metric)
+            if cell and cell.half_width is not None:
+                text += f" ± {as_text(cell.half_width, metric)}"
+            if table.close_to_best(task, model):
+                text = f"≈ {text}"
+            row.append(bold(text) if model == table.best(task) else text)
+        row += [as_text(scores[task], metric) if task in scores else "–" for scores in outside.values()]
+        rows.append(row)
+    for name, values in aggregates(table, options).items():
+        count = len(table.common_tasks)
+        row = [f"{value:.1f}" for value in values]
+        rows.append([name, f"{count} task{'s' * (count != 1)}", *row, *("–" for _ in outside)])
+    return rows
+
+
+def aggregates(table: Table, options: Options) -> dict[str, list[float]]:
+    """The rows below the tasks: s(m) where there is a baseline, mean rank where there are rivals."""
+    rows: dict[str, list[float]] = {}
+    baseline = options.baseline_of(table)
+    if len(table.models) > 1 and table.common_tasks:
+        if baseline:
+            rows["s(m)"] = [table.aggregate(model, baseline) for model in table.models]
+        rows["rank"] = [table.rank(model) for model in table.models]
+    return rows
+
+
+def _published(table: Table) -> dict[str, dict[str, float]]:
+    """Model → task → published score, for the tasks of the table that are HEAR's own."""
+    found: dict[str, dict[str, float]] = {}
+    for task in table.tasks:
+        for row in known_tasks()[task].published if task in known_tasks() else ():
+            found.setdefault(row["model"], {})[task] = row["score"]
+    return found
+
+
+def caption(table: Table, options: Options) -> str:
+    """Protocol, seeds, and what the marks and aggregates mean."""
+    seeds = sorted({len(cell.scores) for cell in table.cells.values()})
+    count = "–".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
+    text = f"Protocol {table.protocol}, probe {table.probe}, {count} seed{'s' * (count != '1')}; scores in %"
+    if seeds[-1] > 1:
+        text += ", mean ± 95 % t-interval over seeds; ≈ not significantly worse than the best (Welch, 5 %)"
+    below = aggregates(table, options)
+    if "s(m)" in below:
+        text += (
+            f"; s(m) = 100 × mean over tasks of max(0, (score − baseline) / (best − baseline)), "
+            f"baseline {options.baseline_of(table)}, best of {', '.join(table.models)}"
+        )
+    if below:
+        text += "; rank: mean over tasks, 1 is best"
+    if options.published and (outside := _published(table)):
+        sources = {r["source"] for t in table.tasks if t in known_tasks() for r in known_tasks()[t].published}
+        text += f"; † published, not measured here ({len(outside)} models; {'; '.join(sorted(sources))})"
+    return text + "."
+
+
+def terminal(records: list[Record], options: Options) -> str:
+    """Aligned columns; * marks the best of a row."""
+    texts = []
+    for table in tables(records):
+        rows = grid(table, options, "*{}*".format)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("─" * width for width in widths))
+        texts.append("\n".join([caption(table, options), *lines]) + "\n")
+    return "\n".join(texts)
+
+
+def markdown(records: list[Record], options: Options) -> str:
+    """Pipe tables; the best of a row in bold."""
+    texts = []
+    for table in tables(records):
+        header, *rows = (f"| {' | '.join(row)} |" for row in grid(table, options, "**{}**".format))
+        rule = "|" + "---|" * header.count(" | ") + "---|"
+        texts.append("\n".join([caption(table, options), "", header, rule, *rows]) + "\n")
+    return "\n".join(texts)
+
+
+_LATEX = str.maketrans(
+    {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "±": r"$\pm$", "≈": r"$\approx$", "†": r"$\dagger$"}
+    | {"×": r"$\times$", "−": "--", "–": "--", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "≥": r"$\geq$"}
+)
+
+
+def latex(records: list[Record], options: Options) -> str:
+    """One table environment (package booktabs) per protocol and probe."""
+    texts = []
+    for table in tables(records):
+        # bold is marked by control characters until the rest is escaped
+        rows = grid(table, options, "\x02{}\x03".format)
+        lines = [" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in rows]
+        lines = [line.replace("\x02", r"\textbf{").replace("\x03", "}") for line in lines]
+        body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
+        columns = "ll" + "r" * (len(rows[0]) - 2)
+        texts.append(
+            "\\begin{table}\n\\centering\n"
+            f"\\caption{{{caption(table, options).translate(_LATEX)}}}\n"
+            f"\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}\n\\end{{table}}\n"
+        )
+    return "\n".join(texts)
+
+
+CSV_COLUMNS = ("model", "task", "protocol", "seed", "metric", "score", "fold", "probe", "checkpoint_sha256", "version")
+
+
+def comma_separated(records: list[Record], options: Options) -> str:
+    """Every record: scores as fractions, HEAR's metric names; `fold` is empty for the mean over folds."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+FORMATS: dict[str, Callable[[list[Record], Options], str]] = {
+    "terminal": terminal,
+    "markdown": markdown,
+    "csv": comma_separated,
+    "latex": latex,
+}
