@@ -1,0 +1,135 @@
+"""The demo: its task, its picture, and the command on a thinned copy of the task."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+import pytest
+import soundfile
+
+from hear_ssam import corpus, demo
+from hear_ssam.cli import main
+from hear_ssam.errors import HearSsamError
+from hear_ssam.paths import shipped
+from hear_ssam.tasks import read_task
+
+TASK = shipped("eval_tasks") / "demo" / "tasks" / demo.TASK
+
+
+def test_task_is_whole() -> None:
+    task = read_task(TASK)
+    seen: set[bytes] = set()
+    for fold in task.splits:
+        clips = task.clips(fold)
+        assert {label for labels in clips.values() for label in labels} == set(task.labels)
+        assert sorted(clips) == sorted(path.name for path in (TASK / "16000" / fold).iterdir())
+        for name in clips:
+            audio, rate = soundfile.read(TASK / "16000" / fold / name, dtype="float32")
+            assert (rate, audio.shape) == (16_000, (16_000,))
+            assert 0.01 < np.abs(audio).max() < 1.5
+            seen.add(audio.tobytes())
+    assert len(seen) == sum(len(task.clips(fold)) for fold in task.splits)
+    assert sum(path.stat().st_size for path in TASK.rglob("*") if path.is_file()) < 3_000_000
+
+
+def test_every_clip_is_credited_free_and_in_one_fold_with_its_recording() -> None:
+    task = read_task(TASK)
+    rows = list(csv.DictReader((TASK / "sources.csv").read_text(encoding="utf-8").splitlines()))
+    assert sorted(row["clip"] for row in rows) == sorted(name for fold in task.splits for name in task.clips(fold))
+    folds: dict[str, set[str]] = {}
+    for row in rows:
+        assert row["licence"] in ("CC0 1.0", "CC BY 3.0") and row["author"] and row["origin"].startswith("http")
+        assert task.clips(row["fold"])[row["clip"]] == [row["label"]]
+        folds.setdefault(row["file"], set()).add(row["fold"])
+    assert all(len(where) == 1 for where in folds.values())
+
+
+def test_pretraining_leaves_the_task_out() -> None:
+    rows = list(csv.DictReader((TASK / "sources.csv").read_text(encoding="utf-8").splitlines()))
+    wanted = {entry["name"]: entry["files"] for entry in corpus.recipe()["package"]}
+    for row in rows:  # only gcin-voice is in both, with another voice
+        assert not any(Path(row["file"]).match(pattern) for pattern in wanted.get(row["package"], []))
+
+
+def test_principal_components() -> None:
+    rows = np.random.default_rng(0).standard_normal((40, 7)) @ np.diag([9, 5, 3, 1, 1, 0, 0]) + 100
+    projected, shares = demo.principal_components(rows)
+    np.testing.assert_allclose(projected.mean(0), 0, atol=1e-9)
+    variance = rows.var(0, ddof=0).sum()
+    np.testing.assert_allclose(projected.var(0) / variance, shares)
+    np.testing.assert_allclose(np.corrcoef(projected.T), np.eye(3), atol=1e-9)
+    assert (projected.max(0) == np.abs(projected).max(0)).all()
+    again, _ = demo.principal_components(-rows)
+    np.testing.assert_allclose(np.abs(again), np.abs(projected), atol=1e-9)
+
+
+def test_confusion_matrix_counts_every_test_clip(tmp_path: Path) -> None:
+    task = read_task(TASK)
+    generator = np.random.default_rng(0)
+    arrays, expected = {}, np.zeros((len(task.labels),) * 2, int)
+    for fold in task.splits:
+        true, said = generator.integers(0, len(task.labels), (2, 30))
+        arrays[f"{fold}/target"] = np.eye(len(task.labels), dtype=np.float32)[true]
+        arrays[f"{fold}/prediction"] = np.eye(len(task.labels), dtype=np.float32)[said]
+        for t, s in zip(true, said, strict=True):
+            expected[t, s] += 1
+    np.savez(tmp_path / "p.npz", **arrays)
+    np.testing.assert_array_equal(demo.confusion_matrix(task, tmp_path / "p.npz"), expected)
+
+
+def test_recording_is_joined_in_order() -> None:
+    task = read_task(TASK)
+    audio = demo.read_recording(task, demo.RECORDING)
+    assert audio.shape == (3 * 16_000,)
+    second, _ = soundfile.read(next(TASK.glob(f"16000/*/{demo.RECORDING}-1.ogg")), dtype="float32")
+    np.testing.assert_array_equal(audio[16_000:32_000], second)
+    with pytest.raises(HearSsamError, match="no clip of nothing"):
+        demo.read_recording(task, "nothing")
+
+
+@pytest.fixture
+def thin_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three folds, one clip of each class (and the recording of the picture), a probe of a few epochs."""
+    folder = tmp_path / "demo" / "tasks" / demo.TASK
+    folder.mkdir(parents=True)
+    shutil.copy(TASK / "labelvocabulary.csv", folder)
+    metadata = json.loads((TASK / "task_metadata.json").read_text())
+    metadata["splits"] = metadata["splits"][:3]
+    few = {"hidden_layers": [1], "initialization": ["xavier_uniform"], "lr": [1e-3], "max_epochs": [30]}
+    metadata["evaluation_params"] = {"task_specific_param_grid": few}
+    (folder / "task_metadata.json").write_text(json.dumps(metadata))
+    for fold in metadata["splits"]:
+        clips = json.loads((TASK / f"{fold}.json").read_text())
+        kept = {labels[0]: name for name, labels in clips.items()}
+        names = {*kept.values(), *(name for name in clips if name.startswith(demo.RECORDING))}
+        (folder / f"{fold}.json").write_text(json.dumps({name: clips[name] for name in sorted(names)}))
+        (folder / "16000" / fold).mkdir(parents=True)
+        for name in names:
+            shutil.copy(TASK / "16000" / fold / name, folder / "16000" / fold)
+    monkeypatch.setattr(demo, "shipped", lambda name: tmp_path)
+    return folder
+
+
+def test_demo_end_to_end(thin_task: Path, tmp_path: Path) -> None:
+    settings = dict(matplotlib.rcParams)
+    table, picture = demo.run_demo(tmp_path / "out", {"model": "ssam_tiny", "pretrained": False})
+    assert "logmel" in table and "ssam_tiny" in table and "top1_acc" in table
+    height, width, _ = matplotlib.image.imread(picture).shape
+    assert (width, height) == (2025, 930)
+    assert dict(matplotlib.rcParams) == settings
+    records = (tmp_path / "out" / "results" / "records.jsonl").read_bytes()
+    again, _ = demo.run_demo(tmp_path / "out", {"model": "ssam_tiny", "pretrained": False})
+    assert again == table
+    assert (tmp_path / "out" / "results" / "records.jsonl").read_bytes() == records  # nothing ran twice
+
+
+def test_command_names_what_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
