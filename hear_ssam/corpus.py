@@ -312,7 +312,8 @@ def _wavs_in_a_row(path: Path) -> Decoded:
     start = data.find(b"RIFF")
     while start >= 0:
         end = start + 8 + int.from_bytes(data[start + 4 : start + 8], "little")
-        yield f"{path}:{start}", _decoder(data[start:end], f"{path}:{start}")
+        if end - start > 44:  # more than the header of a WAV
+            yield f"{path}:{start}", _decoder(data[start:end], f"{path}:{start}")
         start = data.find(b"RIFF", end)
 
 

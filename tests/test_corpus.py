@@ -163,7 +163,7 @@ def test_readers_of_joined_and_zipped_wavs(tmp_path: Path) -> None:
     audio = [noise(0.2, i) for i in range(3)]
     for name in ("cats", "zips"):
         (tmp_path / name).mkdir()
-    (tmp_path / "cats" / "sounds.cat").write_bytes(b"table" + b"name".join(wav(a) for a in audio))
+    (tmp_path / "cats" / "sounds.cat").write_bytes(b"table" + wav(audio[0][:0]) + b"name".join(wav(a) for a in audio))
     with zipfile.ZipFile(tmp_path / "zips" / "sounds.pk3", "w") as archive:
         archive.writestr("readme.txt", "no audio")
         for i, a in enumerate(audio):
