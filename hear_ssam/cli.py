@@ -18,6 +18,7 @@ ROOMS = {
     "embed": "extract",
     "evaluate": "evaluate",
     "report": "report",
+    "check": "check",
     "models": "models",
     "convert": "models",
     "corpus": "corpus",

@@ -61,6 +61,17 @@ class HearModel:
         return self.model.sample_rate  # type: ignore[return-value]
 
 
+def parse_options(text: str) -> dict[str, Any]:
+    """Options of `load_model` from a JSON object."""
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise HearSsamError(f"--model-options must be a JSON object, not {text!r}: {error}.") from error
+    if not isinstance(options, dict):
+        raise HearSsamError(f"--model-options must be a JSON object, not {text!r}.")
+    return options
+
+
 def load_hear_model(module: str, model: str = "", options: Mapping[str, Any] | None = None) -> HearModel:
     """Import `module`, call its `load_model([model], **options)`, move the model to the GPU if there is one.
 

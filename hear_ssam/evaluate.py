@@ -398,17 +398,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        options = json.loads(args.model_options)
-        if not isinstance(options, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise HearSsamError(f"--model-options must be a JSON object, not {args.model_options!r} ({error}).") from error
+    from .embeddings import parse_options
+
     sys.path.append(os.getcwd())  # a module in the current folder can be judged too
     evaluation = run_evaluation(
         args.module,
         args.model,
-        options,
+        parse_options(args.model_options),
         results_dir=args.results_dir,
         tasks_dir=args.tasks_dir,
         embeddings_dir=args.embeddings_dir,

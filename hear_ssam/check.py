@@ -1,0 +1,259 @@
+"""`hear-ssam check MODULE`: whether a module keeps HEAR's contract, check by check, with the reason for each.
+
+The first checks are those of hear-validator 2021.0.6. The others find what it lets pass and what then spoils scores:
+embeddings that depend on the rest of the batch, dropout left on, timestamps in seconds or drifting, NaN for silence,
+short clips that crash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import HearSsamError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .embeddings import HearModel
+
+SAMPLE_RATES = (16000, 22050, 32000, 44100, 48000)
+LONG_SECONDS = 600.0
+EXAMPLES = """examples:
+  hear-ssam check hear_ssam
+  hear-ssam check hearbaseline.naive
+  hear-ssam check my_module --model weights.pt --model-options '{"width": 2}' --json
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check: ok, warning or error."""
+
+    check: str
+    level: str
+    text: str
+    validator: bool  # whether hear-validator makes this check too
+
+
+class _Warning(Exception):
+    """Raised by a check for something that works but should be mended."""
+
+
+class Checks:
+    """The checks of one loaded model, in order; each method returns what it found or raises."""
+
+    def __init__(self, hear: HearModel, long_seconds: float) -> None:
+        import torch
+
+        self.hear, self.long_seconds, self.torch = hear, long_seconds, torch
+
+    def noise(self, clips: int, seconds: float) -> Tensor:
+        """Uniform noise in ±0.5: (clips, samples) float32, the same at every call."""
+        generator = self.torch.Generator().manual_seed(0)
+        samples = round(seconds * self.hear.sample_rate)
+        return (self.torch.rand(clips, samples, generator=generator) - 0.5).to(self.hear.device)
+
+    def scene(self, audio: Tensor) -> Tensor:
+        with self.torch.no_grad():
+            return self.hear.module.get_scene_embeddings(audio, self.hear.model)
+
+    def timestamps(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        with self.torch.no_grad():
+            return self.hear.module.get_timestamp_embeddings(audio, self.hear.model)
+
+    # hear-validator's
+
+    def sample_rate(self) -> str:
+        rate = self.hear.sample_rate
+        if rate not in SAMPLE_RATES:
+            raise HearSsamError(f"sample_rate is {rate}; HEAR's tasks exist at {', '.join(map(str, SAMPLE_RATES))} Hz.")
+        return f"{rate} Hz"
+
+    def scene_embeddings(self) -> str:
+        embedding = self.scene(self.noise(4, 2.74))
+        expected = (4, self.hear.model.scene_embedding_size)
+        if tuple(embedding.shape) != expected or embedding.dtype != self.torch.float32:
+            raise HearSsamError(f"4 clips gave {_describe(embedding)}; expected float32 {expected}.")
+        if not self.torch.isfinite(embedding).all():
+            raise HearSsamError("embeddings of noise hold NaN or infinite values.")
+        return _describe(embedding)
+
+    def timestamp_embeddings(self) -> str:
+        warnings = []
+        for seconds in (1.07, 1.98, 4.0):
+            embedding, times = self.timestamps(self.noise(2, seconds))
+            expected = (2, times.shape[-1], self.hear.model.timestamp_embedding_size)
+            if tuple(embedding.shape) != expected or tuple(times.shape) != expected[:2]:
+                raise HearSsamError(f"{seconds} s gave {_describe(embedding)} and timestamps {_describe(times)}.")
+            if {embedding.dtype, times.dtype} != {self.torch.float32}:
+                raise HearSsamError(f"embeddings are {embedding.dtype}, timestamps {times.dtype}; HEAR wants float32.")
+            ms, end = times[0].double(), seconds * 1000
+            if ms[-1] > end:
+                raise HearSsamError(f"the last timestamp is {ms[-1]:g} ms, the audio ends at {end:g} ms.")
+            if len(ms) < 2:
+                continue
+            steps = ms.diff()
+            hop = float(steps.mean())
+            if float((steps - hop).abs().max()) > 1:
+                raise HearSsamError(f"timestamps are not evenly spaced: {steps.min():g} to {steps.max():g} ms.")
+            if hop > 50:
+                warnings.append(f"a timestamp every {hop:.0f} ms is coarse, HEAR suggests 50 ms or less")
+            if ms[0] > hop or end - ms[-1] > max(hop, 50):
+                warnings.append(f"{seconds} s: timestamps from {ms[0]:g} to {ms[-1]:g} ms leave a gap at an end")
+        if warnings:
+            raise _Warning("; ".join(dict.fromkeys(warnings)))
+        return f"{_describe(embedding)} every {hop:g} ms"
+
+    # what it does not look at
+
+    def evaluation_mode(self) -> str:
+        modules = [name or "the model" for name, module in self.hear.model.named_modules() if module.training]
+        if modules:
+            raise _Warning(f"load_model leaves {modules[0]} in training mode; call model.eval(), nobody does it later.")
+        return "load_model returns the model in evaluation mode"
+
+    def repeatable(self) -> str:
+        audio = self.noise(2, 1.5)
+        before = audio.clone()
+        first, second = self.scene(audio), self.scene(audio)
+        if not self.torch.equal(audio, before):
+            raise HearSsamError("get_scene_embeddings changes the audio that it is given.")
+        if not (change := _distance(first, second)) <= 1e-5:  # NaN is no agreement either
+            raise HearSsamError(f"the same audio gives different embeddings (by {change:.1g} of their size).")
+        return "the same audio gives the same embedding"
+
+    def batch_independence(self) -> str:
+        audio = self.noise(4, 2.0) * self.torch.tensor([[1.0], [0.1], [0.01], [1.0]], device=self.hear.device)
+        worst = 0.0
+        for function in (self.scene, lambda clip: self.timestamps(clip)[0]):
+            together = function(audio)
+            worst = max(worst, *(_distance(together[i : i + 1], function(audio[i : i + 1])) for i in range(4)))
+        if not worst <= 1e-3:
+            raise HearSsamError(f"an embedding depends on the other clips of its batch (by {worst:.1g} of its size).")
+        return f"batch equals single clips (to {worst:.0e})"
+
+    def milliseconds(self) -> str:
+        last = float(self.timestamps(self.noise(1, 4.0))[1].max())
+        if last <= 4:
+            raise HearSsamError(f"the last timestamp of 4 s of audio is {last:g}: seconds? HEAR wants milliseconds.")
+        return "timestamps are milliseconds"
+
+    def drift(self) -> str:
+        """A burst early and one late in long noise must move the embeddings at the same distance from its time."""
+        seconds = self.long_seconds
+        quiet = self.noise(1, seconds) * 0.01
+        offsets = []
+        base, times = self.timestamps(quiet)
+        for moment in (3.0, seconds - 3.0):
+            audio = quiet.clone()
+            start = round(moment * self.hear.sample_rate)
+            audio[:, start : start + self.hear.sample_rate // 50] += self.noise(1, 0.02)
+            changed = (self.timestamps(audio)[0] - base)[0].square().sum(-1)
+            offsets.append(float(times[0, int(changed.argmax())]) - 1000 * moment)
+        hop = float(times[0, -1] - times[0, 0]) / max(1, times.shape[1] - 1)
+        drift = (offsets[1] - offsets[0]) * 3600 / seconds
+        if abs(offsets[1] - offsets[0]) > max(hop, 50) + 1:
+            raise HearSsamError(
+                f"timestamps drift: a burst is found {offsets[0]:+.0f} ms from its time near the start and "
+                f"{offsets[1]:+.0f} ms after {seconds:g} s ({drift / 1000:+.1f} s in an hour)."
+            )
+        return f"a burst is found {offsets[0]:+.0f} ms from its time at 3 s, {offsets[1]:+.0f} ms after {seconds:g} s"
+
+    def silence(self) -> str:
+        silent = self.torch.zeros(1, 2 * self.hear.sample_rate, device=self.hear.device)
+        if not all(self.torch.isfinite(e).all() for e in (self.scene(silent), self.timestamps(silent)[0])):
+            raise HearSsamError("digital silence gives NaN or infinite embeddings; HEAR's tasks have silent clips.")
+        return "digital silence gives finite embeddings"
+
+    def short_audio(self) -> str:
+        for seconds in (0.3, 0.1, 0.03):
+            try:
+                frames = self.timestamps(self.noise(1, seconds))[1].shape[1]
+                finite = self.torch.isfinite(self.scene(self.noise(1, seconds))).all() and frames > 0
+            except Exception as error:
+                message = f"{seconds} s of audio raises {type(error).__name__}: {error}"
+                if seconds == 0.3:
+                    raise HearSsamError(f"{message} (FSD50K has clips of 0.3 s).") from error
+                raise _Warning(message) from error
+            if not finite:
+                raise HearSsamError(f"{seconds} s of audio gives no finite embedding.")
+        return "clips down to 30 ms work"
+
+
+# name, method, whether hear-validator checks it
+CHECKS: tuple[tuple[str, Callable[[Checks], str], bool], ...] = (
+    ("sample rate", Checks.sample_rate, True),
+    ("scene embeddings", Checks.scene_embeddings, True),
+    ("timestamp embeddings", Checks.timestamp_embeddings, True),
+    ("evaluation mode", Checks.evaluation_mode, False),
+    ("repeatable", Checks.repeatable, False),
+    ("batch independence", Checks.batch_independence, False),
+    ("milliseconds", Checks.milliseconds, False),
+    ("silence", Checks.silence, False),
+    ("short audio", Checks.short_audio, False),
+    ("drift", Checks.drift, False),
+)
+
+
+def check_model(hear: HearModel, long_seconds: float = LONG_SECONDS) -> Iterator[Finding]:
+    """Run every check; what the module raises is a finding, not the end."""
+    checks = Checks(hear, long_seconds)
+    for name, check, validator in CHECKS:
+        try:
+            level, text = "ok", check(checks)
+        except _Warning as warning:
+            level, text = "warning", str(warning)
+        except HearSsamError as error:
+            level, text = "error", str(error)
+        except Exception as error:
+            level, text = "error", f"{type(error).__name__}: {error}"
+        yield Finding(name, level, text, validator)
+
+
+def _describe(tensor: Any) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Largest difference in parts of the largest value."""
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "check",
+        help="whether a module keeps HEAR's contract",
+        description="Check a module with the HEAR API: all that hear-validator checks, and what it misses. "
+        "Exit code 1 where a check fails; warnings do not count.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("module", metavar="MODULE", help="importable module")
+    add("--model", default="", metavar="FILE", help="weights, the first argument of the module's load_model")
+    add("--model-options", default="{}", metavar="JSON", help="further arguments of load_model, as a JSON object")
+    add("--long", type=float, default=LONG_SECONDS, metavar="SECONDS", help="audio of the drift check (default: 600 s)")
+    add("--json", action="store_true", help="one JSON object per check instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from .embeddings import load_hear_model, parse_options
+
+    sys.path.append(os.getcwd())  # a module in the current folder can be judged too
+    hear = load_hear_model(args.module, args.model, parse_options(args.model_options))
+    failed = False
+    for finding in check_model(hear, args.long):
+        failed |= finding.level == "error"
+        if args.json:
+            print(json.dumps(asdict(finding)), flush=True)
+        else:
+            origin = " (hear-validator's check)" * (finding.validator and finding.level != "ok")
+            print(f"{finding.level:<8} {finding.check}: {finding.text}{origin}", flush=True)
+    return int(failed)

@@ -1,0 +1,61 @@
+"""`hear-ssam check` passes a sound module and finds each fault, those that hear-validator lets pass too."""
+
+import json
+
+import pytest
+
+from hear_ssam import cli
+from hear_ssam.check import CHECKS, check_model
+from hear_ssam.embeddings import load_hear_model
+
+
+def findings(broken=""):
+    hear = load_hear_model("tests.tiny_hear", options={"broken": broken})
+    return {finding.check: finding for finding in check_model(hear, long_seconds=30)}
+
+
+def test_a_sound_module_passes():
+    found = findings()
+    assert [found[name].check for name, *_ in CHECKS] == [name for name, *_ in CHECKS]
+    assert {finding.level for finding in found.values()} <= {"ok", "warning"}
+    assert found["drift"].level == found["batch independence"].level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("broken", "check", "words"),
+    [
+        ("rate", "sample rate", "sample_rate is 12345"),
+        ("shape", "scene embeddings", "expected float32 (4, 40)"),
+        ("batch", "batch independence", "other clips of its batch"),
+        ("seconds", "milliseconds", "seconds?"),
+        ("drift", "drift", "timestamps drift"),
+        ("silence", "silence", "digital silence"),
+        ("nan", "scene embeddings", "NaN"),
+    ],
+)
+def test_each_fault_is_found(broken, check, words):
+    finding = findings(broken)[check]
+    assert finding.level == "error" and words in finding.text
+
+
+def test_short_audio_that_only_tiny_clips_break_is_a_warning():
+    finding = findings("short")["short audio"]
+    assert finding.level == "warning" and "0.03 s" in finding.text
+
+
+def test_training_mode_is_a_warning():
+    hear = load_hear_model("tests.tiny_hear")
+    hear.model.train()
+    (finding,) = (f for f in check_model(hear, long_seconds=30) if f.check == "evaluation mode")
+    assert finding.level == "warning" and "model.eval()" in finding.text
+
+
+def test_the_command(capsys):
+    assert cli.main(["check", "tests.tiny_hear", "--long", "30"]) == 0
+    assert "ok       drift" in capsys.readouterr().out
+    options = ["--model-options", '{"broken": "drift"}', "--long", "30", "--json"]
+    assert cli.main(["check", "tests.tiny_hear", *options]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["check"] for line in lines if line["level"] == "error"] == ["drift"]
+    assert cli.main(["check", "json"]) == 2
+    assert "no function load_model" in capsys.readouterr().err
