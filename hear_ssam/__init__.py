@@ -8,7 +8,7 @@ Contents, in reading order:
     encoder         patches, positions, masking, blocks, heads: the one encoder
     blocks          Mamba, bidirectional Mamba, Transformer, mLSTM
     scan            the selective scan and the causal convolution; chooses a backend
-    scan_reference  the law: plain loops        scan_torch, scan_cpu, scan_triton   its fast twins
+    scan_reference  the law: plain loops        scan_torch, scan_cpu (written in simd), scan_triton   its twins
     checkpoint      our safetensors and the official files
     audio, extract  reading audio files; audio files → Parquet
     corpus, pretrain  pre-training data and loop

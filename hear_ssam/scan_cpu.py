@@ -350,7 +350,7 @@ def scan_forward(
         saved=saved, save=int(save), length=length, vectors=width // LANES,
     )  # fmt: skip
     saved = _trim(saved, channels) if save else saved.new_empty(0)
-    return _trim(out, channels).to(u.dtype), last[:, :channels].contiguous(), saved
+    return _trim(out, channels).to(u.dtype), last if width == channels else last[:, :channels].contiguous(), saved
 
 
 def scan_backward(
@@ -516,11 +516,12 @@ def _states(x: Tensor | None, like: Tensor) -> Tensor:
     """(..., channels, N), float32 and contiguous, with as many channels as `like`; zeros for None."""
     if x is None:
         return torch.zeros_like(like, dtype=torch.float32)
-    return F.pad(x.float(), (0, 0, 0, like.shape[-2] - x.shape[-2])).contiguous()
+    missing = like.shape[-2] - x.shape[-2]
+    return (F.pad(x, (0, 0, 0, missing)) if missing else x).float().contiguous()
 
 
 def _trim(x: Tensor, channels: int) -> Tensor:
-    return x[..., :channels].contiguous()
+    return x if x.shape[-1] == channels else x[..., :channels].contiguous()
 
 
 def _count(batch: int, width: int) -> int:

@@ -139,10 +139,9 @@ class Variable:
 class Argument:
     """A tensor argument, float32 or bfloat16: its last dimension has unit stride, the others have any."""
 
-    def __init__(self, kernel: Kernel, name: str, dims: int, bf16: bool) -> None:
-        self.kernel, self.bf16 = kernel, bf16
-        self.pointer = kernel.integer(name)
-        self.strides = [*(kernel.integer(f"{name}.stride{i}") for i in range(dims - 1)), 2 if bf16 else 4]
+    def __init__(self, kernel: Kernel, pointer: Value, strides: list[Value], bf16: bool) -> None:
+        self.kernel, self.pointer, self.bf16 = kernel, pointer, bf16
+        self.strides = [*strides, 2 if bf16 else 4]  # bytes
 
     def address(self, *index: Operand) -> Value:
         address = self.pointer
@@ -166,7 +165,7 @@ class Argument:
 
 
 class Kernel:
-    """One function while it is written; `fields` are its arguments in the order in which they were declared."""
+    """One function while it is written. `arguments` are (name, dimensions, whether a tensor's second one is time)."""
 
     def __init__(self) -> None:
         self.module = ir.Module()
@@ -175,23 +174,28 @@ class Kernel:
         self.function = ir.Function(self.module, signature, "kernel")
         self.builder = ir.IRBuilder(self.function.append_basic_block())
         self.begin, self.end = (Value(self, x) for x in self.function.args[:2])
-        self.fields: list[str] = []
-        self.timed: set[str] = set()  # tensors (batch, time, channels) that `run` may hand over reversed in time
+        self.arguments: list[tuple[str, int, bool]] = []
+        self._slots = 0
 
     # --- arguments and memory
 
     def integer(self, name: str) -> Value:
-        slot = self.builder.gep(self.function.args[2], [ir.Constant(_i64, len(self.fields))], source_etype=_i64)
-        self.fields.append(name)
-        return Value(self, self.builder.load(slot, typ=_i64))
+        self.arguments.append((name, 0, False))
+        return self._next_slot()
 
-    def tensor(self, name: str, dims: int, bf16: bool = False) -> Argument:
-        return Argument(self, name, dims, bf16)
+    def tensor(self, name: str, dims: int, bf16: bool = False, timed: bool = False) -> Argument:
+        self.arguments.append((name, dims, timed))
+        pointer, *strides = [self._next_slot() for _ in range(dims)]
+        return Argument(self, pointer, strides, bf16)
 
     def rows(self, name: str, bf16: bool = False) -> Argument:
         """A tensor (batch, time, channels), which `run` may hand over reversed in time."""
-        self.timed.add(name)
-        return Argument(self, name, 3, bf16)
+        return self.tensor(name, 3, bf16, timed=True)
+
+    def _next_slot(self) -> Value:
+        slot = self.builder.gep(self.function.args[2], [ir.Constant(_i64, self._slots)], source_etype=_i64)
+        self._slots += 1
+        return Value(self, self.builder.load(slot, typ=_i64))
 
     def array(self, vectors: int) -> Array:
         return Array(self, vectors)
@@ -343,7 +347,7 @@ class Compiled:
 
     def __init__(self, kernel: Kernel) -> None:
         kernel.builder.ret_void()
-        self.fields, self.timed = kernel.fields, kernel.timed
+        self.arguments = kernel.arguments
         # The CPU is named in full: LLVM's default is the oldest of its family, without wide registers.
         machine = llvm.Target.from_default_triple().create_target_machine(CPU, FEATURES.flatten(), opt=2, jit=True)
         module = llvm.parse_assembly(str(kernel.module))
@@ -393,17 +397,18 @@ def run(kernel: Compiled, units: int, reverse: bool = False, **arguments: torch.
 
     `reverse` hands the kernel's `rows` over from the last time step to the first.
     """
-    values: dict[str, int] = {}
-    for name, x in arguments.items():
+    values: list[int] = []
+    for name, dims, timed in kernel.arguments:
+        x = arguments[name]
         if isinstance(x, int):
-            values[name] = x
+            values.append(x)
             continue
-        pointer, strides = x.data_ptr(), [stride * x.element_size() for stride in x.stride()]
-        if reverse and name in kernel.timed:
-            pointer, strides[1] = pointer + (x.shape[1] - 1) * strides[1], -strides[1]
-        values[name] = pointer
-        values.update({f"{name}.stride{i}": stride for i, stride in enumerate(strides)})
-    packed = (ctypes.c_int64 * len(kernel.fields))(*[values[field] for field in kernel.fields])
+        size, pointer, strides = x.element_size(), x.data_ptr(), list(x.stride()[: dims - 1])
+        if reverse and timed:
+            pointer += (x.shape[1] - 1) * strides[1] * size
+            strides[1] = -strides[1]
+        values += [pointer, *(stride * size for stride in strides)]
+    packed = (ctypes.c_int64 * len(values))(*values)
     if _parallel_for is None:
         kernel.function(0, units, packed)
     elif _parallel_for(0, units, 1, kernel.address, packed):
