@@ -70,21 +70,35 @@ class EncoderConfig:
     token_order: str = "time"
 
     def __post_init__(self) -> None:
-        for field, choices in _CHOICES.items():
-            if getattr(self, field) not in choices:
-                raise unknown_name(f"config value for {field}", getattr(self, field), choices)
-        for field in ("embed_dim", "depth", "n_mels", "window_frames", "patch_frames", "patch_mels", "expand",
-                      "state_dim", "conv_kernel", "final_norms"):  # fmt: skip
-            if getattr(self, field) < 1:
-                raise HearSsamError(f"config field {field} must be at least 1, not {getattr(self, field)}.")
+        for field in dataclasses.fields(self):
+            value, wanted = getattr(self, field.name), str(field.type)
+            if type(value).__name__ not in (wanted, "int" if wanted == "float" else wanted):
+                raise HearSsamError(f"config field {field.name} must be of type {wanted}, not {value!r}.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise unknown_name(f"config value for {name}", getattr(self, name), choices)
+        for name in ("embed_dim", "depth", "n_mels", "window_frames", "patch_frames", "patch_mels", "expand",
+                     "state_dim", "conv_kernel", "final_norms"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise HearSsamError(f"config field {name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("norm_eps", "fbank_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise HearSsamError(f"config field {name} must be positive, not {getattr(self, name)}.")
+        if self.block != SYSTEMS[self.system]["block"]:
+            raise HearSsamError(
+                f"config field block={self.block!r} contradicts system={self.system!r}, whose blocks are "
+                f"{SYSTEMS[self.system]['block']!r}."
+            )
         if self.n_mels % self.patch_mels:
             raise HearSsamError(f"config field patch_mels={self.patch_mels} does not divide n_mels={self.n_mels}.")
         if self.window_frames % self.patch_frames:
             raise HearSsamError(
                 f"config field patch_frames={self.patch_frames} does not divide window_frames={self.window_frames}."
             )
-        if self.embed_dim % 4 and self.positions == "sincos":
-            raise HearSsamError(f"config field embed_dim={self.embed_dim} must be a multiple of 4 for sincos positions.")
+        if self.embed_dim % 4 and (self.positions == "sincos" or self.block == "mlstm"):
+            raise HearSsamError(
+                f"config field embed_dim={self.embed_dim} must be a multiple of 4 for sincos positions and mlstm blocks."
+            )
         if self.block in ("transformer", "mlstm"):
             width = self.embed_dim * (self.expand if self.block == "mlstm" else 1)
             if self.num_heads < 1 or width % self.num_heads:
@@ -115,7 +129,7 @@ class EncoderConfig:
     @property
     def embedding_dim(self) -> int:
         """Width of scene and timestamp embeddings: the tokens of all bands side by side (official SSAMBA: D)."""
-        if self.system == "ssamba" and self.token_order == "official":
+        if self.frontend == "kaldi" and self.token_order == "official":
             return self.embed_dim
         return self.embed_dim * self.grid[1]
 

@@ -38,7 +38,10 @@ class StreamState:
 
 
 class Encoder(nn.Module):
-    """Spectrogram windows → tokens; see `tokens` (features), `stream` (chunk by chunk) and `forward` (pre-training)."""
+    """Spectrogram windows → tokens; see `tokens` (features), `stream` (chunk by chunk) and `forward` (pre-training).
+
+    New weights are drawn as the papers' code draws them. SSAMBA's stochastic depth (0.1, training only) is left out.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -57,7 +60,11 @@ class Encoder(nn.Module):
         self.norm = build_norm(config)
         if config.objective == "reconstruction":
             self.head = _head(dim, nn.GELU(), pixels)
+            if config.block == "transformer":  # like every linear layer of its blocks
+                nn.init.xavier_uniform_(self.head[0].weight)
+                nn.init.xavier_uniform_(self.head[2].weight)
         else:
+            nn.init.xavier_normal_(self.mask_token)
             self.contrast = _head(dim, nn.ReLU(), pixels)
             self.generate = _head(dim, nn.ReLU(), pixels)
 

@@ -68,6 +68,20 @@ def test_mamba_starts_where_the_paper_starts() -> None:
     assert mixer.out_proj.weight.abs().max() <= (144 * 12) ** -0.5
 
 
+def test_mlstm_starts_where_the_paper_starts() -> None:
+    torch.manual_seed(0)
+    layer = blocks.MLSTM(CONFIGS["mlstm"])
+    assert layer.fgate.bias.tolist() == [3, 4, 5, 6]
+    assert not layer.fgate.weight.any() and not layer.igate.weight.any() and layer.igate.bias.abs().max() < 0.5
+    assert layer.learnable_skip.eq(1).all() and not layer.outnorm.weight.any()
+    for weight, std in (
+        (layer.proj_up.weight, (2 / (5 * 48)) ** 0.5),
+        (layer.q_proj.weight, (2 / (5 * 48)) ** 0.5),
+        (layer.proj_down.weight, 2 / 48**0.5),
+    ):
+        assert abs(weight.std().item() / std - 1) < 0.1
+
+
 @pytest.mark.parametrize("how", ["autocast", "bf16"])
 def test_steps_and_states_stay_float32(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, torch.dtype] = {}

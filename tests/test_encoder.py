@@ -121,11 +121,31 @@ def test_patch_sizes(patch: tuple[int, int]) -> None:
         ("paired", "ssamba", {"depth": 3}),
         ("flip_odd", "ssast", {"flip_odd": True}),
         ("mask_ratio", "ssam", {"mask_ratio": 1.0}),
+        ("block", "ssam", {"block": "bimamba"}),
+        ("embed_dim", "axlstm", {"embed_dim": 46, "num_heads": 2, "positions": "learned"}),
+        ("embed_dim", "ssam", {"embed_dim": "48"}),
+        ("depth", "ssam", {"depth": 2.0}),
+        ("paired", "ssamba", {"paired": 1}),
+        ("norm_eps", "ssam", {"norm_eps": 0.0}),
+        ("fbank_std", "ssamba", {"fbank_std": float("nan")}),
     ],
 )
 def test_contradictory_configs_name_the_field(field: str, system: str, wrong: dict[str, Any]) -> None:
     with pytest.raises(HearSsamError, match=field):
         dataclasses.replace(mini(system), **wrong)
+
+
+def test_new_weights_are_drawn_as_in_the_papers() -> None:
+    torch.manual_seed(0)
+    ssam, ssast, ssamba = (Encoder(CONFIGS[f"{name}_tiny"]) for name in ("ssam", "ssast", "ssamba"))
+    for encoder in (ssam, ssast):
+        assert encoder.patch_embed.weight.abs().max() <= (6 / (64 + 192)) ** 0.5
+        assert abs(encoder.mask_token.std().item() - 0.02) < 0.005
+    for layer in (m for m in ssast.modules() if isinstance(m, torch.nn.Linear)):
+        bound = (6 / sum(layer.weight.shape)) ** 0.5
+        assert 0.95 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
+    assert abs(ssamba.mask_token.std().item() - 192**-0.5) < 0.015
+    assert abs(ssamba.pos_embed.std().item() - 0.02) < 0.002
 
 
 @EVERY_SYSTEM
