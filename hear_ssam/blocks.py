@@ -53,6 +53,14 @@ def build_norm(config: EncoderConfig) -> nn.Module:
     return norm(config.embed_dim, eps=config.norm_eps)
 
 
+def xavier_init(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for every linear layer in `module`."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
 # ---------------------------------------------------------------------------------------------------------- Mamba
 
 
@@ -209,10 +217,7 @@ class TransformerBlock(nn.Module):
         self.attn = Attention(config)
         self.norm2 = build_norm(config)
         self.mlp = nn.Sequential(Projection(config.embed_dim, hidden), nn.GELU(), Projection(hidden, config.embed_dim))
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        xavier_init(self)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
         x = x + self.attn(self.norm1(x))

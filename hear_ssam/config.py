@@ -97,7 +97,7 @@ class EncoderConfig:
             )
         if self.embed_dim % 4 and (self.positions == "sincos" or self.block == "mlstm"):
             raise HearSsamError(
-                f"config field embed_dim={self.embed_dim} must be a multiple of 4 for sincos positions and mlstm blocks."
+                f"config field embed_dim={self.embed_dim} must be a multiple of 4 for sincos positions and mlstm."
             )
         if self.block in ("transformer", "mlstm"):
             width = self.embed_dim * (self.expand if self.block == "mlstm" else 1)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import BLOCKS, MambaState, Projection, build_norm
+from .blocks import BLOCKS, MambaState, Projection, build_norm, xavier_init
 from .config import EncoderConfig
 from .errors import HearSsamError, unknown_name
 
@@ -48,8 +48,7 @@ class Encoder(nn.Module):
         self.config = config
         dim, pixels = config.embed_dim, config.patch_dim
         self.patch_embed = nn.Linear(pixels, dim)
-        nn.init.xavier_uniform_(self.patch_embed.weight)
-        nn.init.zeros_(self.patch_embed.bias)
+        xavier_init(self.patch_embed)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         if config.positions == "sincos":
@@ -60,9 +59,8 @@ class Encoder(nn.Module):
         self.norm = build_norm(config)
         if config.objective == "reconstruction":
             self.head = _head(dim, nn.GELU(), pixels)
-            if config.block == "transformer":  # like every linear layer of its blocks
-                nn.init.xavier_uniform_(self.head[0].weight)
-                nn.init.xavier_uniform_(self.head[2].weight)
+            if config.block == "transformer":
+                xavier_init(self.head)
         else:
             nn.init.xavier_normal_(self.mask_token)
             self.contrast = _head(dim, nn.ReLU(), pixels)
