@@ -183,7 +183,7 @@ def _draw_components(axes: Axes, rows: np.ndarray, times: np.ndarray, title: str
     axes.grid(True, color="#d9dee3", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     _title(axes, title)
-    place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": COMPONENTS, "borderpad": 0.3}
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": COMPONENTS, "borderpad": 0.3}
     axes.legend(**place, frameon=False, fontsize=9, handlelength=1.2, columnspacing=1.2)
 
 
