@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ ROOMS = {
     "corpus": "corpus",
     "pretrain": "pretrain",
     "heareval": "hear_tools",
-    "benchmark": "benchmark",
     "doctor": "doctor",
 }
 
@@ -48,8 +46,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     modules = [ROOMS[command]] if command else dict.fromkeys(ROOMS.values())
     for module in modules:
-        if importlib.util.find_spec(f"hear_ssam.{module}"):  # DEVELOPMENT: rooms under way
-            importlib.import_module(f"hear_ssam.{module}").add_parser(subparsers)
+        importlib.import_module(f"hear_ssam.{module}").add_parser(subparsers)
     return parser
 
 
