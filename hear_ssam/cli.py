@@ -23,6 +23,7 @@ ROOMS = {
     "corpus": "corpus",
     "pretrain": "pretrain",
     "heareval": "hear_tools",
+    "benchmark": "benchmark",
     "doctor": "doctor",
 }
 
