@@ -1,4 +1,4 @@
-"""The only place that knows where private test material lies."""
+"""Where private test material lies (nothing else knows), and which scan backend the tests take."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from hear_ssam.scan import available_backends
+
 SHARED = Path(os.environ.get("HEAR_SSAM_SHARED", Path(__file__).resolve().parent.parent.parent / "shared"))
+
+
+def pytest_configure() -> None:
+    # Without llvmlite `auto` falls back with a warning, and warnings of ours are errors: say that torch is meant.
+    if available_backends()["cpu"] is not None:
+        os.environ.setdefault("HEAR_SSAM_BACKEND", "torch")
 
 
 @pytest.fixture(scope="session")

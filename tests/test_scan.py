@@ -275,6 +275,7 @@ def test_explicit_choice_runs_or_raises(monkeypatch):
 
 def test_auto_warns_once_when_it_falls_back(monkeypatch):
     values = make(length=3)
+    monkeypatch.delenv("HEAR_SSAM_BACKEND", raising=False)
     monkeypatch.setattr(scan, "_probe", lambda name: ImportError("no llvmlite for you") if name == "cpu" else None)
     scan._auto.cache_clear()
     with pytest.warns(RuntimeWarning, match="ImportError: no llvmlite for you"):
