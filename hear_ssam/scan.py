@@ -61,7 +61,7 @@ def selective_scan(
     Raises HearSsamError for shapes that do not fit and for an explicit backend that cannot run.
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    name = _choose(backend, u)
+    name = _choose(backend, u.device.type, u.dtype)
     if name in ("reference", "mamba_ssm"):
         function = scan_reference.selective_scan if name == "reference" else _mamba_ssm_scan
         out, last = function(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse)
@@ -101,7 +101,7 @@ def causal_conv1d(
     before = (x.shape[0], weight.shape[1] - 1, x.shape[2])
     if initial_state is not None and tuple(initial_state.shape) != before:
         raise HearSsamError(f"causal_conv1d: initial_state must have shape {before}, not {tuple(initial_state.shape)}.")
-    name = _choose("torch" if backend == "mamba_ssm" else backend, x)
+    name = _choose("torch" if backend == "mamba_ssm" else backend, x.device.type, x.dtype)
     name = "torch" if name == "mamba_ssm" else name  # the adapter has no convolution
     tensors = (x, weight, bias, initial_state)
     if name == "reference":
@@ -138,19 +138,17 @@ def available_backends() -> dict[str, str | None]:
 
 def chosen_backend(device: torch.device | str = "cpu") -> str:
     """The backend that a float32 call on `device` would take now."""
-    return _choose("auto", torch.empty(0, device=device))
+    return _choose("auto", torch.device(device).type, torch.float32)
 
 
 # --- choice ---------------------------------------------------------------------------------------------------------
 
 
-def _choose(backend: str, like: Tensor) -> str:
+@torch.compiler.assume_constant_result  # the compiler asks once instead of tracing imports and self-checks
+def _choose(backend: str, device: str, dtype: torch.dtype) -> str:
     if backend == "auto":
         backend = _chosen.get() or os.environ.get("HEAR_SSAM_BACKEND") or "auto"
-    device, dtype = like.device.type, like.dtype
     if backend == "auto":
-        if torch.compiler.is_compiling():
-            return _auto_quiet(device, dtype)
         return _auto(device, dtype)
     if backend not in BACKENDS:
         raise unknown_name("scan backend", backend, ("auto", *BACKENDS))
@@ -177,13 +175,6 @@ def _auto(device: str, dtype: torch.dtype) -> str:
                 RuntimeWarning,
                 stacklevel=4,
             )
-    return "torch"
-
-
-def _auto_quiet(device: str, dtype: torch.dtype) -> str:
-    for name in _PREFERRED.get(device, ("torch",)):
-        if name != "mamba_ssm" and _refuses(name, device, dtype) is None and _probe(name) is None:
-            return name
     return "torch"
 
 

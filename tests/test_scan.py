@@ -258,6 +258,21 @@ def test_export_sees_one_op(backend):
         torch.testing.assert_close(program.module()(*args), Layer()(*args))
 
 
+@pytest.mark.parametrize("backend", ["auto", *backends()])
+def test_compiled_in_one_graph_with_gradients(backend):
+    def layer(u, delta, A, B, C):
+        return selective_scan(u, delta, A, B, C, delta_softplus=True, backend=backend)
+
+    values = make(length=9, channels=8, state=4)
+    grads = []
+    for function in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer):
+        leaves = [values[k].clone().requires_grad_() for k in ("u", "delta", "A", "B", "C")]
+        function(*leaves).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_explicit_choice_runs_or_raises(monkeypatch):
     values = make(length=3)
     with pytest.raises(HearSsamError, match="Did you mean 'triton'"):
