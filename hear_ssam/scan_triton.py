@@ -1,8 +1,13 @@
 """The scan backend for GPUs, written in Triton: no nvcc, no prebuilt extension.
 
-One program owns one batch row and a block of channels. The state is a tile [state, channels]: a lane holds one channel
-with all its states, so the sum over states crosses no lanes. Triton tiles are powers of two; a state size such as 24 is
-held as two tiles, 16 + 8, because exponentials are what this scan costs and padding to 32 would add a third of them.
+One program, a single warp, owns one batch row and 32 channels and walks over time. The state is a tile
+[state, channels]; forward, a lane holds one channel with all its states, so the sum over states crosses no lanes.
+Tiles are powers of two; a state size such as 24 is held as two tiles, 16 + 8 (the names ending in 1 and 2), because
+exponentials are what this scan costs and padding to 32 would add a third of them.
+
+Triton derives which lane holds what from the alignment it can prove: `channels` is not specialised and A and the
+states come in as (state, channels), so that forward each lane loads single floats of its own channel. Speed depends
+on that, results never do.
 """
 
 from __future__ import annotations
@@ -21,7 +26,8 @@ from . import scan_reference
 from .errors import HearSsamError
 from .scan_reference import SAVE_EVERY
 
-CHANNELS = 32  # channels of one program: one per lane
+CHANNELS = 32  # channels of one program
+PIECE = 8  # steps whose states the backward pass recomputes and holds at a time; divides SAVE_EVERY
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -33,8 +39,8 @@ def _softplus(x):
     """log(1 + exp(x)) and its derivative; log1p(e) = 2 atanh(e / (2 + e)) is exact to float32 also for tiny e."""
     e = tl.exp2(-tl.abs(x) * LOG2E)
     s = e / (2 + e)
-    q = s * s  # at most 1/9
-    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q / 15))))))
+    q = s * s  # at most 1/9; the polynomial is atanh(s) / s to 8e-9
+    series = 1 + q * (0.33333158 + q * (0.20012427 + q * (0.13980709 + q * 0.14087329)))
     return tl.maximum(x, 0) + 2 * s * series, tl.where(x >= 0, 1.0, e) / (1 + e)
 
 
@@ -44,224 +50,240 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _row(pointer, offset, inside):
-    """One token's values of this block of channels (or of the states), in float32; 0 outside."""
-    return tl.load(pointer + offset, mask=inside, other=0.0).to(tl.float32)
+def _load(pointer, inside):
+    return tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _first(pointer, row, row_stride, stride, length, REVERSE: tl.constexpr):
+    """Pointer to a row's first token in scan order, and the signed way to the next token."""
+    pointer += row * row_stride
+    if REVERSE:
+        pointer += tl.cast(length - 1, tl.int64) * stride
+        stride = -stride
+    return pointer, stride
 
 
 @triton.jit
 def _advance(h, A, dt, dtu, B):
-    """One step of the recurrence on a tile (n, d); A carries log2(e). Returns the new state and the decay."""
     decay = tl.exp2(dt[None, :] * A)
-    return tl.fma(decay, h, dtu[None, :] * B[:, None]), decay
+    return tl.fma(decay, h, dtu[None, :] * B[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "channels"])
 def _scan_forward(
     u, delta, A, B, C, D, z, delta_bias, initial, out, last, saved,
     length, channels, blocks,
-    u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l,
-    N: tl.constexpr, NA: tl.constexpr, NB: tl.constexpr, BD: tl.constexpr, EVERY: tl.constexpr,
+    u_b, u_l, delta_b, delta_l, z_b, z_l,
+    N: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BD: tl.constexpr, EVERY: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // blocks).to(tl.int64)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     inside = d < channels
-    nA = tl.arange(0, NA)
-    maskA = (nA[:, None] < N) & inside[None, :]
-    atA = d[None, :] * N + nA[:, None]  # place in a (channels, state) matrix
-    A_A = _row(A, atA, maskA) * LOG2E
-    hA = tl.zeros((NA, BD), tl.float32)
+    n1 = tl.arange(0, N1)
+    mask1 = (n1 < N)[:, None] & inside[None, :]
+    at1 = n1[:, None] * channels + d[None, :]
+    A1 = _load(A + at1, mask1) * LOG2E
+    h1 = tl.zeros((N1, BD), tl.float32)
     if initial is not None:
-        hA = _row(initial + row * channels * N, atA, maskA)
-    if NB:
-        nB = NA + tl.arange(0, NB)
-        maskB = (nB[:, None] < N) & inside[None, :]
-        atB = d[None, :] * N + nB[:, None]
-        A_B = _row(A, atB, maskB) * LOG2E
-        hB = tl.zeros((NB, BD), tl.float32)
+        h1 = _load(initial + row * N * channels + at1, mask1)
+    if N2:
+        n2 = N1 + tl.arange(0, N2)
+        mask2 = (n2 < N)[:, None] & inside[None, :]
+        at2 = n2[:, None] * channels + d[None, :]
+        A2 = _load(A + at2, mask2) * LOG2E
+        h2 = tl.zeros((N2, BD), tl.float32)
         if initial is not None:
-            hB = _row(initial + row * channels * N, atB, maskB)
+            h2 = _load(initial + row * N * channels + at2, mask2)
     if D is not None:
-        skip = _row(D, d, inside)
+        skip = _load(D + d, inside)
     if delta_bias is not None:
-        bias = _row(delta_bias, d, inside)
-    u += row * u_b
-    delta += row * delta_b
-    B += row * B_b
-    C += row * C_b
-    out += row * length * channels
+        bias = _load(delta_bias + d, inside)
+    u, u_l = _first(u, row, u_b, u_l, length, REVERSE)
+    delta, delta_l = _first(delta, row, delta_b, delta_l, length, REVERSE)
+    B, B_l = _first(B, row, length * N, N, length, REVERSE)
+    C, C_l = _first(C, row, length * N, N, length, REVERSE)
+    out, out_l = _first(out, row, length * channels, channels, length, REVERSE)
+    u_next = _load(u + d, inside)
+    dt_next = _load(delta + d, inside)
     if z is not None:
-        z += row * z_b
+        z, z_l = _first(z, row, z_b, z_l, length, REVERSE)
+        z_next = _load(z + d, inside)
+    if SAVE:
+        saved += row * tl.cdiv(length, EVERY) * N * channels
     for step in range(length):
-        t = tl.cast(step, tl.int64)
-        if REVERSE:
-            t = length - 1 - t
-        u_t = _row(u, t * u_l + d, inside)
-        dt = _row(delta, t * delta_l + d, inside)
+        u_t = u_next
+        dt = dt_next
+        more = d < tl.where(step + 1 < length, channels, 0)
+        u += u_l
+        delta += delta_l
+        u_next = _load(u + d, more)
+        dt_next = _load(delta + d, more)
+        if z is not None:
+            z_t = z_next
+            z += z_l
+            z_next = _load(z + d, more)
+        if SAVE:
+            if step % EVERY == 0:
+                tl.store(saved + at1, h1, mask=mask1)
+                if N2:
+                    tl.store(saved + at2, h2, mask=mask2)
+                saved += N * channels
         if delta_bias is not None:
             dt += bias
         if SOFTPLUS:
             dt, _ = _softplus(dt)
-        if SAVE:
-            if step % EVERY == 0:
-                place = saved + (row * tl.cdiv(length, EVERY) + step // EVERY) * N * channels + d[None, :]
-                tl.store(place + nA[:, None] * channels, hA, mask=maskA)
-                if NB:
-                    tl.store(place + nB[:, None] * channels, hB, mask=maskB)
         dtu = dt * u_t
-        hA, _ = _advance(hA, A_A, dt, dtu, _row(B, t * B_l + nA, nA < N))
-        y = tl.sum(hA * _row(C, t * C_l + nA, nA < N)[:, None], 0)
-        if NB:
-            hB, _ = _advance(hB, A_B, dt, dtu, _row(B, t * B_l + nB, nB < N))
-            y += tl.sum(hB * _row(C, t * C_l + nB, nB < N)[:, None], 0)
+        h1 = _advance(h1, A1, dt, dtu, _load(B + n1, n1 < N))
+        y = tl.sum(h1 * _load(C + n1, n1 < N)[:, None], 0)
+        if N2:
+            h2 = _advance(h2, A2, dt, dtu, _load(B + n2, n2 < N))
+            y += tl.sum(h2 * _load(C + n2, n2 < N)[:, None], 0)
         if D is not None:
             y += skip * u_t
         if z is not None:
-            z_t = _row(z, t * z_l + d, inside)
             y *= z_t * _sigmoid(z_t)
-        tl.store(out + t * channels + d, y, mask=inside)
-    tl.store(last + row * channels * N + atA, hA, mask=maskA)
-    if NB:
-        tl.store(last + row * channels * N + atB, hB, mask=maskB)
+        tl.store(out + d, y, mask=inside)
+        B += B_l
+        C += C_l
+        out += out_l
+    last += row * channels * N + d[None, :] * N
+    tl.store(last + n1[:, None], h1, mask=mask1)
+    if N2:
+        tl.store(last + n2[:, None], h2, mask=mask2)
 
 
 @triton.jit
-def _retreat(grad, h, before, A, dt, dtu, u_t, dy, B, C):
-    """One step of the backward recurrence on a tile: `grad` is dL/dh of the step, without this output's share.
+def _retreat(carry, h, before, A, dt, dtu, dy, B, C):
+    """One step back on a tile: `carry` is dL/dh_t as far as it comes from later steps.
 
-    Returns dL/dh of the step before, and the shares of dA (n, d), dB, dC (n,), d(dt), d(dt u) (d,).
+    Returns the same for the step before, then dL/d(dt A) (x, n, y) and the shares of dB_t, dC_t (n,), d(dt u) (x, y).
     """
-    grad = tl.fma(C[:, None], dy[None, :], grad)
-    decay = tl.exp2(dt[None, :] * A)
-    carry = decay * grad
-    dexponent = carry * before  # dL/d(dt A)
+    grad = tl.fma(C[:, None], dy[None, :], carry)
+    carry = tl.exp2(dt[None, :] * A) * grad
     dB = tl.sum(grad * dtu[None, :], 1)
     dC = tl.sum(h * dy[None, :], 1)
-    return carry, dexponent * dt[None, :], dB, dC, tl.sum(dexponent * A, 0), tl.sum(grad * B[:, None], 0)
+    return carry, carry * before, dB, dC, tl.sum(grad * B[:, None], 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "channels"])
 def _scan_backward(
     dout, dlast, u, delta, A, B, C, D, z, delta_bias, saved, scratch,
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial,
     length, channels, blocks,
-    dout_b, dout_l, u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l,
-    N: tl.constexpr, NA: tl.constexpr, NB: tl.constexpr, BD: tl.constexpr, EVERY: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    dout_b, dout_l, u_b, u_l, delta_b, delta_l, z_b, z_l,
+    N: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BD: tl.constexpr, EVERY: tl.constexpr,
+    T: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // blocks).to(tl.int64)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     inside = d < channels
-    nA = tl.arange(0, NA)
-    maskA = (nA[:, None] < N) & inside[None, :]
-    atA = d[None, :] * N + nA[:, None]
-    A_A = _row(A, atA, maskA) * LOG2E
-    gA = tl.zeros((NA, BD), tl.float32)
-    dA_A = tl.zeros((NA, BD), tl.float32)
+    n1 = tl.arange(0, N1)
+    mask1 = (n1 < N)[:, None] & inside[None, :]
+    at1 = n1[:, None] * channels + d[None, :]
+    A1 = _load(A + at1, mask1) * LOG2E
+    g1 = tl.zeros((N1, BD), tl.float32)
+    dA1 = tl.zeros((N1, BD), tl.float32)
     if dlast is not None:
-        gA = _row(dlast + row * channels * N, atA, maskA)
-    if NB:
-        nB = NA + tl.arange(0, NB)
-        maskB = (nB[:, None] < N) & inside[None, :]
-        atB = d[None, :] * N + nB[:, None]
-        A_B = _row(A, atB, maskB) * LOG2E
-        gB = tl.zeros((NB, BD), tl.float32)
-        dA_B = tl.zeros((NB, BD), tl.float32)
+        g1 = _load(dlast + row * N * channels + at1, mask1)
+    if N2:
+        n2 = N1 + tl.arange(0, N2)
+        mask2 = (n2 < N)[:, None] & inside[None, :]
+        at2 = n2[:, None] * channels + d[None, :]
+        A2 = _load(A + at2, mask2) * LOG2E
+        g2 = tl.zeros((N2, BD), tl.float32)
+        dA2 = tl.zeros((N2, BD), tl.float32)
         if dlast is not None:
-            gB = _row(dlast + row * channels * N, atB, maskB)
+            g2 = _load(dlast + row * N * channels + at2, mask2)
     if D is not None:
-        skip = _row(D, d, inside)
+        skip = _load(D + d, inside)
     if delta_bias is not None:
-        bias = _row(delta_bias, d, inside)
+        bias = _load(delta_bias + d, inside)
     dskip = tl.zeros((BD,), tl.float32)
     dbias = tl.zeros((BD,), tl.float32)
-    u += row * u_b
-    delta += row * delta_b
-    B += row * B_b
-    C += row * C_b
-    dout += row * dout_b
-    du += row * length * channels
-    ddelta += row * length * channels
-    dB += tl.program_id(0).to(tl.int64) * length * N
-    dC += tl.program_id(0).to(tl.int64) * length * N
-    scratch += tl.program_id(0).to(tl.int64) * (EVERY + 1) * N * BD
-    local = tl.arange(0, BD)
+    dout, dout_l = _first(dout, row, dout_b, dout_l, length, REVERSE)
+    u, u_l = _first(u, row, u_b, u_l, length, REVERSE)
+    delta, delta_l = _first(delta, row, delta_b, delta_l, length, REVERSE)
+    full = tl.cast(length, tl.int64)
+    B, B_l = _first(B, row, full * N, N, length, REVERSE)
+    C, C_l = _first(C, row, full * N, N, length, REVERSE)
+    dB, dB_l = _first(dB, tl.program_id(0), full * N, N, length, REVERSE)
+    dC, dC_l = _first(dC, tl.program_id(0), full * N, N, length, REVERSE)
+    du, du_l = _first(du, row, full * channels, channels, length, REVERSE)
+    ddelta, ddelta_l = _first(ddelta, row, full * channels, channels, length, REVERSE)
     if z is not None:
-        z += row * z_b
-        dz += row * length * channels
-    for back in range(tl.cdiv(length, EVERY)):
-        block = tl.cdiv(length, EVERY) - 1 - back
-        first = block * EVERY
-        count = tl.minimum(EVERY, length - first)
-        place = saved + (row * tl.cdiv(length, EVERY) + block) * N * channels + d[None, :]
-        hA = _row(place, nA[:, None] * channels, maskA)
-        tl.store(scratch + nA[:, None] * BD + local[None, :], hA, mask=maskA)
-        if NB:
-            hB = _row(place, nB[:, None] * channels, maskB)
-            tl.store(scratch + nB[:, None] * BD + local[None, :], hB, mask=maskB)
-        for i in range(count):  # the states of the block once more
-            t = tl.cast(first + i, tl.int64)
-            if REVERSE:
-                t = length - 1 - t
-            dt = _row(delta, t * delta_l + d, inside)
+        z, z_l = _first(z, row, z_b, z_l, length, REVERSE)
+        dz, dz_l = _first(dz, row, full * channels, channels, length, REVERSE)
+    saved += row * tl.cdiv(length, EVERY) * N * channels
+    scratch += tl.program_id(0).to(tl.int64) * T * N * BD + tl.arange(0, BD)[None, :]
+    for back in range(tl.cdiv(length, T)):
+        first = (tl.cdiv(length, T) - 1 - back) * T
+        end = tl.minimum(first + T, length)
+        place = saved + first // EVERY * N * channels
+        h1 = _load(place + at1, mask1)
+        if N2:
+            h2 = _load(place + at2, mask2)
+        for i in range(first // EVERY * EVERY, end):  # the states before each of these steps once more
+            t = tl.cast(i, tl.int64)
+            slot = scratch + (i - first) * N * BD
+            kept = tl.where(i >= first, N, 0)  # before this piece nothing is
+            tl.store(slot + n1[:, None] * BD, h1, mask=mask1 & (n1[:, None] < kept))
+            if N2:
+                tl.store(slot + n2[:, None] * BD, h2, mask=mask2 & (n2[:, None] < kept))
+            dt = _load(delta + t * delta_l + d, inside)
             if delta_bias is not None:
                 dt += bias
             if SOFTPLUS:
                 dt, _ = _softplus(dt)
-            dtu = dt * _row(u, t * u_l + d, inside)
-            slot = scratch + (i + 1) * N * BD + local[None, :]
-            hA, _ = _advance(hA, A_A, dt, dtu, _row(B, t * B_l + nA, nA < N))
-            tl.store(slot + nA[:, None] * BD, hA, mask=maskA)
-            if NB:
-                hB, _ = _advance(hB, A_B, dt, dtu, _row(B, t * B_l + nB, nB < N))
-                tl.store(slot + nB[:, None] * BD, hB, mask=maskB)
+            dtu = dt * _load(u + t * u_l + d, inside)
+            h1 = _advance(h1, A1, dt, dtu, _load(B + t * B_l + n1, n1 < N))
+            if N2:
+                h2 = _advance(h2, A2, dt, dtu, _load(B + t * B_l + n2, n2 < N))
         tl.debug_barrier()
-        for j in range(count):
-            i = count - 1 - j
-            t = tl.cast(first + i, tl.int64)
-            if REVERSE:
-                t = length - 1 - t
-            u_t = _row(u, t * u_l + d, inside)
-            dt = _row(delta, t * delta_l + d, inside)
+        for j in range(end - first):
+            i = end - 1 - j
+            t = tl.cast(i, tl.int64)
+            slot = scratch + (i - first) * N * BD
+            u_t = _load(u + t * u_l + d, inside)
+            dt = _load(delta + t * delta_l + d, inside)
             if delta_bias is not None:
                 dt += bias
             if SOFTPLUS:
                 dt, slope = _softplus(dt)
             dtu = dt * u_t
-            slot = scratch + i * N * BD + local[None, :]
-            C_A = _row(C, t * C_l + nA, nA < N)
-            hA = _row(slot, N * BD + nA[:, None] * BD, maskA)
-            beforeA = _row(slot, nA[:, None] * BD, maskA)
-            dy = _row(dout, t * dout_l + d, inside)
+            B1 = _load(B + t * B_l + n1, n1 < N)
+            C1 = _load(C + t * C_l + n1, n1 < N)
+            before1 = _load(slot + n1[:, None] * BD, mask1)
+            if N2:
+                B2 = _load(B + t * B_l + n2, n2 < N)
+                C2 = _load(C + t * C_l + n2, n2 < N)
+                before2 = _load(slot + n2[:, None] * BD, mask2)
+            dy = _load(dout + t * dout_l + d, inside)
             if z is not None:
-                y = tl.sum(hA * C_A[:, None], 0)
-            if NB:
-                C_B = _row(C, t * C_l + nB, nB < N)
-                hB = _row(slot, N * BD + nB[:, None] * BD, maskB)
-                beforeB = _row(slot, nB[:, None] * BD, maskB)
-                if z is not None:
-                    y += tl.sum(hB * C_B[:, None], 0)
-            if z is not None:
+                y = tl.sum(h1 * C1[:, None], 0)
+                if N2:
+                    y += tl.sum(h2 * C2[:, None], 0)
                 if D is not None:
                     y += skip * u_t
-                z_t = _row(z, t * z_l + d, inside)
+                z_t = _load(z + t * z_l + d, inside)
                 gate = _sigmoid(z_t)
-                tl.store(dz + t * channels + d, dy * y * gate * (1 + z_t * (1 - gate)), mask=inside)
+                tl.store(dz + t * dz_l + d, dy * y * gate * (1 + z_t * (1 - gate)), mask=inside)
                 dy *= z_t * gate
-            B_A = _row(B, t * B_l + nA, nA < N)
-            gA, dA_t, dB_t, dC_t, ddt, ddtu = _retreat(gA, hA, beforeA, A_A, dt, dtu, u_t, dy, B_A, C_A)
-            dA_A += dA_t
-            tl.store(dB + t * N + nA, dB_t, mask=nA < N)
-            tl.store(dC + t * N + nA, dC_t, mask=nA < N)
-            if NB:
-                B_B = _row(B, t * B_l + nB, nB < N)
-                gB, dA_t, dB_t, dC_t, ddt_B, ddtu_B = _retreat(gB, hB, beforeB, A_B, dt, dtu, u_t, dy, B_B, C_B)
-                dA_B += dA_t
-                ddt += ddt_B
-                ddtu += ddtu_B
-                tl.store(dB + t * N + nB, dB_t, mask=nB < N)
-                tl.store(dC + t * N + nB, dC_t, mask=nB < N)
+            g1, dexp, dB_t, dC_t, ddtu = _retreat(g1, h1, before1, A1, dt, dtu, dy, B1, C1)
+            h1 = before1
+            dA1 += dexp * dt[None, :]
+            ddt = tl.sum(dexp * A1, 0)
+            tl.store(dB + t * dB_l + n1, dB_t, mask=n1 < N)
+            tl.store(dC + t * dC_l + n1, dC_t, mask=n1 < N)
+            if N2:
+                g2, dexp, dB_t, dC_t, ddtu2 = _retreat(g2, h2, before2, A2, dt, dtu, dy, B2, C2)
+                h2 = before2
+                dA2 += dexp * dt[None, :]
+                ddt += tl.sum(dexp * A2, 0)
+                ddtu += ddtu2
+                tl.store(dB + t * dB_l + n2, dB_t, mask=n2 < N)
+                tl.store(dC + t * dC_l + n2, dC_t, mask=n2 < N)
             du_t = ddtu * dt
             ddt = tl.fma(ddtu, u_t, ddt / LOG2E)
             if SOFTPLUS:
@@ -270,16 +292,18 @@ def _scan_backward(
                 du_t += skip * dy
                 dskip += dy * u_t
             dbias += ddt
-            tl.store(du + t * channels + d, du_t, mask=inside)
-            tl.store(ddelta + t * channels + d, ddt, mask=inside)
+            tl.store(du + t * du_l + d, du_t, mask=inside)
+            tl.store(ddelta + t * ddelta_l + d, ddt, mask=inside)
         tl.debug_barrier()
-    tl.store(dA + row * channels * N + atA, dA_A, mask=maskA)
-    if NB:
-        tl.store(dA + row * channels * N + atB, dA_B, mask=maskB)
+    dA += row * N * channels
+    tl.store(dA + at1, dA1, mask=mask1)
+    if N2:
+        tl.store(dA + at2, dA2, mask=mask2)
     if dinitial is not None:
-        tl.store(dinitial + row * channels * N + atA, gA, mask=maskA)
-        if NB:
-            tl.store(dinitial + row * channels * N + atB, gB, mask=maskB)
+        dinitial += row * N * channels
+        tl.store(dinitial + at1, g1, mask=mask1)
+        if N2:
+            tl.store(dinitial + at2, g2, mask=mask2)
     if D is not None:
         tl.store(dD + row * channels + d, dskip, mask=inside)
     if delta_bias is not None:
@@ -293,8 +317,8 @@ def _convolve(x, w, t, d, d_inside, length, x_l, K: tl.constexpr, REVERSE: tl.co
     for k in tl.static_range(K):
         s = t + (K - 1 - k) if REVERSE else t - (K - 1 - k)
         inside = ((s >= 0) & (s < length))[:, None] & d_inside[None, :]
-        tap = tl.load(w + d * K + k, mask=d_inside, other=0.0).to(tl.float32)
-        y = tl.fma(_row(x, s[:, None] * x_l + d[None, :], inside), tap[None, :], y)
+        tap = _load(w + d * K + k, d_inside)
+        y = tl.fma(_load(x + s[:, None] * x_l + d[None, :], inside), tap[None, :], y)
     return y
 
 
@@ -310,7 +334,7 @@ def _conv_forward(
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     y = _convolve(x + row * x_b, weight, t, d, d < channels, length, x_l, K, REVERSE)
     if bias is not None:
-        y += _row(bias, d, d < channels)[None, :]
+        y += _load(bias + d, d < channels)[None, :]
     if ACTIVATION:
         y *= _sigmoid(y)
     inside = (t < length)[:, None] & (d < channels)[None, :]
@@ -334,18 +358,18 @@ def _conv_backward(
     for start in range(0, length, BT):
         t = (start + tl.arange(0, BT)).to(tl.int64)
         inside = (t < length)[:, None] & (d < channels)[None, :]
-        dy_t = _row(dout, t[:, None] * dout_l + d[None, :], inside)
+        dy_t = _load(dout + t[:, None] * dout_l + d[None, :], inside)
         if ACTIVATION:
             y = _convolve(x, weight, t, d, d < channels, length, x_l, K, REVERSE)
             if bias is not None:
-                y += _row(bias, d, d < channels)[None, :]
+                y += _load(bias + d, d < channels)[None, :]
             gate = _sigmoid(y)
             dy_t *= gate * (1 + y * (1 - gate))
         tl.store(dy + row * length * channels + t[:, None] * channels + d[None, :], dy_t, mask=inside)
         dbias_d += tl.sum(dy_t, 0)
         for k in tl.static_range(K):
             s = t + (K - 1 - k) if REVERSE else t - (K - 1 - k)
-            seen = _row(x, s[:, None] * x_l + d[None, :], inside & ((s >= 0) & (s < length))[:, None])
+            seen = _load(x + s[:, None] * x_l + d[None, :], inside & ((s >= 0) & (s < length))[:, None])
             dweight_d += tl.where(taps[:, None] == k, tl.sum(dy_t * seen, 0)[None, :], 0.0)
     tl.store(
         dweight + (row * channels + d[None, :]) * K + taps[:, None],
@@ -374,20 +398,18 @@ def scan_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out (B, L, D) in u's dtype, the last state (B, D, N), and saved states (empty unless `save`)."""
     (batch, length, channels), state = u.shape, A.shape[1]
-    u, delta, B, C, z = (_rows(x) for x in (u, delta, B, C, z))
-    A, D, delta_bias, initial_state = (_dense(x) for x in (A, D, delta_bias, initial_state))
-    out = u.new_empty(batch, length, channels)
+    out = u.new_empty(u.shape)
     last = u.new_empty((batch, channels, state), dtype=torch.float32)
-    saved = u.new_empty(
-        (batch, triton.cdiv(length, SAVE_EVERY), state, channels) if save else (0,), dtype=torch.float32
-    )
+    saved_shape = (batch, triton.cdiv(length, SAVE_EVERY), state, channels) if save else (0,)
+    saved = u.new_empty(saved_shape, dtype=torch.float32)
+    u, delta, z = (_rows(x) for x in (u, delta, z))
     blocks = triton.cdiv(channels, CHANNELS)
     if last.numel():
         with _on(u):
             _scan_forward[(batch * blocks,)](
-                u, delta, A, B, C, D, z, delta_bias, initial_state, out, last, saved,
-                length, channels, blocks, *_strides(u, delta, B, C, z), **_tiles(state),
-                EVERY=SAVE_EVERY, SOFTPLUS=delta_softplus, REVERSE=reverse, SAVE=save, num_warps=1,
+                u, delta, _transposed(A), _float(B), _float(C), _float(D), z, _float(delta_bias),
+                _transposed(initial_state), out, last, saved, length, channels, blocks, *_strides(u, delta, z),
+                **_tiles(state), EVERY=SAVE_EVERY, SOFTPLUS=delta_softplus, REVERSE=reverse, SAVE=save, num_warps=1,
             )  # fmt: skip
     return out, last, saved
 
@@ -411,31 +433,30 @@ def scan_backward(
     """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state), each in its input's dtype."""
     (batch, length, channels), state = u.shape, A.shape[1]
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    dout, u, delta, B, C, z = (_rows(x) for x in (dout, u, delta, B, C, z))
-    A, D, delta_bias, dlast = (_dense(x) for x in (A, D, delta_bias, dlast))
+    dout, u, delta, z = (_rows(x) for x in (dout, u, delta, z))
     blocks = triton.cdiv(channels, CHANNELS)
 
-    def per_row(x: Tensor | None, *shape: int) -> Any:
+    def shares(x: Tensor | None, *shape: int) -> Any:
         """Room for one float32 gradient per batch row, summed afterwards: no atomics, so the same bits every time."""
         return None if x is None else x.new_empty((batch, *shape), dtype=torch.float32)
 
     du, ddelta = u.new_empty(u.shape), delta.new_empty(u.shape)
     dz = None if z is None else z.new_empty(u.shape)
-    dA, dD, dbias = per_row(A, channels, state), per_row(D, channels), per_row(delta_bias, channels)
-    dB, dC = per_row(B, blocks, length, state), per_row(C, blocks, length, state)
-    dinitial = per_row(initial_state, channels, state)
-    if batch and channels and state:
-        scratch = u.new_empty((batch * blocks, SAVE_EVERY + 1, state, CHANNELS), dtype=torch.float32)
+    dA, dD, dbias = shares(A, state, channels), shares(D, channels), shares(delta_bias, channels)
+    dB, dC = shares(B, blocks, length, state), shares(C, blocks, length, state)
+    dinitial = shares(initial_state, state, channels)
+    if dA.numel():
+        scratch = u.new_empty((batch * blocks, PIECE, state, CHANNELS), dtype=torch.float32)
         with _on(u):
             _scan_backward[(batch * blocks,)](
-                dout, dlast, u, delta, A, B, C, D, z, delta_bias, saved, scratch,
-                du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial,
-                length, channels, blocks, *_strides(dout, u, delta, B, C, z), **_tiles(state),
-                EVERY=SAVE_EVERY, SOFTPLUS=delta_softplus, REVERSE=reverse, num_warps=1,
+                dout, _transposed(dlast), u, delta, _transposed(A), _float(B), _float(C), _float(D), z,
+                _float(delta_bias), saved, scratch, du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial,
+                length, channels, blocks, *_strides(dout, u, delta, z),
+                **_tiles(state), EVERY=SAVE_EVERY, T=PIECE, SOFTPLUS=delta_softplus, REVERSE=reverse, num_warps=1,
             )  # fmt: skip
-    sums = [None if x is None else x.sum(axis) for x, axis in ((dA, 0), (dB, 1), (dC, 1), (dD, 0), (dbias, 0))]
-    dA, dB, dC, dD, dbias = sums
-    grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
+    dD, dbias = (None if x is None else x.sum(0) for x in (dD, dbias))
+    dinitial = None if dinitial is None else dinitial.transpose(1, 2)
+    grads = (du, ddelta, dA.sum(0).t(), dB.sum(1), dC.sum(1), dD, dz, dbias, dinitial)
     return tuple(None if x is None else grad.to(x.dtype) for x, grad in zip(inputs, grads, strict=True))
 
 
@@ -447,7 +468,7 @@ def conv_forward(
     batch, length, channels = x.shape
     out = x.new_empty(x.shape)
     if out.numel():
-        weight, bias = _dense(weight), _dense(bias)
+        weight, bias = _float(weight), _float(bias)
         grid = batch * triton.cdiv(length, 16) * triton.cdiv(channels, 64)
         with _on(x):
             _conv_forward[(grid,)](
@@ -471,7 +492,7 @@ def conv_backward(
     x, before = _lead_in(x, initial_state, reverse)
     if before:
         dout = F.pad(dout, (0, 0, 0, before) if reverse else (0, 0, before, 0))
-    dout, weight, bias = _rows(dout), _dense(weight), _dense(bias)
+    dout, weight, bias = _rows(dout), _float(weight), _float(bias)
     (batch, length, channels), kernel = x.shape, weight.shape[1]
     dy = x.new_empty(x.shape, dtype=torch.float32)
     dweight = x.new_empty((batch, channels, kernel), dtype=torch.float32)
@@ -514,8 +535,14 @@ def _rows(x: Tensor | None) -> Any:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def _dense(x: Tensor | None) -> Any:
-    return None if x is None else x.contiguous()
+def _float(x: Tensor | None) -> Any:
+    """Small tensors are read as dense float32: B and C by every lane, so that rounding up once is cheaper."""
+    return None if x is None else x.float().contiguous()
+
+
+def _transposed(x: Tensor | None) -> Any:
+    """(..., channels, state) → dense float32 (..., state, channels)."""
+    return None if x is None else x.float().transpose(-1, -2).contiguous()
 
 
 def _lead_in(x: Tensor, initial_state: Tensor | None, reverse: bool) -> tuple[Tensor, int]:
@@ -536,7 +563,7 @@ def _tiles(state: int) -> dict[str, int]:
     half = whole // 2
     rest = triton.next_power_of_2(max(state - half, 1))
     first, second = (half, rest) if half and half + rest < whole else (whole, 0)
-    return {"N": state, "NA": first, "NB": second, "BD": CHANNELS}
+    return {"N": state, "N1": first, "N2": second, "BD": CHANNELS}
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager:
