@@ -26,6 +26,7 @@ from hear_ssam.hear import EncoderModel
 from hear_ssam.records import read
 from hear_ssam.scan import available_backends
 
+from .test_hear_tools import call, tools_bin  # noqa: F401 (a fixture)
 from .tiny_tasks import write_task
 
 ROOT = Path(__file__).resolve().parent
@@ -224,6 +225,35 @@ def test_evaluate(system: str, tmp_path: Path) -> None:
     records = read(tmp_path / "results")
     assert {record["metric"] for record in records} == {"top1_acc", "mAP"}
     assert all(record["embeddings"]["dim"] == tiny(system).scene_embedding_size for record in records)
+
+
+WITHOUT_WEIGHTS = """
+import hear_ssam
+from hear_ssam import get_scene_embeddings, get_timestamp_embeddings
+
+def load_model(model_file_path=""):
+    return hear_ssam.load_model(model_file_path, pretrained=False)
+"""
+
+
+def validate(name: str, tools: Path, folder: Path) -> None:
+    """The unmodified hear-validator, which can pass a name to load_model but no options."""
+    (folder / "random_weights.py").write_text(WITHOUT_WEIGHTS)
+    module = "hear_ssam" if name == "logmel" else "random_weights"
+    out = call(tools / "python", "-m", "hear_ssam", "heareval", "validator", module, "-m", name, cwd=folder)
+    assert "Looks good!" in out
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("name", ["logmel", *(f"{system}_tiny" for system in SYSTEMS)])
+def test_hear_validator(name: str, tools_bin: Path, tmp_path: Path) -> None:  # noqa: F811
+    validate(name, tools_bin, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.endswith("tiny")])
+def test_hear_validator_on_larger_models(name: str, tools_bin: Path, tmp_path: Path) -> None:  # noqa: F811
+    validate(name, tools_bin, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ the official numbers
