@@ -16,7 +16,7 @@ import math
 import pickle
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,30 @@ def build_head(dim: int, classes: int, config: HeadConfig) -> nn.Sequential:
 
 
 @dataclass
+class EarlyStopping:
+    """heareval's rule: keep the first best validation, stop after `patience` checks without a better one or at NaN."""
+
+    sign: int  # 1 if larger values are better, else -1
+    patience: int
+    epoch: int | None = None  # of the best validation
+    value: float = math.nan
+    key: float = -math.inf  # larger is better
+    stop: bool = False
+    waited: int = 0
+
+    def improved(self, epoch: int, value: float) -> bool:
+        """Take note of a validation; whether it is the best so far."""
+        key = -math.inf if math.isnan(value) else self.sign * value
+        better = self.epoch is None or key > self.key
+        if better:
+            self.epoch, self.value, self.key, self.waited = epoch, value, key, 0
+        else:
+            self.waited += 1
+        self.stop = self.waited >= self.patience or not math.isfinite(value)
+        return better
+
+
+@dataclass(frozen=True)
 class TrainedHead:
     """A head at its best validated epoch."""
 
@@ -232,10 +256,10 @@ class TrainedHead:
     key: float  # larger is better
     head: nn.Sequential
     postprocessing: dict[str, float] | None  # of events, the best at that epoch
-    history: list[dict[str, float]] = field(default_factory=list)  # epoch, val_loss, val_score of every validation
+    history: list[dict[str, float]]  # epoch, val_loss, val_score of every validation
 
 
-def _loss(logits: Tensor, target: Tensor, multilabel: bool) -> Tensor:
+def head_loss(logits: Tensor, target: Tensor, multilabel: bool) -> Tensor:
     if multilabel:
         return F.binary_cross_entropy_with_logits(logits, target)
     return F.cross_entropy(logits, target.argmax(1))
@@ -254,6 +278,28 @@ def predict(head: nn.Sequential, x: Tensor, batch_size: int, multilabel: bool) -
     return logits, logits.sigmoid() if multilabel else logits.softmax(1)
 
 
+def selects_by_score(task: Task) -> bool:
+    """Whether heads are selected by the first score (usual) or by the loss."""
+    return task.metadata.get("use_scoring_for_early_stopping", True)
+
+
+def selection_sign(task: Task) -> int:
+    """1 if larger validation values are better, -1 if smaller ones are."""
+    return 1 if selects_by_score(task) and named_score(task.scores[0]).maximize else -1
+
+
+def validation(
+    task: Task, judge: SceneJudge | EventJudge, epoch: int, loss: float, probability: np.ndarray
+) -> tuple[dict[str, float], dict[str, float] | None]:
+    """One line of the log (epoch, val_loss, val_score), and the best postprocessing of events."""
+    checked: dict[str, float] = {"epoch": epoch, "val_loss": loss}
+    postprocessing = None
+    if selects_by_score(task):
+        score, postprocessing = judge.validate(probability)
+        checked["val_score"] = float(np.float32(score))  # as heareval compares them
+    return checked, postprocessing
+
+
 def train_head(task: Task, splits: Mapping[str, Rows], split: DataSplit, config: HeadConfig) -> TrainedHead:
     """Train one head with early stopping. Uses torch's global generator, in heareval's order."""
     parts = [splits[name] for name in split.train]
@@ -266,45 +312,34 @@ def train_head(task: Task, splits: Mapping[str, Rows], split: DataSplit, config:
     )
     valid = splits[split.valid]
     judge = make_judge(task, split.valid, valid)
-    by_score = task.metadata.get("use_scoring_for_early_stopping", True)
-    sign = 1 if by_score and named_score(task.scores[0]).maximize else -1
-
     dim = valid.x.shape[1]
     head = build_head(dim, len(task.labels), config)
     torch.rand(64, dim)  # the dummy input with which heareval prints a summary of the head
     optimizer = torch.optim.Adam(head.parameters(), lr=config.lr)
-    best: TrainedHead | None = None
-    history: list[dict[str, float]] = []
-    waited = 0
+    stopping = EarlyStopping(selection_sign(task), config.patience)
+    best: tuple[nn.Sequential, dict[str, float] | None] = head, None
+    history = []
     for epoch in range(config.max_epochs):
         _draw_loader_seed()
         head.train()
         for x, target in train:
             optimizer.zero_grad()
-            _loss(head(x), target, task.multilabel).backward()
+            head_loss(head(x), target, task.multilabel).backward()
             optimizer.step()
         if (epoch + 1) % config.check_val_every_n_epoch:
             continue
         _draw_loader_seed()
         logits, probability = predict(head, valid.x, config.batch_size, task.multilabel)
-        checked = {"epoch": epoch, "val_loss": float(_loss(logits, valid.target, task.multilabel))}
-        postprocessing = None
-        if by_score:
-            score, postprocessing = judge.validate(probability.numpy())
-            checked["val_score"] = float(np.float32(score))  # as heareval compares them
+        loss = float(head_loss(logits, valid.target, task.multilabel))
+        checked, postprocessing = validation(task, judge, epoch, loss, probability.numpy())
         history.append(checked)
-        value = checked["val_score" if by_score else "val_loss"]
-        key = -math.inf if math.isnan(value) else sign * value
-        if best is None or key > best.key:
-            best = TrainedHead(config, epoch, value, key, copy.deepcopy(head), postprocessing, history)
-            waited = 0
-        else:
-            waited += 1
-        if waited >= config.patience or not math.isfinite(value):
+        if stopping.improved(epoch, checked.get("val_score", loss)):
+            best = copy.deepcopy(head), postprocessing
+        if stopping.stop:
             break
-    if best is None:
+    if stopping.epoch is None:
         raise HearSsamError(f"{task.name}: max_epochs={config.max_epochs} ends before the first validation.")
-    return best
+    return TrainedHead(config, stopping.epoch, stopping.value, stopping.key, *best, history)
 
 
 # ---- one task ------------------------------------------------------------------------------------------------------
@@ -339,15 +374,7 @@ def run_probe(folder: Path, protocol: str, seed: int) -> ProbeResult:
     The state of torch's random generator is restored afterwards. Set the number of threads before: results depend
     on it in the last digits.
     """
-    task = read_task(folder)
-    for name in task.scores:
-        if named_score(name).event != task.event:
-            kind = task.metadata["embedding_type"]
-            raise HearSsamError(f"{folder}: the score {name} does not fit the embedding_type {kind!r}.")
-    splits = {name: read_rows(task, name) for name in task.splits}
-    dims = {rows.x.shape[1] for rows in splits.values()}
-    if len(dims) > 1:
-        raise HearSsamError(f"{folder}: the splits have embeddings of different sizes {sorted(dims)}.")
+    task, splits = open_embeddings(folder)
     first, *others = task.data_splits
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -360,15 +387,34 @@ def run_probe(folder: Path, protocol: str, seed: int) -> ProbeResult:
                 winner = trained
         assert winner is not None
         heads = [winner, *(train_head(task, splits, split, winner.config) for split in others)]
-    histories += [trained.history for trained in heads[1:]]
-    tests = [split.test for split in task.data_splits]
-    folds = [_test(task, splits[fold], fold, head) for fold, head in zip(tests, heads, strict=True)]
-    return ProbeResult(winner.config, folds, histories)
+    return score_heads(task, splits, heads, [*histories, *(trained.history for trained in heads[1:])])
 
 
-def _test(task: Task, rows: Rows, fold: str, trained: TrainedHead) -> FoldResult:
-    logits, probability = predict(trained.head, rows.x, trained.config.batch_size, task.multilabel)
-    loss = float(_loss(logits, rows.target, task.multilabel))
-    prediction, target = probability.numpy(), rows.target.numpy()
-    scores = make_judge(task, fold, rows).test(prediction, trained.postprocessing)
-    return FoldResult(fold, scores, loss, trained.validation_score, trained.epoch, prediction, target)
+def open_embeddings(folder: Path) -> tuple[Task, dict[str, Rows]]:
+    """The task and the rows of every split of an embedding folder; raises HearSsamError where they do not fit."""
+    task = read_task(folder)
+    for name in task.scores:
+        if named_score(name).event != task.event:
+            kind = task.metadata["embedding_type"]
+            raise HearSsamError(f"{folder}: the score {name} does not fit the embedding_type {kind!r}.")
+    splits = {name: read_rows(task, name) for name in task.splits}
+    dims = {rows.x.shape[1] for rows in splits.values()}
+    if len(dims) > 1:
+        raise HearSsamError(f"{folder}: the splits have embeddings of different sizes {sorted(dims)}.")
+    return task, splits
+
+
+def score_heads(
+    task: Task, splits: Mapping[str, Rows], heads: Sequence[TrainedHead], histories: list[list[dict[str, float]]]
+) -> ProbeResult:
+    """Test one trained head per data split, in order."""
+    folds = []
+    for split, trained in zip(task.data_splits, heads, strict=True):
+        rows = splits[split.test]
+        logits, probability = predict(trained.head, rows.x, trained.config.batch_size, task.multilabel)
+        loss = float(head_loss(logits, rows.target, task.multilabel))
+        prediction, target = probability.numpy(), rows.target.numpy()
+        scores = make_judge(task, split.test, rows).test(prediction, trained.postprocessing)
+        outcome = (scores, loss, trained.validation_score, trained.epoch)
+        folds.append(FoldResult(split.test, *outcome, prediction, target))
+    return ProbeResult(heads[0].config, folds, histories)
