@@ -12,9 +12,10 @@ Contents, in reading order:
     checkpoint      our safetensors and the official files
     audio, extract  reading audio files; audio files → Parquet
     corpus, pretrain  pre-training data and loop
-    tasks, embeddings, probe, scores, records, evaluate, report   the HEAR protocol
+    tasks, embeddings, probe, scores, records, evaluate, tables, report   the HEAR protocol
+    check           the HEAR contract, explained, for any module
     hear_tools      hear-validator and heareval, unmodified, on a current Python
-    demo, doctor, benchmark, cli   the commands
+    models, demo, doctor, benchmark, cli   the commands
     paths, errors   shipped files, atomic writes; the one error class
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ def test_a_peer_computes_the_same(name):
 
 
 def test_missing_peer_is_a_row_not_an_error(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "mambapy", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "mambapy", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "mambapy.mamba", None)
     with pytest.raises(ImportError):
         benchmark._prepare(Task("inference", "ssam", "tiny", "mambapy", "fp32", torch.get_num_threads()), 0.0)
     worker = benchmark._Worker.__new__(benchmark._Worker)
