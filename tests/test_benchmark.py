@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hear_ssam import benchmark, cli
-from hear_ssam.benchmark import Row, Task
+from hear_ssam.benchmark import Row
+from hear_ssam.benchmark_process import PEERS, Task, Worker, build_peer, prepare
 from hear_ssam.config import CONFIGS, build_config
 from hear_ssam.encoder import Encoder
 
@@ -24,7 +25,7 @@ def test_work_is_counted():
     assert work["elements"] == 12 * 251 * 576 * 24
 
 
-@pytest.mark.parametrize("name", benchmark.PEERS)
+@pytest.mark.parametrize("name", PEERS)
 def test_a_peer_computes_the_same(name):
     if name != "selective_scan_ref":
         pytest.importorskip(name, reason=f"{name} is not installed; see `hear-ssam benchmark --help`")
@@ -34,15 +35,15 @@ def test_a_peer_computes_the_same(name):
     with torch.no_grad():
         for weight in mixer.parameters():
             weight += 0.1 * torch.randn_like(weight)
-        torch.testing.assert_close(benchmark._peer(name, mixer).double()(x), mixer(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(build_peer(name, mixer).double()(x), mixer(x), rtol=1e-5, atol=1e-6)
 
 
 def test_missing_peer_is_a_row_not_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "mambapy", None)  # as if it were not installed
     monkeypatch.setitem(sys.modules, "mambapy.mamba", None)
     with pytest.raises(ImportError):
-        benchmark._prepare(Task("inference", "ssam", "tiny", "mambapy", "fp32", torch.get_num_threads()), 0.0)
-    worker = benchmark._Worker.__new__(benchmark._Worker)
+        prepare(Task("inference", "ssam", "tiny", "mambapy", "fp32", torch.get_num_threads()), 0.0)
+    worker = Worker.__new__(Worker)
     worker.task, worker.failed = Task("inference", "ssam", "tiny", "mambapy", "fp32", 1), "No module named 'mambapy'"
     row = benchmark._row(worker, None, {})
     assert row.ms is None and "mambapy" in row.note
@@ -68,7 +69,7 @@ def test_tables(tmp_path):
 
 def test_error_is_against_float64():
     """One real process, taking no turn: its output is compared with the reference in double precision."""
-    with benchmark._Worker(Task("inference", "ssam", "tiny", "torch", "fp32", 1)) as worker:
+    with Worker(Task("inference", "ssam", "tiny", "torch", "fp32", 1)) as worker:
         assert worker.wait() == ""
         got = worker.ask("output")[0]
     torch.manual_seed(0)
