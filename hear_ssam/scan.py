@@ -116,7 +116,7 @@ def causal_conv1d(
     if recent.shape[1] < before[1]:
         earlier = x.new_zeros(before) if initial_state is None else initial_state.to(x.dtype)
         recent = torch.cat([earlier, recent], 1)[:, -before[1] :]
-    return out, recent
+    return out, recent.clone()  # a view would keep the whole sequence in memory
 
 
 @contextlib.contextmanager

@@ -131,3 +131,12 @@ def test_serial_without_torchs_pool(monkeypatch):
     want = forward(inputs())
     monkeypatch.setattr(simd, "_parallel_for", None)  # as with torch before 2.10
     assert torch.equal(forward(inputs()), want)
+
+
+def test_carried_states_do_not_keep_the_sequence():
+    """Memory stays constant over chunks only if no state is a view of a chunk's activations."""
+    u, delta, A, B, C, D, z, bias = inputs()
+    _, conv = causal_conv1d(u, torch.ones(96, 4), return_last_state=True, backend="cpu")
+    _, scan = selective_scan(u, delta, A, B, C, D, z, bias, True, return_last_state=True, backend="cpu")
+    for state in (conv, scan):
+        assert state.untyped_storage().nbytes() == state.numel() * 4
