@@ -246,10 +246,9 @@ FORMATS = {"ms": ".1f", "ms_min": ".1f", "times_ours": ".2f", "error": ".0e", "g
 def _describe(rates: dict[str, float]) -> str:
     text = f"matrix products {rates['fp32'] / 1e9:.0f} GFLOP/s fp32, {rates['bf16'] / 1e9:.0f} bf16"
     if "clock" in rates:
-        text += (
-            f"; clock {rates['clock'] / 1e9:.2f} GHz, {rates['multiply_cycles']:.2f} cycles per multiply-add, so "
-            f"{16 * rates['clock'] / rates['elements']:.1f} cycles per 16 scan elements ({MULTIPLIES} multiplications)"
-        )
+        cycles = 16 * rates["clock"] / rates["elements"]
+        text += f"; clock {rates['clock'] / 1e9:.2f} GHz; {cycles:.1f} cycles per 16 scan elements"
+        text += f" ({MULTIPLIES} instructions of the multiply units per register of states)"
     return text
 
 

@@ -291,12 +291,11 @@ def _machine_rates(size: str, clock: Callable[[], float]) -> dict[str, float]:
     with contextlib.suppress(ImportError):  # no llvmlite, no clock
         from .simd import LANES, run
 
-        out, steps = torch.zeros(256), 2000
+        out, steps = torch.zeros(256), 50_000  # a chain of them takes a millisecond
         seconds = [
             min(_repeat(functools.partial(run, kernel, 1, steps=steps, out=out), TURN / 8, clock)) / (16 * steps)
             for kernel in _multiply_kernels()
         ]
         rates["clock"] = 4 / seconds[0]  # a chain of fused multiply-adds advances every 4 cycles
-        rates["multiply_cycles"] = seconds[1] * rates["clock"]
         rates["elements"] = LANES / (MULTIPLIES * seconds[1])
     return rates
