@@ -53,6 +53,7 @@ class Recipe:
     mix: float = 0.5  # share of clips to which another one is added, at -10 to 10 dB
     pad: float = 0.5  # share of short clips padded with silence; the others are repeated
     seed: int = 0
+    init: str = ""  # a checkpoint file whose weights the run starts from; empty: random ones
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "min_frames"):
@@ -138,7 +139,9 @@ def pretrain(
     store, folder, place = open_store(store_path), Path(out), torch.device(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        encoder = Encoder(config).to(place)
+        encoder = Encoder(config)
+    earlier = _start_from(recipe, encoder) if recipe.init else {}
+    encoder.to(place)
     optimizer = _optimizer(encoder, recipe)
     generator = torch.Generator(place).manual_seed(recipe.seed)
     windows = Windows(store, recipe, config.window_frames, place)
@@ -179,7 +182,7 @@ def pretrain(
         raise
     finally:
         bar.close()
-    return _finish(run, store)
+    return _finish(run, store, earlier)
 
 
 class _Run:
@@ -232,6 +235,22 @@ class _Run:
             path.write_text("\n".join(rows) + "\n")
 
 
+def _start_from(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:
+    """Put the weights of `recipe.init` into the encoder; returns what that file tells about its own training."""
+    from .checkpoint import load_checkpoint
+
+    config, state, info = load_checkpoint(recipe.init)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if shapes != {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}:
+        raise HearSsamError(
+            f"{recipe.init}: holds a {config.system} of width {config.embed_dim} and depth {config.depth}, "
+            f"whose weights do not fit {recipe.model}; choose the model that it was trained as."
+        )
+    encoder.load_state_dict(state)
+    told = info.get("training", {})
+    return {"sha256": info["sha256"], "clips_seen": told.get("clips_seen"), "wall_minutes": told.get("wall_minutes")}
+
+
 def _optimizer(encoder: Encoder, recipe: Recipe) -> torch.optim.Optimizer:
     import torch
 
@@ -263,7 +282,7 @@ def _held_out_loss(encoder: Encoder, windows: Windows) -> float:
         return encoder(spec, random_mask(batch, encoder.config, generator)).loss.item()
 
 
-def _finish(run: _Run, store: Store) -> Path:
+def _finish(run: _Run, store: Store, earlier: dict[str, Any]) -> Path:
     import torch
 
     from . import __version__
@@ -287,7 +306,8 @@ def _finish(run: _Run, store: Store) -> Path:
             "wall_minutes": round(run.seconds / 60, 1),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "versions": {"hear_ssam": __version__, "torch": torch.__version__},
-            "recipe": dataclasses.asdict(recipe),
+            "recipe": dataclasses.asdict(recipe) | {"init": Path(recipe.init).name},
+            "init": earlier,
         },
         "data": [{k: row.get(k, "") for k in ("name", "hours", "clips", "licence")} for row in store.info["sources"]],
     }
@@ -305,7 +325,12 @@ def _finish(run: _Run, store: Store) -> Path:
 
 def model_card(facts: dict[str, Any], sources: list[dict[str, Any]]) -> str:
     """The Markdown card of a checkpoint: what it is, what it was trained on and under which licences, and how."""
-    training = facts["training"]
+    training, earlier = facts["training"], facts["training"]["init"]
+    start = (
+        [f"- started from weights (sha256 {earlier['sha256']}) that {earlier['clips_seen'] or 'an unknown number of'} "
+         f"windows and {earlier['wall_minutes'] or 'an unknown number of'} minutes had trained; not counted above"]
+        if earlier else []
+    )  # fmt: skip
     lines = [
         f"# {facts['name']}",
         "",
@@ -316,6 +341,7 @@ def model_card(facts: dict[str, Any], sources: list[dict[str, Any]]) -> str:
         f"- {training['clips_seen']:,} windows of 2 s, {training['epochs']} epochs of {training['hours_of_audio']} h",
         f"- loss {training['loss']} (on held-out clips {training['held_out_loss']})",
         f"- {training['wall_minutes']} minutes on {training['device']}, torch {training['versions']['torch']}",
+        *start,
         f"- recipe: `{json.dumps(training['recipe'])}`",
         "",
         "    hear-ssam corpus STORE --debian PACKAGES --audio FOLDERS",
@@ -361,6 +387,7 @@ def add_parser(subparsers: Any) -> None:
   hear-ssam corpus store --audio recordings/        make the store first
   hear-ssam pretrain store run
   hear-ssam pretrain store run --device cuda --precision bf16 --batch-size 1024
+  hear-ssam pretrain store more --init run/ssam_tiny.safetensors --seed 1    go on from weights
   hear-ssam pretrain store run --recipe my.toml --steps 1000    options win over the file
   hear-ssam embed sounds/ -o out.parquet --model run/ssam_tiny.safetensors""",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -106,6 +106,19 @@ def test_an_interrupted_run_ends_with_the_same_weights(store, tmp_path, monkeypa
         pretrain.pretrain(store, tmp_path / "run", dataclasses.replace(recipe, steps=7))
 
 
+def test_a_run_can_start_from_the_weights_of_another(store, tmp_path):
+    first = pretrain.pretrain(store, tmp_path / "first", dataclasses.replace(SMALL, steps=20, learning_rate=3e-3))
+    again = dataclasses.replace(SMALL, steps=1, learning_rate=1e-9, init=str(first))
+    path = pretrain.pretrain(store, tmp_path / "again", again)
+    (_, old, told), (_, new, info) = checkpoint.load_checkpoint(first), checkpoint.load_checkpoint(path)
+    assert all(torch.allclose(new[name], old[name], rtol=2e-3, atol=1e-4) for name in old)  # half precision, 1 step
+    assert info["training"]["init"]["sha256"] == told["sha256"]
+    assert info["training"]["recipe"]["init"] == first.name  # where it lay is nobody's business
+    assert f"sha256 {told['sha256']}) that {20 * SMALL.batch_size} windows" in path.with_suffix(".md").read_text()
+    with pytest.raises(HearSsamError, match=r"width 32.* do not fit ssam_small"):
+        pretrain.pretrain(store, tmp_path / "other", dataclasses.replace(again, model="ssam_small"))
+
+
 def options(recipe: Recipe) -> list[str]:
     return [word for k, v in dataclasses.asdict(recipe).items() for word in (f"--{k.replace('_', '-')}", str(v))]
 
