@@ -184,8 +184,8 @@ def _row(worker: Worker, exact: Any, rates: dict[str, float]) -> Row:
     row.peak_mb = worker.results[-1].get("peak_mb")
     row.note = worker.results[-1].get("note", "")
     if exact is not None:
-        errors = [abs(x - y).max() / abs(y).max() for x, y in zip(worker.ask("output"), exact, strict=True)]
-        row.error = float(max(errors))
+        output = worker.ask("output")
+        row.error = float(max(abs(output[name] - value).max() / abs(value).max() for name, value in exact.items()))
     if task.system == "ssam" and task.mode in ("inference", "training"):
         work = _work(task.size)
         passes = 3 if task.mode == "training" else 1  # the backward pass multiplies twice as much

@@ -122,9 +122,10 @@ def prepare(task: Task, begin: float) -> dict[str, Callable[[], Any]]:
             if task.mode == "training":
                 encoder.zero_grad()
                 encoder(spec, mask).loss.backward()
-                return [weight.grad for weight in encoder.parameters() if weight.grad is not None]
+                named = ((_our_name(key), weight.grad) for key, weight in encoder.named_parameters())
+                return {key: gradient.flatten() for key, gradient in named if gradient is not None}
             with torch.no_grad():
-                return [encoder.tokens(spec)]
+                return {"tokens": encoder.tokens(spec)}
 
     def read_long() -> None:
         states = [MambaState() for _ in encoder.blocks]
@@ -147,7 +148,7 @@ def prepare(task: Task, begin: float) -> dict[str, Callable[[], Any]]:
 
     if task.mode != "start" and task.dtype != "float64":
         act()  # what loads or compiles at first use
-    return {"turn": turn, "output": lambda: [x.detach().double().numpy() for x in act()]}
+    return {"turn": turn, "output": lambda: {key: x.detach().double().numpy() for key, x in act().items()}}
 
 
 def _repeat(
@@ -198,7 +199,7 @@ def build_peer(name: str, mixer: Any) -> Any:
         )
     else:
         peer = _reference_mixer(dim, inner, rank, state, kernel)
-    weights = {re.sub(r"^conv\.", "conv1d.", key): value for key, value in mixer.state_dict().items()}
+    weights = {re.sub(r"^conv\.", "conv1d.", key): value for key, value in mixer.state_dict().items()}  # cf. _our_name
     weights["conv1d.weight"] = weights["conv1d.weight"][:, None]
     peer.load_state_dict(weights)
 
@@ -211,6 +212,11 @@ def build_peer(name: str, mixer: Any) -> Any:
             return self.peer(x)
 
     return Mixer()
+
+
+def _our_name(parameter: str) -> str:
+    """What our mixer calls a parameter of a peer."""
+    return parameter.replace(".peer.conv1d.", ".conv.").replace(".peer.", ".")
 
 
 def _reference_mixer(dim: int, inner: int, rank: int, state: int, kernel: int) -> Any:
