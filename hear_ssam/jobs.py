@@ -1,0 +1,235 @@
+"""Trainings of the probe, each a job in a process with one thread; the records that they leave.
+
+Every finished job is appended to the store at once, so that an interruption loses only what is running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from . import __version__
+from .errors import HearSsamError
+from .paths import atomic_write
+from .records import Record, append, finite, predictions_file
+from .tasks import Task, read_task
+
+if TYPE_CHECKING:
+    from .probe import ProbeResult
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task and model, and the seeds to train together: everything that a worker process needs."""
+
+    source_folder: Path
+    identity: dict[str, Any]  # the fields of a record's key that all seeds share
+    seeds: tuple[int, ...]
+    device: str
+    results_dir: Path
+    commit: str | None
+
+    @property
+    def label(self) -> str:
+        seeds = f"seeds {self.seeds[0]}-{self.seeds[-1]}" if len(self.seeds) > 1 else f"seed {self.seeds[0]}"
+        return f"{self.identity['task']}, {seeds}"
+
+    @property
+    def size(self) -> int:
+        """Grows with the time that the job takes: bytes to train on, once for every fold."""
+        sizes = [path.stat().st_size for path in self.source_folder.glob("*.embeddings.npy")]
+        return sum(sizes) * len(sizes)
+
+
+@contextlib.contextmanager
+def noted(name: str, failures: dict[str, str]) -> Iterator[None]:
+    """Note an error under `name` and go on; whatever a foreign module raises must not stop the other tasks."""
+    try:
+        yield
+    except Exception as error:
+        failures[name] = str(error) if isinstance(error, HearSsamError) else f"{type(error).__name__}: {error}"
+        print(f"{name}: {failures[name]}", file=sys.stderr)
+
+
+def run_jobs(jobs: list[Job], store: Path, workers: int, failures: dict[str, str]) -> None:
+    """Run all jobs, each in a process with one thread, and append the records of each as soon as it is finished.
+
+    If the system kills a worker, the jobs that went down with it run once more, one process for each.
+    """
+    jobs = sorted(jobs, key=lambda job: -job.size)  # the longest first, so that no core waits for one at the end
+    died = _run_pool(jobs, store, workers, failures) if jobs else []
+    for job in died:
+        if _run_pool([job], store, 1, failures):
+            failures[job.label] = "the process was killed (out of memory?)"
+
+
+def _run_pool(jobs: list[Job], store: Path, workers: int, failures: dict[str, str]) -> list[Job]:
+    """Returns the jobs that died with a killed worker."""
+    died = []
+    pool = ProcessPoolExecutor(
+        min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
+    try:
+        futures = {pool.submit(_work, job): job for job in jobs}
+        with tqdm(total=len(jobs), desc="probe", unit="job", disable=None) as bar:
+            for future in as_completed(futures):
+                job = futures[future]
+                if isinstance(future.exception(), BrokenProcessPool):
+                    died.append(job)
+                    continue
+                with noted(job.label, failures):
+                    records = future.result()
+                    append(store, records)
+                    bar.write(f"{job.label}: {_headline(records)}", file=sys.stderr)
+                bar.update()
+    except BaseException:  # Ctrl-C: what is finished is stored, the rest is dropped at once
+        for process in list(pool._processes.values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return died
+
+
+def _headline(records: list[Record]) -> str:
+    of_seeds = [r for r in records if r["fold"] is None and r["primary"]]
+    scores = ", ".join(str(r["score"]) for r in of_seeds)
+    return f"{of_seeds[0]['metric']} {scores} in {sum(r['seconds'] for r in of_seeds):.0f} s"
+
+
+def _start_worker() -> None:
+    """One thread per process; Ctrl-C is the parent's affair; a worker whose parent was killed ends too."""
+    import torch
+
+    torch.set_num_threads(1)
+    _keep_memory()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _keep_memory() -> None:
+    """Let this process keep what it frees: a step of the probe frees and takes megabytes dozens of times.
+
+    glibc would return them to the system, and fetching pages again took a fifth of the time. A no-op elsewhere.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        set_option = ctypes.CDLL(None).mallopt
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            set_option(option, 1 << 30)
+
+
+def _work(job: Job) -> list[Record]:
+    """Train the probes of one job; store their predictions; return their records."""
+    import torch
+
+    started = time.time()
+    dtype = torch.float32
+    protocol = job.identity["protocol"]
+    if job.identity["probe"] == "exact":
+        from .probe import run_probe
+
+        results = [run_probe(job.source_folder, protocol, seed) for seed in job.seeds]
+    else:
+        from .fast_probe import product_dtype, run_fast_probe
+
+        dtype = product_dtype(torch.device(job.device))
+        results = run_fast_probe(job.source_folder, protocol, job.seeds, job.device)
+    how = {
+        "device": job.device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "seconds": round((time.time() - started) / len(results), 3),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"hear_ssam": __version__, "python": platform.python_version(), "torch": torch.__version__},
+        "commit": job.commit,
+    }
+    return [
+        record
+        for seed, result in zip(job.seeds, results, strict=True)
+        for record in _of_seed(job, {**job.identity, "seed": seed}, result, how)
+    ]
+
+
+def _of_seed(job: Job, identity: dict[str, Any], result: ProbeResult, how: Mapping[str, Any]) -> list[Record]:
+    """Store what one seed predicted; its records: every score per fold and their mean."""
+    import numpy as np
+
+    from .embeddings import provenance
+    from .scores import aggregate_folds
+
+    task = read_task(job.source_folder)
+    arrays = {"labels": np.array(task.labels), "histories": np.array(json.dumps(result.histories))}
+    if not task.event:  # frames of long recordings would fill the disk
+        arrays |= {f"{f.fold}/{kind}": getattr(f, kind) for f in result.folds for kind in ("prediction", "target")}
+    with atomic_write(predictions_file(job.results_dir, identity)) as path, open(path, "wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # its stub takes the names for options
+    made_by = provenance(job.source_folder)
+    common = {
+        "clips": sum(len(names) for _, names in task.shuffled_clips()),
+        "grid_point": asdict(result.config),
+        "embeddings": {name: made_by.get(name) for name in ("module", "dim", "device", "dtype", "backend", "seconds")},
+        **how,
+    }
+    records = []
+    for fold in result.folds:
+        detail = {"epoch": fold.epoch, "validation_score": finite(fold.validation_score), "loss": finite(fold.loss)}
+        name = fold.fold if len(result.folds) > 1 else None
+        records += _records(identity, task, name, fold.scores, {**detail, **common})
+    if len(result.folds) > 1:
+        records += _records(identity, task, None, aggregate_folds([fold.scores for fold in result.folds]), common)
+    return records
+
+
+def _records(
+    identity: Mapping[str, Any], task: Task, fold: str | None, scores: Mapping[str, float], details: Mapping[str, Any]
+) -> list[Record]:
+    from .scores import named_score
+
+    return [
+        {
+            **identity,
+            "fold": fold,
+            "metric": metric,
+            "score": finite(score),
+            "primary": metric == task.scores[0],
+            "maximize": next(named_score(name).maximize for name in task.scores if metric.startswith(name)),
+            **details,
+        }
+        for metric, score in scores.items()
+    ]
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this package runs from, None for an installed one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None

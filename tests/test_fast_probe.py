@@ -1,0 +1,106 @@
+"""The fast probe: heads side by side do what heads alone do, and judge embeddings as the exact probe does."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hear_ssam import fast_probe
+from hear_ssam.fast_probe import _Bf16Product, _float_product, _Heads, run_fast_probe
+from hear_ssam.probe import HeadConfig, build_head, run_probe
+
+from .test_probe import write_embeddings
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_stacked_heads_equal_single_heads(layers):
+    """Without dropout: outputs, gradients and running statistics of every head are its own."""
+    torch.manual_seed(0)
+    config = HeadConfig(hidden_layers=layers, hidden_dim=6, dropout=0.0)
+    singles = [build_head(5, 3, config) for _ in range(4)]
+    heads = _Heads(singles, [0.0] * 4, _float_product, torch.zeros(5))
+    x, target = torch.randn(9, 5), torch.randint(3, (9,))
+    together = heads(x)
+    torch.stack([F.cross_entropy(logits, target) for logits in together]).sum().backward()
+    for number, single in enumerate(singles):
+        alone = single(x)
+        torch.testing.assert_close(together[number], alone)
+        F.cross_entropy(alone, target).backward()
+        for name, parameter in single.named_parameters():
+            torch.testing.assert_close(getattr(heads, name.replace(".", "_")).grad[number], parameter.grad, msg=name)
+        snapshot = heads.snapshot(number)
+        assert snapshot.keys() == single.state_dict().keys()
+        for name, tensor in single.state_dict().items():
+            if "num_batches" not in name:
+                torch.testing.assert_close(snapshot[name], tensor, msg=name)
+
+
+def test_centred_rows_train_the_same_head():
+    """Outputs, running statistics and gradients are those of the rows as they are."""
+    torch.manual_seed(0)
+    offset = 10 * torch.randn(5)
+    config = HeadConfig(hidden_dim=6, dropout=0.0)
+    singles = [build_head(5, 3, config).double() for _ in range(2)]
+    heads = _Heads(singles, [0.0] * 2, _float_product, offset.double())
+    x, target = torch.randn(9, 5).double(), torch.randint(3, (9,))
+    for training in (True, False):
+        heads.train(training)
+        together = heads(x)
+        torch.stack([F.cross_entropy(logits, target) for logits in together]).sum().backward()
+        for number, single in enumerate(singles):
+            alone = single.train(training)(x + offset)
+            torch.testing.assert_close(together[number], alone)
+            F.cross_entropy(alone, target).backward()
+            state = heads.snapshot(number)
+            for name in ("1.running_mean", "1.running_var"):
+                torch.testing.assert_close(state[name], single.state_dict()[name])
+            if training:
+                for name, parameter in single.named_parameters():
+                    gradient = getattr(heads, name.replace(".", "_")).grad[number]
+                    torch.testing.assert_close(gradient, parameter.grad, msg=name)
+
+
+def test_each_head_drops_its_own_share():
+    heads = _Heads(
+        [build_head(4, 2, HeadConfig(hidden_dim=8)) for _ in range(3)], [0.0, 0.1, 0.5], _float_product, torch.zeros(4)
+    )
+    mask = heads._dropout(torch.Size((4000, 3, 8)))
+    dropped = (mask == 0).float().mean((0, 2))
+    np.testing.assert_allclose(dropped, [0, 0.1, 0.5], atol=0.01)  # four standard errors
+    np.testing.assert_allclose(mask.mean((0, 2)), 1, atol=0.02)
+    assert (mask[:, 2] != mask[:, 1]).any()
+
+
+def test_bfloat16_products_keep_their_gradients():
+    torch.manual_seed(0)
+    x, w = torch.randn(7, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    gradient = torch.randn(7, 3)
+    ours = torch.autograd.grad(_Bf16Product.apply(x, w), (x, w), gradient)
+    expected = torch.autograd.grad(x @ w.mT, (x, w), gradient)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_it_repeats_and_agrees_with_the_exact_probe(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(fast_probe, "product_dtype", lambda device: dtype)
+    grid = {"task_specific_param_grid": {"hidden_dim": [32], "max_epochs": [60], "lr": [1e-2]}}
+    folder = write_embeddings(tmp_path / "toy", ["fold00", "fold01", "fold02"], rows=60, evaluation_params=grid)
+    state = torch.get_rng_state()
+    once, again = (run_fast_probe(folder, "ssam", [0, 1]) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [result.histories for result in once] == [result.histories for result in again]
+    exact = run_probe(folder, "ssam", 0)
+    for result in once:
+        assert [fold.fold for fold in result.folds] == [fold.fold for fold in exact.folds]
+        assert len(result.histories) == len(exact.histories)
+        mean, expected = (np.mean([fold.scores["top1_acc"] for fold in r.folds]) for r in (result, exact))
+        assert mean == pytest.approx(expected, abs=0.1)
+
+
+def test_a_perfect_score_ends_training(tmp_path):
+    grid = {"task_specific_param_grid": {"hidden_dim": [32], "max_epochs": [500], "lr": [1e-2]}}
+    folder = write_embeddings(tmp_path / "toy", ["train", "valid", "test"], dim=30, evaluation_params=grid)
+    for history in run_fast_probe(folder, "ssam", [0])[0].histories:
+        scores = [check["val_score"] for check in history]
+        assert scores[-1] == 1 and all(score < 1 for score in scores[:-1])
