@@ -9,8 +9,10 @@ Both take 16 kHz mono, float, in [-1, 1], and give one frame every 10 ms. They h
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import EncoderConfig
@@ -19,6 +21,7 @@ SAMPLE_RATE = 16_000
 HOP = 160  # samples, 10 ms
 WINDOW = 400  # samples, 25 ms
 EPSILON = 2.0**-23  # float32 machine epsilon, the floor under every logarithm
+BLOCK = 1 << 15  # frames whose spectra are in memory at the same time, some 100 MB
 
 
 class LogMel(nn.Module):
@@ -41,7 +44,10 @@ class LogMel(nn.Module):
         self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
-        spectrum = torch.stft(waveform, WINDOW, HOP, window=self.window, center=True, return_complex=True)
+        return _in_blocks(F.pad(waveform[:, None], (WINDOW // 2, WINDOW // 2), mode="reflect")[:, 0], self._frames)
+
+    def _frames(self, padded: Tensor) -> Tensor:
+        spectrum = torch.stft(padded, WINDOW, HOP, window=self.window, center=False, return_complex=True)
         power = torch.view_as_real(spectrum).square().sum(-1)  # (B, bins, F)
         return torch.log(power.transpose(1, 2) @ self.filters + EPSILON)
 
@@ -67,13 +73,26 @@ class KaldiFbank(nn.Module):
         self.register_buffer("window", torch.hann_window(WINDOW, periodic=False), persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
-        waveform = waveform - waveform.mean(dim=1, keepdim=True)
+        return _in_blocks(waveform - waveform.mean(dim=1, keepdim=True), self._frames)
+
+    def _frames(self, waveform: Tensor) -> Tensor:
         frames = waveform.unfold(1, WINDOW, HOP)  # (B, F, 400)
         frames = frames - frames.mean(dim=2, keepdim=True)
         previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)  # the first sample precedes itself
         spectrum = torch.fft.rfft((frames - 0.97 * previous) * self.window, n=512)
         power = torch.view_as_real(spectrum).square().sum(-1)  # (B, F, bins)
         return torch.log((power @ self.filters).clamp(min=EPSILON))
+
+
+def _in_blocks(waveform: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """`function` of (B, samples) gives (B, F, mels), a frame for every whole window; here, BLOCK frames at a time."""
+    frames = 1 + (waveform.shape[1] - WINDOW) // HOP
+    size = max(1, BLOCK // len(waveform))
+    parts = [
+        function(waveform[:, first * HOP : (min(first + size, frames) - 1) * HOP + WINDOW])
+        for first in range(0, frames, size)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def build_frontend(config: EncoderConfig) -> LogMel | KaldiFbank:

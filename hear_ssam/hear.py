@@ -161,7 +161,9 @@ class EncoderModel(HearModel):
         full = frames // window
         parts = [spec[:, : full * window].reshape(len(audio) * full, window, spec.shape[2]), spec[:, full * window :]]
         rows = [self._encode(part) for part in parts if part.numel()]  # (B * full, slots, E) and (B, slots, E)
-        return torch.cat([part.reshape(len(audio), -1, part.shape[2]) for part in rows], dim=1)
+        del spec, parts  # an hour of rows needs the memory
+        rows = [part.reshape(len(audio), -1, part.shape[2]) for part in rows]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
     def _spectrogram(self, audio: Tensor, frames: int) -> Tensor:
         """The normalised spectrogram, cut or zero-padded to `frames`; SSAMBA's zeros come before its statistics."""
@@ -177,8 +179,13 @@ class EncoderModel(HearModel):
         tokens_per_window = 1 + windows.shape[1] // self.config.patch_frames * bands
         group = GROUP.get(windows.device.type, GPU_GROUP) // (tokens_per_window * self.config.embed_dim)
         with contextlib.nullcontext() if self.backend is None else use_backend(self.backend):
-            parts = [self.encoder.tokens(part)[:, 1:].float() for part in windows.split(max(1, group))]
-        tokens = torch.cat(parts)  # (N, n, D)
+            parts = [self._regroup(self.encoder.tokens(part)) for part in windows.split(max(1, group))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _regroup(self, tokens: Tensor) -> Tensor:
+        """The tokens of windows, class token first (N, 1 + n, D), as rows of all bands of a slot (N, slots, E)."""
+        bands = self.config.grid[1]
+        tokens = tokens[:, 1:].float()
         if self.config.patch_order == "frequency" or self.official:  # the band is, or is taken for, the slow index
             grid = tokens.unflatten(1, (bands, -1)).transpose(1, 2)  # (N, slots, bands, D)
         else:

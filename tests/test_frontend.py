@@ -44,6 +44,16 @@ def test_batch_equals_singles(frontend: LogMel | KaldiFbank) -> None:
 
 
 @FRONTENDS
+def test_blocks_equal_the_whole(frontend: LogMel | KaldiFbank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long recordings are worked off in blocks, whose edges must not show."""
+    waveform = noise(2, 16_077)
+    whole = frontend(waveform)
+    for block in (1, 2, 14, 200):
+        monkeypatch.setattr("hear_ssam.frontend.BLOCK", block)
+        torch.testing.assert_close(frontend(waveform), whole, atol=1e-5, rtol=0)
+
+
+@FRONTENDS
 def test_louder_by_g_adds_2_log_g(frontend: LogMel | KaldiFbank) -> None:
     waveform = noise(1, 5000)
     soft, loud = frontend(waveform), frontend(8 * waveform)
