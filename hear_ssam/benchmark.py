@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import csv
 import os
-import platform
 import re
 import statistics
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 
 from .benchmark_process import MULTIPLIES, PEERS, Task, Worker
 from .errors import HearSsamError, unknown_name
+from .machine import cpu
 from .paths import atomic_write
 
 SIZES = ("tiny", "small", "base")
@@ -217,23 +217,21 @@ def _work(size: str) -> dict[str, float]:
 def _conditions(threads: int) -> dict[str, str]:
     import torch
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    facts = dict(re.split(r"\s*: ", line, maxsplit=1) for line in lines if ": " in line)
+    name, flags = cpu()
     wanted = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "sve", "bf16")
-    flags = facts.get("flags", facts.get("Features", "")).split()
     versions = {}
-    for name in ("hear-ssam", "torch", "llvmlite", "numpy", "transformers", "mambapy"):
+    for package in ("hear-ssam", "torch", "llvmlite", "numpy", "transformers", "mambapy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
+            versions[package] = metadata.version(package)
     return {
         "date": date.today().isoformat(),
-        "CPU": facts.get("model name", platform.processor() or platform.machine()),
+        "CPU": name,
         "cores": str(os.cpu_count()),
         "threads": str(threads),
         "features": " ".join(flag for flag in wanted if flag in flags),
         "torch uses": torch.backends.cpu.get_cpu_capability(),
         "load": " ".join(f"{x:.1f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
     }
 
 

@@ -7,10 +7,10 @@ import json
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .machine import cpu
 
 NEEDED = ("numpy", "scipy", "scikit-learn", "soundfile", "soxr", "safetensors", "pyarrow")
 OPTIONAL = ("llvmlite", "triton", "mamba-ssm", "causal-conv1d", "torchaudio")
@@ -91,11 +91,9 @@ def _libsndfile() -> str:
 def _cpu() -> dict[str, Any]:
     import torch
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    facts = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
-    flags = facts.get("flags", facts.get("Features", "")).split()
+    name, flags = cpu()
     return {
-        "name": facts.get("model name", platform.processor() or platform.machine()),
+        "name": name,
         "cores": os.cpu_count(),
         "features": " ".join(flag for flag in CPU_FEATURES if flag in flags) or "unknown",
         "torch uses": torch.backends.cpu.get_cpu_capability(),

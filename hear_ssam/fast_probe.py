@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import HearSsamError
+from .machine import cpu
 from .probe import (
     EarlyStopping,
     HeadConfig,
@@ -240,8 +241,4 @@ def product_dtype(device: torch.device) -> torch.dtype:
     """Of the products' operands: bfloat16 on GPUs and on CPUs with instructions for it, else float32."""
     if device.type == "cuda":
         return torch.bfloat16
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
-    except OSError:  # not Linux
-        flags = set()
-    return torch.bfloat16 if flags & {"avx512_bf16", "amx_bf16"} else torch.float32
+    return torch.bfloat16 if cpu()[1] & {"avx512_bf16", "amx_bf16"} else torch.float32

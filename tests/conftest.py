@@ -1,15 +1,22 @@
-"""Where private test material lies (nothing else knows), and which scan backend the tests take."""
+"""Where private test material lies (nothing else knows), the HEAR tools, and which scan backend the tests take."""
 
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 
+from hear_ssam.hear_tools import INSTALL
 from hear_ssam.scan import available_backends
 
-SHARED = Path(os.environ.get("HEAR_SSAM_SHARED", Path(__file__).resolve().parent.parent.parent / "shared"))
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("HEAR_SSAM_SHARED", ROOT.parent / "shared"))
 
 
 def pytest_configure() -> None:
@@ -32,3 +39,24 @@ def golden(shared: Path) -> Path:
     if not (shared / "golden").is_dir():
         pytest.skip(f"no golden numbers at {shared / 'golden'}")
     return shared / "golden"
+
+
+@pytest.fixture(scope="session")
+def tools_bin() -> Path:
+    """The bin folder of an environment with the tools: this one's packages (torch) below, the tools above.
+
+    Kept between runs, in HEAR_SSAM_TOOLS_ENV or `.venv-tools` of the checkout.
+    """
+    env = Path(os.environ.get("HEAR_SSAM_TOOLS_ENV", ROOT / ".venv-tools")).absolute()
+    recipe = env / "recipe.txt"
+    parent = sysconfig.get_path("purelib")
+    wanted = "\n".join([parent, *INSTALL])
+    if not recipe.is_file() or recipe.read_text() != wanted:
+        shutil.rmtree(env, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
+        (site,) = env.glob("lib/python*/site-packages")
+        (site / "parent.pth").write_text(f"import site; site.addsitedir({parent!r})\n")
+        for line in INSTALL:
+            subprocess.run([env / "bin/python", "-m", *shlex.split(line), "-q"], check=True)
+        recipe.write_text(wanted)
+    return env / "bin"

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -32,27 +29,6 @@ def test_the_error_without_the_tools_says_how_to_install_them(
 
 def test_the_readme_installs_the_same_versions() -> None:
     assert set(INSTALL) <= set((ROOT / "README.md").read_text().splitlines())
-
-
-@pytest.fixture(scope="session")
-def tools_bin() -> Path:
-    """The bin folder of an environment with the tools: this one's packages (torch) below, the tools above.
-
-    Kept between runs, in HEAR_SSAM_TOOLS_ENV or `.venv-tools` of the checkout.
-    """
-    env = Path(os.environ.get("HEAR_SSAM_TOOLS_ENV", ROOT / ".venv-tools")).absolute()
-    recipe = env / "recipe.txt"
-    parent = sysconfig.get_path("purelib")
-    wanted = "\n".join([parent, *INSTALL])
-    if not recipe.is_file() or recipe.read_text() != wanted:
-        shutil.rmtree(env, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
-        (site,) = env.glob("lib/python*/site-packages")
-        (site / "parent.pth").write_text(f"import site; site.addsitedir({parent!r})\n")
-        for line in INSTALL:
-            subprocess.run([env / "bin/python", "-m", *shlex.split(line), "-q"], check=True)
-        recipe.write_text(wanted)
-    return env / "bin"
 
 
 def call(*command: str | Path, cwd: Path, path: str = str(ROOT)) -> str:

@@ -15,7 +15,7 @@ from hear_ssam.embeddings import embed_task, load_hear_model
 from hear_ssam.probe import run_probe
 from hear_ssam.tasks import read_task
 
-from .test_hear_tools import call, tools_bin  # noqa: F401
+from .test_hear_tools import call
 from .tiny_tasks import write_task
 
 EPOCHS = {"task_specific_param_grid": {"max_epochs": [60], "hidden_dim": [64], "check_val_every_n_epoch": [3]}}
@@ -36,7 +36,7 @@ TASKS = {
 
 @pytest.mark.tools
 @pytest.mark.parametrize("kind", TASKS)
-def test_both_stages_equal_heareval(tools_bin: Path, tmp_path: Path, kind: str) -> None:  # noqa: F811
+def test_both_stages_equal_heareval(tools_bin: Path, tmp_path: Path, kind: str) -> None:
     options = {"evaluation_params": EPOCHS, **TASKS[kind]}
     task = read_task(write_task(tmp_path / "tasks" / kind, **options))
     heareval = (tools_bin / "python", "-m", "hear_ssam", "heareval")

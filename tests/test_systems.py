@@ -26,7 +26,7 @@ from hear_ssam.hear import EncoderModel
 from hear_ssam.records import read
 from hear_ssam.scan import available_backends
 
-from .test_hear_tools import call, tools_bin  # noqa: F401 (a fixture)
+from .test_hear_tools import call
 from .tiny_tasks import write_task
 
 ROOT = Path(__file__).resolve().parent
@@ -246,13 +246,13 @@ def validate(name: str, tools: Path, folder: Path) -> None:
 
 @pytest.mark.tools
 @pytest.mark.parametrize("name", ["logmel", *(f"{system}_tiny" for system in SYSTEMS)])
-def test_hear_validator(name: str, tools_bin: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_hear_validator(name: str, tools_bin: Path, tmp_path: Path) -> None:
     validate(name, tools_bin, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CONFIGS if not name.endswith("tiny")])
-def test_hear_validator_on_larger_models(name: str, tools_bin: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_hear_validator_on_larger_models(name: str, tools_bin: Path, tmp_path: Path) -> None:
     validate(name, tools_bin, tmp_path)
 
 

@@ -1,0 +1,19 @@
+"""What the CPU calls itself and which instructions it has."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+
+
+@functools.cache
+def cpu() -> tuple[str, frozenset[str]]:
+    """Name and feature flags in the words of /proc/cpuinfo; no flags where that does not exist."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    facts = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
+    flags = facts.get("flags", facts.get("Features", "")).split()
+    return facts.get("model name", platform.processor() or platform.machine()), frozenset(flags)
