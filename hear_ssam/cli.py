@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -54,6 +55,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done; 1 done, but something was skipped; 2 wrong input; 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # a batch system that asks a job to end gets what Ctrl-C gets: a saved state, no leftovers
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     args = build_parser(arguments[0] if arguments and arguments[0] in ROOMS else None).parse_args(arguments)
     try:
         code = args.run(args)

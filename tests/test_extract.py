@@ -210,13 +210,14 @@ def test_a_full_disk_leaves_nothing(recordings: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_interrupting_leaves_nothing(recordings: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reason", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_leaves_nothing(recordings: Path, tmp_path: Path, reason: signal.Signals) -> None:
     files = [recordings / "b.flac"] * 5000
     process = start(*files, "-o", tmp_path / "out", "--kind", "scene")
     while not list(tmp_path.iterdir()):  # until the output has begun
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(reason)
     error = process.communicate()[1]
     assert process.returncode == 130
     assert error.splitlines()[-1] == "hear-ssam: interrupted" and "Traceback" not in error
