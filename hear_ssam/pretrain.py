@@ -247,8 +247,7 @@ def _start_from(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:
             f"whose weights do not fit {recipe.model}; choose the model that it was trained as."
         )
     encoder.load_state_dict(state)
-    told = info.get("training", {})
-    return {"sha256": info["sha256"], "clips_seen": told.get("clips_seen"), "wall_minutes": told.get("wall_minutes")}
+    return {"sha256": info["sha256"], "training": info.get("training", {})}
 
 
 def _optimizer(encoder: Encoder, recipe: Recipe) -> torch.optim.Optimizer:
@@ -325,12 +324,7 @@ def _finish(run: _Run, store: Store, earlier: dict[str, Any]) -> Path:
 
 def model_card(facts: dict[str, Any], sources: list[dict[str, Any]]) -> str:
     """The Markdown card of a checkpoint: what it is, what it was trained on and under which licences, and how."""
-    training, earlier = facts["training"], facts["training"]["init"]
-    start = (
-        [f"- started from weights (sha256 {earlier['sha256']}) that {earlier['clips_seen'] or 'an unknown number of'} "
-         f"windows and {earlier['wall_minutes'] or 'an unknown number of'} minutes had trained; not counted above"]
-        if earlier else []
-    )  # fmt: skip
+    training = facts["training"]
     lines = [
         f"# {facts['name']}",
         "",
@@ -338,14 +332,7 @@ def model_card(facts: dict[str, Any], sources: list[dict[str, Any]]) -> str:
         "",
         "## Training",
         "",
-        f"- {training['clips_seen']:,} windows of 2 s, {training['epochs']} epochs of {training['hours_of_audio']} h",
-        f"- loss {training['loss']} (on held-out clips {training['held_out_loss']})",
-        f"- {training['wall_minutes']} minutes on {training['device']}, torch {training['versions']['torch']}",
-        *start,
-        f"- recipe: `{json.dumps(training['recipe'])}`",
-        "",
-        "    hear-ssam corpus STORE --debian PACKAGES --audio FOLDERS",
-        f"    hear-ssam pretrain STORE OUT {_as_options(training['recipe'])}",
+        *_course(training),
         "",
         "## Data",
         "",
@@ -358,6 +345,24 @@ def model_card(facts: dict[str, Any], sources: list[dict[str, Any]]) -> str:
         terms = f"{row.get('licence', 'not stated')} | {row.get('attribution', '')}"
         lines.append(f"| {row['name']} | {row['clips']:,} | {row['hours']:.2f} | {terms} |")
     return "\n".join(lines) + "\n"
+
+
+def _course(training: dict[str, Any]) -> list[str]:
+    """How a run went and its commands, after those of the run that it started from."""
+    lines, before = [], training.get("init") or {}
+    if before:
+        lines = [*_course(before["training"]), ""] if before.get("training") else []
+        lines += [f"Then, from those weights (sha256 `{before['sha256']}`):", ""]
+    return [
+        *lines,
+        f"- {training['clips_seen']:,} windows of 2 s, {training['epochs']} epochs of {training['hours_of_audio']} h",
+        f"- loss {training['loss']} (on held-out clips {training['held_out_loss']})",
+        f"- {training['wall_minutes']} minutes on {training['device']}, torch {training['versions']['torch']}",
+        f"- recipe: `{json.dumps(training['recipe'])}`",
+        "",
+        *([] if before else ["    hear-ssam corpus STORE --debian PACKAGES --audio FOLDERS"]),
+        f"    hear-ssam pretrain STORE OUT {_as_options(training['recipe'])}",
+    ]
 
 
 def _as_options(recipe: dict[str, Any]) -> str:
