@@ -328,10 +328,10 @@ class Kernel:
         """
         bit = first
         while len(vectors) > 1:
-            low = [(LANES if i & bit else 0) + (i & ~bit) for i in range(LANES)]
-            high = [lane + bit for lane in low]
+            stay = [(LANES if i & bit else 0) + i for i in range(LANES)]  # a blend: cheaper than any other shuffle
+            move = [lane ^ bit for lane in stay]
             pairs = zip(vectors[::2], vectors[1::2], strict=True)
-            vectors = [self._shuffle(a, b, low) + self._shuffle(a, b, high) for a, b in pairs]
+            vectors = [self._shuffle(a, b, stay) + self._shuffle(a, b, move) for a, b in pairs]
             bit *= 2
         return vectors[0]
 
