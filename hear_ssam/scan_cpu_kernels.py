@@ -36,12 +36,19 @@ def _units(k: Kernel) -> Iterator[tuple[Value, Value, Value, Value]]:
 def _load_states(k: Kernel, target: Array, v: Value, state: int, source: Argument, *index: Operand) -> None:
     """target[v N + n] = source[..., channel, n] for LANES channels from index[-1] on."""
     with k.loop(0, state) as n, k.loop(0, LANES) as lane:
-        target.numbers[(v * state + n) * LANES + lane] = source.load_number(*index[:-1], index[-1] + lane, n)
+        target.numbers[((v * state + n) * target.step + target.first) * LANES + lane] = source.load_number(
+            *index[:-1], index[-1] + lane, n
+        )
 
 
 def _store_states(k: Kernel, source: Array, v: Value, state: int, target: Argument, *index: Operand) -> None:
     with k.loop(0, state) as n, k.loop(0, LANES) as lane:
-        target.store_number(source.numbers[(v * state + n) * LANES + lane], *index[:-1], index[-1] + lane, n)
+        target.store_number(
+            source.numbers[((v * state + n) * source.step + source.first) * LANES + lane],
+            *index[:-1],
+            index[-1] + lane,
+            n,
+        )
 
 
 class _Scratch:
@@ -49,9 +56,9 @@ class _Scratch:
 
     def __init__(self, k: Kernel, state: int) -> None:
         self.state = state
-        self.A, self.h = k.array(VECTORS * state), k.array(VECTORS * state)  # [v N + n]; A times log2(e)
+        self.A, self.h, self.carry, self.dA = k.arrays(4, VECTORS * state)  # [v N + n]; A times log2(e)
         self.B, self.C = (k.array(SAVE_EVERY * state // LANES).numbers for _ in range(2))  # [t N + n]
-        self.dt, self.dtu, self.y = (k.array(SAVE_EVERY) for _ in range(3))  # [t]
+        self.dt, self.dtu, self.y, self.dy, self.dx, self.ds, self.slope, self.dgate = k.arrays(8, SAVE_EVERY)  # [t]
 
 
 def _scan_block(
@@ -126,12 +133,10 @@ def write_scan_forward(k: Kernel, state: int, bf16: bool, gate: bool, softplus: 
 class _BackwardScratch(_Scratch):
     def __init__(self, k: Kernel, state: int) -> None:
         super().__init__(k, state)
-        self.carry, self.dA = k.array(VECTORS * state), k.array(VECTORS * state)  # [v N + n]
         # Sums over LANES / TILE groups of lanes, finished once per block: [n TILES + t // TILE], lanes t % TILE.
-        self.dB, self.dC = k.array(state * TILES), k.array(state * TILES)
-        self.dy, self.dx, self.ds, self.slope, self.dgate = (k.array(SAVE_EVERY) for _ in range(5))  # [t]
+        self.dB, self.dC = k.arrays(2, state * TILES)
         self.dD, self.dbias = k.array(VECTORS), k.array(VECTORS)
-        self.trace = k.array(STATES * SAVE_EVERY), k.array(STATES * SAVE_EVERY)
+        self.trace = k.arrays(2, STATES * SAVE_EVERY)
 
 
 def _walk_back(k: Kernel, s: _BackwardScratch, tile: Value, first: Value, stop: Value) -> None:

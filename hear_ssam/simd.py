@@ -46,6 +46,7 @@ def _fit(function: Callable[[Any], Any], low: float, high: float, degree: int) -
 
 # 2^r = 1 + r P(r): exactly 1 at 0, because thousands of factors multiply. (The odd bound keeps nodes off 0.)
 _EXP2 = _fit(lambda r: np.expm1(r * np.log(2)) / r, -0.5, 0.5 + 1e-9, 4)
+_EXP2_NEAR = _fit(lambda r: np.expm1(r * np.log(2)) / r, -1 / 64, 1 / 64 + 1e-9, 1)
 # log(1 + e) = 2 artanh(s) = s Q(s^2) with s = e / (2 + e)
 _LOG1P = _fit(lambda q: 2 * np.arctanh(np.sqrt(q)) / np.sqrt(q), 0.0, 1 / 9, 5)
 
@@ -99,6 +100,7 @@ class Array:
 
     def __init__(self, kernel: Kernel, vectors: int) -> None:
         self.kernel, self.vectors, self.kind = kernel, vectors, _vector
+        self.first, self.step = 0, 1  # where vector 0 is, and how far it is to the next one
         with kernel.builder.goto_entry_block():
             self.pointer = kernel.builder.alloca(ir.ArrayType(_vector, vectors))
 
@@ -110,8 +112,11 @@ class Array:
 
     def at(self, index: Operand) -> ir.Value:
         b = self.kernel.builder
+        place = self.kernel.as_index(index)
+        if self.kind is _vector and self.step > 1:
+            place = place * self.step + self.first
         pointer = b.bitcast(self.pointer, self.kind.as_pointer())
-        return b.gep(pointer, [self.kernel.as_index(index).ir], source_etype=self.kind)
+        return b.gep(pointer, [place.ir], source_etype=self.kind)
 
     def __getitem__(self, index: Operand) -> Value:
         return Value(self.kernel, self.kernel.builder.load(self.at(index), typ=self.kind))
@@ -200,6 +205,14 @@ class Kernel:
     def array(self, vectors: int) -> Array:
         return Array(self, vectors)
 
+    def arrays(self, count: int, vectors: int) -> list[Array]:
+        """Arrays that are used at the same indices, in turns in memory: the cache mistakes none for another."""
+        whole = Array(self, count * vectors)
+        parts = [copy.copy(whole) for _ in range(count)]
+        for i, part in enumerate(parts):
+            part.vectors, part.first, part.step = vectors, i, count
+        return parts
+
     def variable(self, value: Value) -> Variable:
         return Variable(self, value)
 
@@ -284,9 +297,7 @@ class Kernel:
 
     def intrinsic(self, name: str, *types: ir.Type) -> ir.Function:
         """LLVM's function `name`; the first type is its result's."""
-        return self.module.globals.get(name) or ir.Function(
-            self.module, ir.FunctionType(types[0], types[1:]), name
-        )
+        return self.module.globals.get(name) or ir.Function(self.module, ir.FunctionType(types[0], types[1:]), name)
 
     # --- functions
 
@@ -297,19 +308,32 @@ class Kernel:
         return result
 
     def exp2(self, x: Value) -> Value:
-        """2^x: 2^n by the exponent bits, 2^r by a polynomial; relative error 1e-7."""
+        """2^x: 2^n by the exponent bits, 2^r by a polynomial; relative error 2e-7."""
         b = self.builder
-        if not AVX512:  # 2^n must be a normal number
-            x = self.minimum(self.maximum(x, -126.0), 127.0)
+        if AVX512:
+            return self._exp2_by_table(x)
+        x = self.minimum(self.maximum(x, -126.0), 127.0)  # 2^n must be a normal number
         n = Value(self, b.call(self.intrinsic(f"llvm.roundeven.v{LANES}f32", _vector, _vector), [x.ir]))
         r = x - n  # in [-1/2, 1/2]
         p = r * self.polynomial(r, _EXP2) + 1.0
-        if AVX512:  # one instruction, right for every n, also where the result overflows or vanishes
-            scale = self.intrinsic("llvm.x86.avx512.mask.scalef.ps.512", _vector, *[_vector] * 3, _i16, _i32)
-            unmasked = ir.Constant(_vector, ir.Undefined), ir.Constant(_i16, -1), ir.Constant(_i32, 4)
-            return Value(self, b.call(scale, [p.ir, n.ir, *unmasked]))
         exponent = b.shl(b.fptosi(n.ir, _bits), self.bits(23))
         return Value(self, b.bitcast(b.add(b.bitcast(p.ir, _bits), exponent), _vector))
+
+    def _exp2_by_table(self, x: Value) -> Value:
+        """With AVX-512: 2^(i / 32) from a table in two registers leaves so little that r times a line does."""
+        b = self.builder
+        shifted = x + 1.5 * 2**18  # its last bits count 32nds, to which the addition rounds
+        n = shifted - 1.5 * 2**18
+        r = x - n  # in [-1/64, 1/64]
+        table = [ir.Constant(_f32, float(np.float32(2 ** (i / 32)))) for i in range(32)]
+        low, high = ir.Constant(_vector, table[:16]), ir.Constant(_vector, table[16:])
+        look_up = self.intrinsic("llvm.x86.avx512.vpermi2var.ps.512", _vector, _vector, _bits, _vector)
+        power = Value(self, b.call(look_up, [low, b.bitcast(shifted.ir, _bits), high]))
+        p = power * r * self.polynomial(r, _EXP2_NEAR) + power
+        # One instruction for floor(n), right for every n, also where the result overflows or vanishes.
+        scale = self.intrinsic("llvm.x86.avx512.mask.scalef.ps.512", _vector, *[_vector] * 3, _i16, _i32)
+        unmasked = ir.Constant(_vector, ir.Undefined), ir.Constant(_i16, -1), ir.Constant(_i32, 4)
+        return Value(self, b.call(scale, [p.ir, n.ir, *unmasked]))
 
     def sigmoid(self, x: Value) -> Value:
         return 1.0 / (self.exp2(x * -LOG2E) + 1.0)
