@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .benchmark_process import MULTIPLIES, PEERS, Task, Worker
+from .benchmark_process import PEERS, Task, Worker
 from .errors import HearSsamError, unknown_name
 from .machine import cpu
 from .paths import atomic_write
@@ -246,7 +246,7 @@ def _describe(rates: dict[str, float]) -> str:
     if "clock" in rates:
         cycles = 16 * rates["clock"] / rates["elements"]
         text += f"; clock {rates['clock'] / 1e9:.2f} GHz; {cycles:.1f} cycles per 16 scan elements"
-        text += f" ({MULTIPLIES} instructions of the multiply units per register of states)"
+        text += f" ({rates['multiplies']:.0f} instructions of the multiply units per register of states)"
     return text
 
 

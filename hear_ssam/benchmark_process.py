@@ -151,9 +151,7 @@ def prepare(task: Task, begin: float) -> dict[str, Callable[[], Any]]:
     return {"turn": turn, "output": lambda: {key: x.detach().double().numpy() for key, x in act().items()}}
 
 
-def _repeat(
-    action: Callable[[], Any], at_least: float, clock: Callable[[], float] = time.perf_counter
-) -> list[float]:
+def _repeat(action: Callable[[], Any], at_least: float, clock: Callable[[], float] = time.perf_counter) -> list[float]:
     """Seconds of each of the runs that together take `at_least` seconds; one run at the least."""
     seconds: list[float] = []
     while not seconds or sum(seconds) < at_least:
@@ -262,7 +260,7 @@ def _reference_mixer(dim: int, inner: int, rank: int, state: int, kernel: int) -
 # Instructions for the multiply units per register of states: step size x A, three for 2^r (with AVX-512; five for the
 # polynomial and two for the exponent without), input x B, + decay x state, and y + state x C. Other units can run
 # everything else beside them.
-MULTIPLIES = {True: 7, False: 11}
+WITH_AVX512, WITHOUT = 7, 11
 
 
 @functools.cache
@@ -304,5 +302,6 @@ def _machine_rates(size: str, clock: Callable[[], float]) -> dict[str, float]:
             for kernel in _multiply_kernels()
         ]
         rates["clock"] = 4 / seconds[0]  # a chain of fused multiply-adds advances every 4 cycles
-        rates["elements"] = LANES / (MULTIPLIES[AVX512] * seconds[1])
+        rates["multiplies"] = WITH_AVX512 if AVX512 else WITHOUT
+        rates["elements"] = LANES / (rates["multiplies"] * seconds[1])
     return rates

@@ -253,7 +253,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, revers
 @torch.library.custom_op("hear_ssam::selective_scan_backward", mutates_args=())
 def _scan_backward_op(
     dout: Tensor,
-    dlast: Tensor,
+    dlast: Tensor | None,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -283,10 +283,12 @@ def _scan_setup(ctx, inputs, output):
     *tensors, ctx.delta_softplus, ctx.reverse, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # as zeros, those of `saved` would be as large as it is
 
 
 def _scan_autograd(ctx, dout, dlast, _):
     *tensors, saved = ctx.saved_tensors
+    dout = torch.zeros_like(tensors[0]) if dout is None else dout
     grads = _scan_backward_op(dout, dlast, *tensors, saved, ctx.delta_softplus, ctx.reverse, ctx.backend)
     given = [None if x is None else grad for x, grad in zip(tensors, grads, strict=True)]
     return (*given, None, None, None, None)

@@ -1,8 +1,9 @@
 """What the CPU scan backend computes, as kernels of simd: the selective scan, the convolution, and their gradients.
 
 A work unit is one batch row of one block of CHANNELS channels. It walks through time in blocks of SAVE_EVERY steps:
-stage the block's step sizes and inputs in scratch memory (L1 cache), scan them, finish the outputs. Steps beyond the
-end of the sequence get the step size 0, which changes no state. Nothing of size length x channels x state exists.
+stage the block's step sizes and inputs in scratch memory (L1 cache), scan them, finish the outputs. While staging it
+asks for the rows of the next block, which lie too far apart for the CPU to see a pattern. Steps beyond the end of the
+sequence get the step size 0, which changes no state. Nothing of size length x channels x state exists.
 
 Notation as in scan_reference; N = `state`, the number of states of a channel.
 """
@@ -114,6 +115,9 @@ def write_scan_forward(k: Kernel, state: int, bf16: bool, gate: bool, softplus: 
                     saved.store(s.h[v * state + n], row, start // SAVE_EVERY, n, c)
                 with k.loop(0, padded) as t:
                     now = k.minimum(start + t, length - 1)
+                    for ahead in (u, delta) if z is None else (u, delta, z):
+                        ahead.prefetch(row, now + SAVE_EVERY, c)
+                    out.prefetch(row, now, c, write=True)
                     x, step = u.load(row, now, c), delta.load(row, now, c) + bias.load(c)
                     if softplus:
                         step, _ = k.softplus(step)
@@ -203,8 +207,13 @@ def write_scan_backward(k: Kernel, state: int, bf16: bool, gate: bool, softplus:
                 c = (first + v) * LANES
                 with k.loop(0, state) as n:
                     s.h[v * state + n] = saved.load(row, block, n, c)
+                    saved.prefetch(row, block - 1, n, c)
                 with k.loop(0, SAVE_EVERY) as t:
                     now = k.minimum(start + t, length - 1)
+                    for ahead in (u, delta, dout) if z is None else (u, delta, dout, z):
+                        ahead.prefetch(row, now - SAVE_EVERY, c)
+                    for result in (du, ddelta) if dz is None else (du, ddelta, dz):
+                        result.prefetch(row, now, c, write=True)
                     x, dy = u.load(row, now, c), dout.load(row, now, c)
                     step = delta.load(row, now, c) + bias.load(c)
                     if softplus:

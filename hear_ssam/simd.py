@@ -161,6 +161,10 @@ class Argument:
     def store(self, value: Value, *index: Operand) -> None:
         self.kernel.store(value, self.address(*index), self.bf16)
 
+    def prefetch(self, *index: Operand, write: bool = False) -> None:
+        """Ask for the cache line at `index`, which may lie outside the tensor."""
+        self.kernel.prefetch(self.address(*index), write)
+
     def load_number(self, *index: Operand) -> Value:
         b = self.kernel.builder
         return Value(self.kernel, b.load(self.kernel.pointer(self.address(*index), _f32), typ=_f32))
@@ -243,6 +247,11 @@ class Kernel:
         to = self.builder.bitcast(target.at(start), pointer)
         size, not_volatile = ir.Constant(_i64, 4 * count), ir.Constant(_i1, 0)
         self.builder.call(memcpy, [to, self.pointer(source, _i8), size, not_volatile])
+
+    def prefetch(self, address: Value, write: bool) -> None:
+        function = self.intrinsic("llvm.prefetch.p0", ir.VoidType(), _i8.as_pointer(), _i32, _i32, _i32)
+        hints = [ir.Constant(_i32, hint) for hint in (int(write), 3, 1)]  # into the first level of the data cache
+        self.builder.call(function, [self.pointer(address, _i8), *hints])
 
     # --- control
 
