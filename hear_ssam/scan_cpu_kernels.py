@@ -63,7 +63,7 @@ class _Scratch:
 
 
 def _scan_block(
-    k: Kernel, s: _Scratch, steps: Operand, first: Value, stop: Value, trace: tuple[Array, Array] | None = None
+    k: Kernel, s: _Scratch, steps: Operand, first: Value, stop: Value, trace: list[Array] | None = None
 ) -> None:
     """Let the states first ... stop - 1 of one vector of channels pass `steps` staged steps, and add to y.
 
