@@ -75,7 +75,7 @@ def scan_backward(
     du, ddelta = (u.new_empty(batch, length, width, dtype=dtype) for dtype in (io, torch.float32))
     dz = None if z is None else torch.empty_like(du)
     dinitial = saved.new_empty(batch, width, state)
-    dA, dD, dbias = (saved.new_empty(batch, *shape) for shape in ((state, width), (width,), (width,)))
+    dA, dD, dbias = (saved.new_empty(batch, *shape) for shape in ((width, state), (width,), (width,)))
     dB, dC = (saved.new_empty(units, blocks, state, SAVE_EVERY) for _ in range(2))
     run(
         build(write_scan_backward, state, io == torch.bfloat16, z is not None, delta_softplus),
@@ -91,7 +91,7 @@ def scan_backward(
     return (
         _trim(du, channels).to(u.dtype),
         _trim(ddelta, channels).to(delta.dtype),
-        dA.sum(0).t()[:channels].to(A.dtype).contiguous(),
+        dA.sum(0)[:channels].to(A.dtype),
         per_token(dB).to(B.dtype),
         per_token(dC).to(C.dtype),
         None if D is None else dD.sum(0)[:channels].to(D.dtype),

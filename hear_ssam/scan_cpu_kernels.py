@@ -254,8 +254,7 @@ def write_scan_backward(k: Kernel, state: int, bf16: bool, gate: bool, softplus:
             dD.store(s.dD[v], row, c)
             dbias.store(s.dbias[v], row, c)
             _store_states(k, s.carry, v, state, dinitial, row, c)
-            with k.loop(0, state) as n:
-                dA.store(s.dA[v * state + n], row, n, c)
+            _store_states(k, s.dA, v, state, dA, row, c)
 
 
 def write_conv_forward(k: Kernel, kernel: int, bf16: bool, activation: bool) -> None:
