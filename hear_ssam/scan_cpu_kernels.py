@@ -112,7 +112,7 @@ def write_scan_forward(k: Kernel, state: int, bf16: bool, gate: bool, softplus: 
             with k.loop(0, count) as v:
                 c = (first + v) * LANES
                 with k.loop(0, save * state) as n:
-                    saved.store(s.h[v * state + n], row, start // SAVE_EVERY, n, c)
+                    saved.stream(s.h[v * state + n], row, start // SAVE_EVERY, n, c)
                 with k.loop(0, padded) as t:
                     now = k.minimum(start + t, length - 1)
                     for ahead in (u, delta) if z is None else (u, delta, z):

@@ -161,6 +161,12 @@ class Argument:
     def store(self, value: Value, *index: Operand) -> None:
         self.kernel.store(value, self.address(*index), self.bf16)
 
+    def stream(self, value: Value, *index: Operand) -> None:
+        """Store float32 past the cache, for a much later reader; the address must be aligned to whole vectors."""
+        k = self.kernel
+        store = k.builder.store(value.ir, k.pointer(self.address(*index), _vector), align=4 * LANES)
+        store.set_metadata("nontemporal", k.module.add_metadata([ir.Constant(_i32, 1)]))
+
     def prefetch(self, *index: Operand, write: bool = False) -> None:
         """Ask for the cache line at `index`, which may lie outside the tensor."""
         self.kernel.prefetch(self.address(*index), write)
