@@ -268,7 +268,8 @@ def _write(folder: Path, rows: list[Row], text: str, conditions: dict[str, str])
 def _markdown(mode: str, rows: list[Row], conditions: dict[str, str]) -> str:
     columns = [f.name for f in fields(Row) if f.name != "mode" and any(getattr(row, f.name) for row in rows)]
     command = f"hear-ssam benchmark --modes {mode} --threads {conditions['threads']} -o benchmarks"
-    lines = [f"# hear-ssam benchmark: {mode}", "", f"Made by `{command}`.", "", *(f"- {name}: {value}" for name, value in conditions.items()), ""]
+    lines = [f"# hear-ssam benchmark: {mode}", "", f"Made by `{command}`.", ""]
+    lines += [*(f"- {name}: {value}" for name, value in conditions.items()), ""]
     lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in rows:
         values = asdict(row)
