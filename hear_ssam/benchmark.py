@@ -23,7 +23,7 @@ from typing import Any
 
 from .benchmark_process import PEERS, Task, Worker
 from .errors import HearSsamError, unknown_name
-from .machine import cpu
+from .machine import FEATURES, cpu
 from .paths import atomic_write
 
 SIZES = ("tiny", "small", "base")
@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     rounds, sizes = (3, sizes[:1]) if args.quick else (7, sizes)
     for mode in modes:
         conditions = _conditions(args.threads)
+        conditions["made by"] = _command(args, mode)
         conditions["clock"] = "CPU time of the process" if args.threads == 1 and mode != "start" else "wall"
         rows: list[Row] = []
         if mode in ("inference", "training"):
@@ -89,6 +90,13 @@ def run(args: argparse.Namespace) -> int:
         if args.output:
             _write(args.output, rows, text, conditions)
     return 0
+
+
+def _command(args: argparse.Namespace, mode: str) -> str:
+    """What makes the table of one mode again."""
+    words = ["hear-ssam benchmark", *(["--quick"] if args.quick else []), f"--modes {mode}"]
+    words += [f"--{name} {getattr(args, name)}" for name in ("threads", "sizes", "peers")]
+    return f"`{' '.join(words)} -o benchmarks`"
 
 
 def _choices(kind: str, text: str, known: tuple[str, ...]) -> list[str]:
@@ -218,7 +226,6 @@ def _conditions(threads: int) -> dict[str, str]:
     import torch
 
     name, flags = cpu()
-    wanted = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "sve", "bf16")
     versions = {}
     for package in ("hear-ssam", "torch", "llvmlite", "numpy", "transformers", "mambapy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -228,7 +235,7 @@ def _conditions(threads: int) -> dict[str, str]:
         "CPU": name,
         "cores": str(os.cpu_count()),
         "threads": str(threads),
-        "features": " ".join(flag for flag in wanted if flag in flags),
+        "features": " ".join(flag for flag in FEATURES if flag in flags),
         "torch uses": torch.backends.cpu.get_cpu_capability(),
         "load": " ".join(f"{x:.1f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown",
         "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
@@ -267,9 +274,7 @@ def _write(folder: Path, rows: list[Row], text: str, conditions: dict[str, str])
 
 def _markdown(mode: str, rows: list[Row], conditions: dict[str, str]) -> str:
     columns = [f.name for f in fields(Row) if f.name != "mode" and any(getattr(row, f.name) for row in rows)]
-    command = f"hear-ssam benchmark --modes {mode} --threads {conditions['threads']} -o benchmarks"
-    lines = [f"# hear-ssam benchmark: {mode}", "", f"Made by `{command}`.", ""]
-    lines += [*(f"- {name}: {value}" for name, value in conditions.items()), ""]
+    lines = [f"# hear-ssam benchmark: {mode}", "", *(f"- {name}: {value}" for name, value in conditions.items()), ""]
     lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in rows:
         values = asdict(row)

@@ -10,13 +10,11 @@ from importlib import metadata
 from typing import Any
 
 from . import __version__
-from .machine import cpu
+from .machine import FEATURES, cpu
 
 NEEDED = ("numpy", "scipy", "scikit-learn", "soundfile", "soxr", "safetensors", "pyarrow")
 OPTIONAL = ("llvmlite", "triton", "mamba-ssm", "causal-conv1d", "torchaudio")
 HEAR_TOOLS = ("hearvalidator", "heareval")
-# What decides the speed, in /proc/cpuinfo's words.
-CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "bf16")
 
 EXAMPLES = """examples:
   hear-ssam doctor
@@ -95,7 +93,7 @@ def _cpu() -> dict[str, Any]:
     return {
         "name": name,
         "cores": os.cpu_count(),
-        "features": " ".join(flag for flag in CPU_FEATURES if flag in flags) or "unknown",
+        "features": " ".join(flag for flag in FEATURES if flag in flags) or "unknown",
         "torch uses": torch.backends.cpu.get_cpu_capability(),
         "torch threads": torch.get_num_threads(),
     }

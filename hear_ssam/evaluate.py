@@ -62,7 +62,7 @@ class Source:
 
     def key(self, protocol: str, probe: str, seed: int) -> tuple[Any, ...]:
         """Key of the record that says that a job is done."""
-        return (*self.identity(protocol, probe).values(), seed, None, self.task.scores[0])
+        return key_of({**self.identity(protocol, probe), "seed": seed, "fold": None, "metric": self.task.scores[0]})
 
 
 @dataclass(frozen=True)

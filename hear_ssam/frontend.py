@@ -92,7 +92,12 @@ def _in_blocks(waveform: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor
         function(waveform[:, first * HOP : (min(first + size, frames) - 1) * HOP + WINDOW])
         for first in range(0, frames, size)
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return join(parts, dim=1)
+
+
+def join(parts: list[Tensor], dim: int) -> Tensor:
+    """torch.cat that does not copy where there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def build_frontend(config: EncoderConfig) -> LogMel | KaldiFbank:

@@ -32,7 +32,7 @@ from .checkpoint import OFFICIAL, load_checkpoint
 from .config import CONFIGS, EncoderConfig
 from .encoder import Encoder, resize_positions
 from .errors import HearSsamError, unknown_name
-from .frontend import HOP, SAMPLE_RATE, WINDOW, LogMel, build_frontend, normalize
+from .frontend import HOP, SAMPLE_RATE, WINDOW, LogMel, build_frontend, join, normalize
 from .paths import shipped
 from .scan import available_backends, use_backend
 
@@ -162,8 +162,7 @@ class EncoderModel(HearModel):
         parts = [spec[:, : full * window].reshape(len(audio) * full, window, spec.shape[2]), spec[:, full * window :]]
         rows = [self._encode(part) for part in parts if part.numel()]  # (B * full, slots, E) and (B, slots, E)
         del spec, parts  # an hour of rows needs the memory
-        rows = [part.reshape(len(audio), -1, part.shape[2]) for part in rows]
-        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        return join([part.reshape(len(audio), -1, part.shape[2]) for part in rows], dim=1)
 
     def _spectrogram(self, audio: Tensor, frames: int) -> Tensor:
         """The normalised spectrogram, cut or zero-padded to `frames`; SSAMBA's zeros come before its statistics."""
@@ -180,7 +179,7 @@ class EncoderModel(HearModel):
         group = GROUP.get(windows.device.type, GPU_GROUP) // (tokens_per_window * self.config.embed_dim)
         with contextlib.nullcontext() if self.backend is None else use_backend(self.backend):
             parts = [self._regroup(self.encoder.tokens(part)) for part in windows.split(max(1, group))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return join(parts, dim=0)
 
     def _regroup(self, tokens: Tensor) -> Tensor:
         """The tokens of windows, class token first (N, 1 + n, D), as rows of all bands of a slot (N, slots, E)."""

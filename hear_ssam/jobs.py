@@ -147,6 +147,8 @@ def _work(job: Job) -> list[Record]:
     """Train the probes of one job; store their predictions; return their records."""
     import torch
 
+    from .embeddings import provenance
+
     started = time.time()
     dtype = torch.float32
     protocol = job.identity["protocol"]
@@ -159,7 +161,10 @@ def _work(job: Job) -> list[Record]:
 
         dtype = product_dtype(torch.device(job.device))
         results = run_fast_probe(job.source_folder, protocol, job.seeds, job.device)
+    task, made_by = read_task(job.source_folder), provenance(job.source_folder)
     how = {
+        "clips": sum(len(names) for _, names in task.shuffled_clips()),
+        "embeddings": {name: made_by.get(name) for name in ("module", "dim", "device", "dtype", "backend", "seconds")},
         "device": job.device,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
@@ -171,30 +176,24 @@ def _work(job: Job) -> list[Record]:
     return [
         record
         for seed, result in zip(job.seeds, results, strict=True)
-        for record in _of_seed(job, {**job.identity, "seed": seed}, result, how)
+        for record in _of_seed(task, job.results_dir, {**job.identity, "seed": seed}, result, how)
     ]
 
 
-def _of_seed(job: Job, identity: dict[str, Any], result: ProbeResult, how: Mapping[str, Any]) -> list[Record]:
+def _of_seed(
+    task: Task, results_dir: Path, identity: dict[str, Any], result: ProbeResult, how: Mapping[str, Any]
+) -> list[Record]:
     """Store what one seed predicted; its records: every score per fold and their mean."""
     import numpy as np
 
-    from .embeddings import provenance
     from .scores import aggregate_folds
 
-    task = read_task(job.source_folder)
     arrays = {"labels": np.array(task.labels), "histories": np.array(json.dumps(result.histories))}
     if not task.event:  # frames of long recordings would fill the disk
         arrays |= {f"{f.fold}/{kind}": getattr(f, kind) for f in result.folds for kind in ("prediction", "target")}
-    with atomic_write(predictions_file(job.results_dir, identity)) as path, open(path, "wb") as file:
+    with atomic_write(predictions_file(results_dir, identity)) as path, open(path, "wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # its stub takes the names for options
-    made_by = provenance(job.source_folder)
-    common = {
-        "clips": sum(len(names) for _, names in task.shuffled_clips()),
-        "grid_point": asdict(result.config),
-        "embeddings": {name: made_by.get(name) for name in ("module", "dim", "device", "dtype", "backend", "seconds")},
-        **how,
-    }
+    common = {"grid_point": asdict(result.config), **how}
     records = []
     for fold in result.folds:
         detail = {"epoch": fold.epoch, "validation_score": finite(fold.validation_score), "loss": finite(fold.loss)}

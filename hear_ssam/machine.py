@@ -6,6 +6,9 @@ import functools
 import platform
 from pathlib import Path
 
+# What decides the speed, in /proc/cpuinfo's words.
+FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "bf16")
+
 
 @functools.cache
 def cpu() -> tuple[str, frozenset[str]]:

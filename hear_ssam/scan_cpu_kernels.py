@@ -37,19 +37,12 @@ def _units(k: Kernel) -> Iterator[tuple[Value, Value, Value, Value]]:
 def _load_states(k: Kernel, target: Array, v: Value, state: int, source: Argument, *index: Operand) -> None:
     """target[v N + n] = source[..., channel, n] for LANES channels from index[-1] on."""
     with k.loop(0, state) as n, k.loop(0, LANES) as lane:
-        target.numbers[((v * state + n) * target.step + target.first) * LANES + lane] = source.load_number(
-            *index[:-1], index[-1] + lane, n
-        )
+        target.numbers[(v * state + n) * LANES + lane] = source.load_number(*index[:-1], index[-1] + lane, n)
 
 
 def _store_states(k: Kernel, source: Array, v: Value, state: int, target: Argument, *index: Operand) -> None:
     with k.loop(0, state) as n, k.loop(0, LANES) as lane:
-        target.store_number(
-            source.numbers[((v * state + n) * source.step + source.first) * LANES + lane],
-            *index[:-1],
-            index[-1] + lane,
-            n,
-        )
+        target.store_number(source.numbers[(v * state + n) * LANES + lane], *index[:-1], index[-1] + lane, n)
 
 
 class _Scratch:

@@ -113,8 +113,11 @@ class Array:
     def at(self, index: Operand) -> ir.Value:
         b = self.kernel.builder
         place = self.kernel.as_index(index)
-        if self.kind is _vector and self.step > 1:
+        if self.step > 1 and self.kind is _vector:
             place = place * self.step + self.first
+        elif self.step > 1:
+            vector = place // LANES
+            place = (vector * self.step + self.first) * LANES + (place - vector * LANES)
         pointer = b.bitcast(self.pointer, self.kind.as_pointer())
         return b.gep(pointer, [place.ir], source_etype=self.kind)
 
