@@ -66,18 +66,20 @@ def parse_options(text: str) -> dict[str, Any]:
     try:
         options = json.loads(text)
     except ValueError as error:
-        raise HearSsamError(f"--model-options must be a JSON object, not {text!r}: {error}.") from error
+        raise HearSsamError(f"model options must be a JSON object, not {text!r}: {error}.") from error
     if not isinstance(options, dict):
-        raise HearSsamError(f"--model-options must be a JSON object, not {text!r}.")
+        raise HearSsamError(f"model options must be a JSON object, not {text!r}.")
     return options
 
 
 def load_hear_model(module: str, model: str = "", options: Mapping[str, Any] | None = None) -> HearModel:
     """Import `module`, call its `load_model([model], **options)`, move the model to the GPU if there is one.
 
+    `module` may carry options of its own: 'hear_ssam:{"model": "logmel"}'.
     Raises HearSsamError for a module that cannot be imported or lacks a part of the HEAR API.
     """
-    options = dict(options or {})
+    module, _, own_options = module.partition(":")
+    options = {**(options or {}), **parse_options(own_options or "{}")}
     try:
         imported = importlib.import_module(module)
     except ImportError as error:

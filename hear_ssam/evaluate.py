@@ -35,6 +35,7 @@ EXAMPLES = """examples:
   hear-ssam evaluate --tasks-dir tasks --results-dir results --protocol ssam --probe fast
   hear-ssam evaluate --model-options '{"model": "logmel"}' --tasks-dir tasks --results-dir results
   hear-ssam evaluate hearbaseline.naive --tasks-dir tasks --results-dir results --resample
+  hear-ssam evaluate hear_ssam 'hear_ssam:{"model": "logmel"}' some.module --tasks-dir tasks --results-dir results
   hear-ssam evaluate --embeddings-dir embeddings/hearbaseline --results-dir results     embeddings made by heareval
 """
 
@@ -48,6 +49,10 @@ class Source:
     checkpoint_sha256: str
     folder: Path  # in heareval's layout
     make: Callable[[], object]  # makes the folder, or raises where it is not finished
+
+    @property
+    def label(self) -> str:
+        return f"{self.model}, {self.task.name}"
 
     def identity(self, protocol: str, probe: str) -> dict[str, Any]:
         """The fields of a record's key that all seeds share."""
@@ -74,7 +79,7 @@ class Evaluation:
 
 
 def run_evaluation(
-    module: str = "hear_ssam",
+    modules: Sequence[str] = ("hear_ssam",),
     model: str = "",
     model_options: Mapping[str, Any] | None = None,
     *,
@@ -89,8 +94,10 @@ def run_evaluation(
     workers: int | None = None,
     resample: bool = False,
 ) -> Evaluation:
-    """Judge a HEAR module on the tasks in `tasks_dir`, or finished embeddings in `embeddings_dir`.
+    """Judge HEAR modules on the tasks in `tasks_dir`, or finished embeddings in `embeddings_dir`.
 
+    `model` and `model_options` are arguments of every module's `load_model`; a module may carry options of its own,
+    as in 'hear_ssam:{"model": "logmel"}'.
     `probe` is exact (heareval's numbers) or fast (statistically the same, and on a GPU where there is one). `seeds`
     counts probe seeds (default: the protocol's own). `existing` says what happens to results that are already in
     `results_dir`: only-missing runs the rest, always runs everything again, never treats them as an error.
@@ -119,21 +126,21 @@ def run_evaluation(
         else:
             assert tasks_dir is not None
             folders = find_tasks(tasks_dir, tasks, unpack_to=results_dir / "tasks")
-            hear = load_hear_model(module, model, model_options)
-            sources = _module_sources(hear, folders, results_dir, resample, failures)
+            models = [load_hear_model(module, model, model_options) for module in modules]
+            sources = _module_sources(models, folders, results_dir, resample, failures)
         done = {key_of(record) for record in read(store)} if store.exists() else set()
-        missing = {
-            source.task.name: [seed for seed in seed_range if source.key(protocol, probe, seed) not in done]
+        missing = [
+            [seed for seed in seed_range if existing == "always" or source.key(protocol, probe, seed) not in done]
             for source in sources
-        }
-        if existing == "never" and (kept := [name for name, todo in missing.items() if len(todo) < count]):
+        ]
+        kept = [source.label for source, todo in zip(sources, missing, strict=True) if len(todo) < count]
+        if existing == "never" and kept:
             raise HearSsamError(f"{store} has results of {', '.join(kept)} already (--existing never).")
         jobs, commit, device = [], git_commit(), _device(probe)
-        for source in tqdm(sources, desc="tasks", unit="task", disable=None, leave=False):
-            if existing == "always":
-                missing[source.task.name] = list(seed_range)
-            if todo := missing[source.task.name]:
-                with noted(source.task.name, failures):
+        to_embed = tqdm(sources, desc="tasks", unit="task", disable=None, leave=False)
+        for source, todo in zip(to_embed, missing, strict=True):
+            if todo:
+                with noted(source.label, failures):
                     source.make()
                     together = [tuple(todo)] if device != "cpu" else [(seed,) for seed in todo]
                     identity = source.identity(protocol, probe)
@@ -172,7 +179,7 @@ def _only_driver(results_dir: Path) -> Iterator[None]:
 
 
 def _module_sources(
-    hear: HearModel, folders: Sequence[Path], results_dir: Path, resample: bool, failures: dict[str, str]
+    models: Sequence[HearModel], folders: Sequence[Path], results_dir: Path, resample: bool, failures: dict[str, str]
 ) -> list[Source]:
     from .embeddings import embed_task
 
@@ -181,9 +188,10 @@ def _module_sources(
         with noted(folder.name, failures):
             task = read_task(folder)
             _warn(task)
-            target = embeddings_folder(results_dir, hear.name, hear.checkpoint_sha256, folder.name)
-            make = functools.partial(embed_task, hear, folder, target, resample=resample)
-            sources.append(Source(task, hear.name, hear.checkpoint_sha256, target, make))
+            for hear in models:
+                target = embeddings_folder(results_dir, hear.name, hear.checkpoint_sha256, folder.name)
+                make = functools.partial(embed_task, hear, folder, target, resample=resample)
+                sources.append(Source(task, hear.name, hear.checkpoint_sha256, target, make))
     return sources
 
 
@@ -225,11 +233,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("module", nargs="?", default="hear_ssam", metavar="MODULE", help="importable HEAR module (default: hear_ssam)")
+    add(
+        "modules",
+        nargs="*",
+        default=["hear_ssam"],
+        metavar="MODULE",
+        help="importable HEAR modules, each with options of its own if need be (default: hear_ssam)",
+    )
     add("--tasks-dir", type=Path, metavar="DIR", help="folder with one folder per HEAR task")
     add("--tasks", nargs="+", default=[], metavar="NAME", help="only these task folders")
     add("--model", default="", metavar="FILE", help="weights, the first argument of the module's load_model")
-    add("--model-options", default="{}", metavar="JSON", help="further arguments of load_model, as a JSON object")
+    add("--model-options", default="{}", metavar="JSON", help="further arguments of every load_model, a JSON object")
     add("--protocol", default="heareval", help="heareval (8 of 16 grid points, seed 42; default) or ssam (seeds 0-9)")
     add("--probe", choices=PROBES, default="exact", help="exact: heareval's numbers (default); fast: others like them")
     add("--seeds", type=int, metavar="N", help="number of probe seeds (default: the protocol's own)")
@@ -246,7 +260,7 @@ def run(args: argparse.Namespace) -> int:
 
     sys.path.append(os.getcwd())  # a module in the current folder can be judged too
     evaluation = run_evaluation(
-        args.module,
+        args.modules,
         args.model,
         parse_options(args.model_options),
         results_dir=args.results_dir,

@@ -50,7 +50,7 @@ class Job:
     @property
     def label(self) -> str:
         seeds = f"seeds {self.seeds[0]}-{self.seeds[-1]}" if len(self.seeds) > 1 else f"seed {self.seeds[0]}"
-        return f"{self.identity['task']}, {seeds}"
+        return f"{self.identity['model']}, {self.identity['task']}, {seeds}"
 
     @property
     def size(self) -> int:
@@ -88,7 +88,8 @@ def _run_pool(jobs: list[Job], store: Path, workers: int, failures: dict[str, st
         min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
     )
     try:
-        futures = {pool.submit(_work, job): job for job in jobs}
+        threads = max(1, workers // len(jobs))  # cores that would have no job help the others
+        futures = {pool.submit(_work, job, threads): job for job in jobs}
         with tqdm(total=len(jobs), desc="probe", unit="job", disable=None) as bar:
             for future in as_completed(futures):
                 job = futures[future]
@@ -143,7 +144,7 @@ def _keep_memory() -> None:
             set_option(option, 1 << 30)
 
 
-def _work(job: Job) -> list[Record]:
+def _work(job: Job, threads: int) -> list[Record]:
     """Train the probes of one job; store their predictions; return their records."""
     import torch
 
@@ -160,14 +161,14 @@ def _work(job: Job) -> list[Record]:
         from .fast_probe import product_dtype, run_fast_probe
 
         dtype = product_dtype(torch.device(job.device))
-        results = run_fast_probe(job.source_folder, protocol, job.seeds, job.device)
+        results = run_fast_probe(job.source_folder, protocol, job.seeds, job.device, threads)
     task, made_by = read_task(job.source_folder), provenance(job.source_folder)
     how = {
         "clips": sum(len(names) for _, names in task.shuffled_clips()),
         "embeddings": {name: made_by.get(name) for name in ("module", "dim", "device", "dtype", "backend", "seconds")},
         "device": job.device,
         "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
+        "threads": threads if job.identity["probe"] == "fast" else 1,
         "seconds": round((time.time() - started) / len(results), 3),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"hear_ssam": __version__, "python": platform.python_version(), "torch": torch.__version__},

@@ -65,7 +65,7 @@ def test_one_bad_task_does_not_stop_the_others(tmp_path, capsys):
 def test_event_tasks(tmp_path):
     quick = {"task_specific_param_grid": {"hidden_dim": [64], "max_epochs": [60], "lr": [1e-2], "hidden_layers": [1]}}
     write_task(tmp_path / "tasks" / "beeps", embedding_type="event", clips=12, evaluation_params=quick)
-    evaluation = run_evaluation(MODULE, tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "results", workers=1)
+    evaluation = run_evaluation([MODULE], tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "results", workers=1)
     assert not evaluation.failures
     scores = {r["metric"]: r["score"] for r in evaluation.records}
     assert scores["event_onset_200ms_fms"] == scores["event_onset_200ms_fms_f_measure"] > 0.9
@@ -76,7 +76,7 @@ def test_event_tasks(tmp_path):
 def test_foreign_embeddings_need_no_module(tmp_path):
     """Folders as heareval leaves them: no provenance file; the parent folder names the model."""
     write_task(tmp_path / "tasks" / "tones")
-    run_evaluation(MODULE, tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "a", workers=1)
+    run_evaluation([MODULE], tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "a", workers=1)
     folder = shutil.copytree(tmp_path / "a" / "embeddings" / MODULE, tmp_path / "openl3")
     (folder / "tones" / "embeddings.json").unlink()
     evaluation = run_evaluation(embeddings_dir=folder, results_dir=tmp_path / "b", workers=1)
@@ -85,7 +85,21 @@ def test_foreign_embeddings_need_no_module(tmp_path):
     assert [r["score"] for r in evaluation.records] == [r["score"] for r in read(tmp_path / "a")]
     (folder / "tones" / ".done.embeddings").unlink()
     evaluation = run_evaluation(embeddings_dir=folder, results_dir=tmp_path / "c", workers=1)
-    assert "not a finished embedding folder" in evaluation.failures["tones"]
+    assert "not a finished embedding folder" in evaluation.failures["openl3, tones"]
+
+
+def test_several_models_at_once(tmp_path):
+    """One that fails does not stop the others; each may have options of its own."""
+    write_task(tmp_path / "tasks" / "tones")
+    modules = [MODULE, MODULE + ':{"bands": 20}', MODULE + ':{"broken": "nan"}']
+    tried = {"tasks_dir": tmp_path / "tasks", "results_dir": tmp_path / "results", "workers": 1}
+    evaluation = run_evaluation(modules, **tried)
+    assert {(r["model"], r["embeddings"]["dim"]) for r in evaluation.records} == {
+        (MODULE, 40), (MODULE + "-bands=20", 20)
+    }  # fmt: skip
+    assert list(evaluation.failures) == [MODULE + "-broken=nan, tones"]
+    with pytest.raises(HearSsamError, match="must be a JSON object"):
+        run_evaluation([MODULE + ":bands=20"], **tried)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
@@ -103,7 +117,7 @@ def test_a_killed_run_loses_no_finished_job(tmp_path):
     seeds = {r["seed"] for r in kept}
     assert 1 <= len(seeds) < 40
     evaluation = run_evaluation(
-        MODULE, tasks_dir=tmp_path / "tasks", results_dir=store.parent, seeds=len(seeds) + 1, workers=1
+        [MODULE], tasks_dir=tmp_path / "tasks", results_dir=store.parent, seeds=len(seeds) + 1, workers=1
     )
     assert not evaluation.failures
     records = {key_of(r): r for r in read(store)}
@@ -116,7 +130,7 @@ def test_two_drivers_on_one_folder(tmp_path):
     with open(tmp_path / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(HearSsamError, match="another evaluation writes to"):
-            run_evaluation(MODULE, tasks_dir=tmp_path, results_dir=tmp_path)
+            run_evaluation([MODULE], tasks_dir=tmp_path, results_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +147,7 @@ def test_wrong_arguments(tmp_path, capsys, arguments, message):
     assert cli.main(["evaluate", MODULE, "--results-dir", str(tmp_path / "results"), *arguments]) == 2
     assert message in capsys.readouterr().err
     with pytest.raises(HearSsamError, match="Did you mean 'always'"):
-        run_evaluation(MODULE, tasks_dir=tmp_path, results_dir=tmp_path, existing="allways")
+        run_evaluation([MODULE], tasks_dir=tmp_path, results_dir=tmp_path, existing="allways")
 
 
 def test_help_is_light():
