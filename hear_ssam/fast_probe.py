@@ -13,6 +13,7 @@ float32, because the running statistics of the first epochs depend on it.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,7 @@ from .probe import (
 )
 from .tasks import DataSplit, Task
 
-MOMENTUM = 0.1  # of running statistics; the default of nn.BatchNorm1d
+MOMENTUM, EPSILON = 0.1, 1e-5  # of normalisation; the defaults of nn.BatchNorm1d
 
 
 def run_fast_probe(
@@ -247,15 +248,16 @@ class _Heads(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.product = _Bf16Product.apply if dtype == torch.bfloat16 else _float_product
-        self.generator = generator
+        self.dtype, self.dropout, self.generator = dtype, dropout, generator
         self.layers = [number for number, layer in enumerate(singles[0]) if isinstance(layer, nn.Linear)]
+        states = [single.state_dict() for single in singles]
+        stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+        self.fused = _fused_block(len(singles), len(stacked["0.bias"][0]))
         # batch normalisation removes a bias before it: those stay as they were drawn
         self.fixed = {f"{number}.bias" for number in self.layers[:-1]}
         trainable = {name for name, _ in singles[0].named_parameters()} - self.fixed
-        self.names = list(singles[0].state_dict())
-        for name in self.names:
-            tensor = torch.stack([single.state_dict()[name] for single in singles])
+        self.names = list(stacked)
+        for name, tensor in stacked.items():
             key = name.replace(".", "_")
             if name in trainable:
                 self.register_parameter(key, nn.Parameter(tensor))
@@ -273,26 +275,35 @@ class _Heads(nn.Module):
             last = number == self.layers[-1]
             weight, shift = (getattr(self, f"{number}_{name}") for name in ("weight", "bias"))  # (H, out, in), (H, out)
             if number == 0:  # all heads read the same rows: one product
-                w = weight.flatten(0, 1) if self.basis is None else self.product(weight.flatten(0, 1), self.basis)
-                y = self.product(x, w).view(len(x), count, -1)
+                w = weight.flatten(0, 1) if self.basis is None else self._product(weight.flatten(0, 1), self.basis)
+                y = self._product(x, w).view(len(x), count, -1)
                 # normalisation lets no gradient pass to what all rows share
                 shift = shift + (weight if last else weight.detach()) @ self.offset
             else:
-                y = self.product(x, weight).transpose(0, 1)
+                y = self._product(x, weight).transpose(0, 1)
             if last:
-                return (y + shift).transpose(0, 1)
-            x = self._hidden(y, shift, number + 1).transpose(0, 1)
+                return (y.to(shift.dtype) + shift).transpose(0, 1)
+            x = self._hidden(y, shift.detach().flatten(), number + 1).transpose(0, 1)
         raise AssertionError("a head without layers")
+
+    def _product(self, x: Tensor, w: Tensor) -> Tensor:
+        """x wᵀ, operands and result rounded to `dtype`; its gradients are such products too."""
+        return x.to(self.dtype) @ w.to(self.dtype).mT
 
     def _hidden(self, y: Tensor, shift: Tensor, number: int) -> Tensor:
         """Normalisation of y + shift (rows, H, hidden), dropout, ReLU."""
         names = ("running_mean", "running_var", "weight", "bias")
         mean, variance, scale, bias = (getattr(self, f"{number}_{name}").view(-1) for name in names)
-        shift = shift.detach().flatten()
         if not self.training:
-            return F.batch_norm(y.flatten(1), mean - shift, variance, scale, bias).relu_().view(y.shape)
+            return F.batch_norm(y.flatten(1).to(mean.dtype), mean - shift, variance, scale, bias).relu_().view(y.shape)
+        if self.fused and y.device.type == "cpu" and len(y) > 1:
+            x, now, spread = self.fused(y.flatten(1), scale, bias, self.dropout[0], EPSILON, self.generator)
+            mean.lerp_(now + shift, MOMENTUM)
+            variance.lerp_(spread * (len(y) / (len(y) - 1)), MOMENTUM)
+            return x.view(y.shape)
         mean.add_(shift, alpha=MOMENTUM / (1 - MOMENTUM))  # of which 1 - MOMENTUM is kept
-        z = F.batch_norm(y.flatten(1), mean, variance, scale, bias, training=True, momentum=MOMENTUM).view(y.shape)
+        z = F.batch_norm(y.flatten(1).to(mean.dtype), mean, variance, scale, bias, True, MOMENTUM, EPSILON)
+        z = z.view(y.shape)
         return z.mul_(self._dropout(z.shape)).relu_()
 
     def _dropout(self, shape: torch.Size) -> Tensor:
@@ -309,25 +320,13 @@ class _Heads(nn.Module):
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
 
-class _Bf16Product(torch.autograd.Function):
-    """x wᵀ with operands rounded to bfloat16 and sums in float32, forward and backward."""
+def _fused_block(heads: int, hidden_dim: int) -> Any:
+    """probe_cpu's twin of `_Heads._hidden` in training, None where it does not apply."""
+    if heads > 1 or importlib.util.find_spec("llvmlite") is None:
+        return None
+    from .probe_cpu import COLUMNS, Hidden
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        x, w = x.bfloat16(), w.bfloat16()
-        ctx.save_for_backward(x, w)
-        return (x @ w.mT).float()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
-        x, w = ctx.saved_tensors
-        gradient = gradient.bfloat16()
-        to_x = (gradient @ w).float() if ctx.needs_input_grad[0] else None
-        return to_x, (gradient.mT @ x).float() if ctx.needs_input_grad[1] else None
-
-
-def _float_product(x: Tensor, w: Tensor) -> Tensor:
-    return x @ w.mT
+    return Hidden.apply if hidden_dim % COLUMNS == 0 else None
 
 
 def product_dtype(device: torch.device) -> torch.dtype:

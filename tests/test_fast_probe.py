@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from hear_ssam import fast_probe
-from hear_ssam.fast_probe import _Bf16Product, _Heads, row_space, run_fast_probe
+from hear_ssam.fast_probe import _Heads, row_space, run_fast_probe
 from hear_ssam.probe import HeadConfig, build_head, run_probe
 
 from .test_probe import write_embeddings
@@ -55,7 +55,7 @@ def test_centred_rows_train_the_same_head(layers, low_rank):
     config = HeadConfig(hidden_layers=layers, hidden_dim=6, dropout=0.0)
     singles = [build_head(50, 3, config).double() for _ in range(2)]
     basis = basis.double() if low_rank else None
-    heads = _Heads(singles, [0.0] * 2, torch.float32, offset.double(), basis).double()
+    heads = _Heads(singles, [0.0] * 2, torch.float64, offset.double(), basis)
     x = x.double()
     for training in (True, False):
         heads.train(training).zero_grad()
@@ -95,14 +95,68 @@ def test_each_head_drops_its_own_share():
     assert (mask[:, 2] != mask[:, 1]).any()
 
 
-def test_bfloat16_products_keep_their_gradients():
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_bfloat16_products_keep_their_gradients(layers):
     torch.manual_seed(0)
-    x, w = torch.randn(7, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
-    gradient = torch.randn(7, 3)
-    ours = torch.autograd.grad(_Bf16Product.apply(x, w), (x, w), gradient)
-    expected = torch.autograd.grad(x @ w.mT, (x, w), gradient)
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=3e-2, atol=5e-2)
+    singles = [build_head(20, 3, HeadConfig(hidden_layers=layers, hidden_dim=64, dropout=0.0)) for _ in range(2)]
+    x, target = torch.randn(50, 20), torch.randint(3, (50,))
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        heads = _Heads(singles, [0.0] * 2, dtype, torch.randn(20, generator=torch.Generator().manual_seed(0)))
+        torch.stack([F.cross_entropy(logits, target) for logits in heads(x)]).sum().backward()
+        gradients.append([parameter.grad for parameter in heads.parameters()])
+    for ours, expected in zip(*gradients, strict=True):
+        assert torch.linalg.norm(ours - expected) < 0.03 * (1 + layers) * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_fused_block_is_its_reference(layers, dtype):
+    """Outputs, running statistics and gradients, without dropout; a strided input and a mean far from 0 among them."""
+    pytest.importorskip("llvmlite")
+    from hear_ssam.probe_cpu import COLUMNS
+
+    torch.manual_seed(0)
+    single = build_head(20, 3, HeadConfig(hidden_layers=layers, hidden_dim=2 * COLUMNS, dropout=0.0))
+    for layer in single:
+        if isinstance(layer, torch.nn.BatchNorm1d):
+            torch.nn.init.normal_(layer.weight, 1, 0.3)
+            torch.nn.init.normal_(layer.bias, 0, 0.3)
+    x, target = torch.randn(37, 20) + 3, torch.randint(3, (37,))
+    fused, reference = (_Heads([single], [0.0], dtype, torch.full((20,), 2.0)) for _ in range(2))
+    assert fused.fused
+    reference.fused = None
+    close = {torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
+    for _ in range(2):
+        outputs = [heads(x) for heads in (fused, reference)]
+        torch.testing.assert_close(*outputs, rtol=close, atol=close)
+        for logits in outputs:
+            F.cross_entropy(logits[0], target).backward()
+    for (name, ours), expected in zip(fused.named_parameters(), reference.parameters(), strict=True):
+        assert torch.linalg.norm(ours.grad - expected.grad) < close * torch.linalg.norm(expected.grad), name
+    for (name, ours), expected in zip(fused.named_buffers(), reference.buffers(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=close, atol=close, msg=name)
+
+
+def test_the_fused_block_drops_its_share():
+    """Each unit and row on its own: no column, row or neighbour departs from chance by more than four deviations."""
+    pytest.importorskip("llvmlite")
+    from hear_ssam.probe_cpu import COLUMNS, Hidden
+
+    rows, hidden, p = 2000, 2 * COLUMNS, 0.1
+    y, high = torch.randn(rows, hidden, generator=torch.Generator().manual_seed(0)), torch.full((hidden,), 100.0)
+    generator = torch.Generator().manual_seed(0)
+    first, second = (Hidden.apply(y, high / 100, high, p, 1e-5, generator)[0] for _ in range(2))
+    dropped = (first == 0).double()
+    deviation = (p * (1 - p)) ** 0.5
+    assert abs(dropped.mean() - p) < 4 * deviation / (rows * hidden) ** 0.5
+    assert dropped.mean(0).std() * rows**0.5 == pytest.approx(deviation, rel=0.15)
+    assert dropped.mean(1).std() * hidden**0.5 == pytest.approx(deviation, rel=0.15)
+    for one, other in ((dropped[1:], dropped[:-1]), (dropped[:, 1:], dropped[:, :-1]), (dropped, second == 0)):
+        correlation = ((one - p) * (other.double() - p)).mean() / deviation**2
+        assert abs(correlation) < 4 / one.numel() ** 0.5
+    kept = dropped == 0
+    torch.testing.assert_close(first[kept].mean(), torch.tensor(100 / (1 - p)), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
