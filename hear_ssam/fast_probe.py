@@ -49,6 +49,7 @@ from .probe import (
 from .tasks import DataSplit, Task
 
 MOMENTUM, EPSILON = 0.1, 1e-5  # of normalisation; the defaults of nn.BatchNorm1d
+BLOCK = 4096  # rows of embeddings that are in memory in float32 at a time
 
 
 def run_fast_probe(
@@ -60,7 +61,8 @@ def run_fast_probe(
     On a CPU up to `threads` heads train at a time, and the result of a seed depends on that seed alone.
     """
     task, splits = open_embeddings(folder)
-    first, *others = (_CentredRows(task, splits, split, torch.device(device)) for split in task.data_splits)
+    basis = row_space([rows.x for rows in splits.values()])
+    first, *others = (_CentredRows(task, splits, split, basis, torch.device(device)) for split in task.data_splits)
     points = [grid_points(named_protocol(protocol), task.metadata, seed) for seed in seeds]
     rivals = [
         _Training(first, config, _stream(seed, 0, number))
@@ -90,46 +92,56 @@ def _stream(*numbers: int) -> int:
 
 
 class _CentredRows:
-    """One data split, made ready for all its heads: centred, in the fewest coordinates, rounded for the products."""
+    """One data split, made ready for all its heads: centred, in few coordinates, rounded for the products."""
 
-    def __init__(self, task: Task, splits: dict[str, Rows], split: DataSplit, device: torch.device) -> None:
+    def __init__(
+        self, task: Task, splits: dict[str, Rows], split: DataSplit, basis: Tensor | None, device: torch.device
+    ) -> None:
         train, valid = [splits[name] for name in split.train], splits[split.valid]
         total = sum((rows.x.sum(0, dtype=torch.float64) for rows in train), torch.zeros(()))
-        self.task, self.device, self.dtype = task, device, product_dtype(device)
+        self.task, self.basis, self.device, self.dtype = task, basis, device, product_dtype(device)
         self.dim = valid.x.shape[1]
         self.offset = (total / sum(map(len, train))).float()
-        self.basis = row_space([rows.x for rows in (*train, valid)], self.offset)
         self.x = torch.cat([self._ready(rows.x) for rows in train])
         self.target = torch.cat([rows.target for rows in train]).to(device)
         self.valid_x, self.valid_target = self._ready(valid.x), valid.target.to(device)
         self.judge = make_judge(task, split.valid, valid)
 
-    def _ready(self, x: Tensor) -> Tensor:
-        x = x - self.offset
-        return (x if self.basis is None else x @ self.basis.mT).to(self.device, self.dtype)
+    def _ready(self, rows: Tensor) -> Tensor:
+        blocks = [x - self.offset for x in rows.split(BLOCK)]
+        if self.basis is not None:
+            blocks = [x @ self.basis.mT for x in blocks]
+        return torch.cat([x.to(self.device, self.dtype) for x in blocks])
 
 
-def row_space(parts: Sequence[Tensor], offset: Tensor, batch_size: int = 1024) -> Tensor | None:
-    """An orthonormal basis (rank, dim) of all centred rows, or None if it would not make products cheaper.
+def row_space(parts: Sequence[Tensor], batch_size: int = 1024) -> Tensor | None:
+    """An orthonormal basis (rank, dim) of what the rows of all parts have beside their mean.
 
-    Averages of log-mel frames under a random projection to 4096 dimensions, say, span no more dimensions than there
-    are mel bands. A product x wᵀ is then (x basisᵀ) (w basisᵀ)ᵀ with two thin products. Found from random combinations
-    of the rows (Halko, Martinsson, Tropp 2011, algorithm 4.1); what it leaves of any part is at most 1e-4, in norm,
-    far less than the rounding to bfloat16 takes.
+    None if the rank is so high that the basis would not make products cheaper. Averages of log-mel frames under a
+    random projection to 4096 dimensions, say, span no more dimensions than there are mel bands, and a product x wᵀ is
+    then (x basisᵀ) (w basisᵀ)ᵀ, two thin products. Found from random combinations of the rows (Halko, Martinsson and
+    Tropp 2011, algorithm 4.1). What is left out has at most 1e-4 of the norm; rounding to bfloat16 costs ten times
+    that.
     """
-    count, dim = min(batch_size, sum(map(len, parts))), len(offset)
-    limit = count * dim * 3 // (4 * (count + dim))  # of a rank that saves a quarter of the multiplications
+    blocks = [block for rows in parts for block in rows.split(BLOCK)]
+    count, dim = sum(map(len, blocks)), blocks[0].shape[1]
+    mean = (sum((block.sum(0, dtype=torch.float64) for block in blocks), torch.zeros(())) / count).float()
+    size = min(count, batch_size)
+    limit = size * dim * 3 // (4 * (size + dim))  # a rank that saves a quarter of the multiplications
     generator = torch.Generator().manual_seed(0)
     sketch = torch.zeros(limit, dim)
-    for x in parts:
-        sketch += torch.randn(limit, len(x), generator=generator) @ (x - offset)
-    _, sizes, basis = torch.linalg.svd(sketch, full_matrices=False)
-    basis = basis[sizes > 1e-5 * sizes[:1]]
-    for x in parts:
-        x = x - offset
-        if torch.linalg.norm(x - x @ basis.mT @ basis) > 1e-4 * torch.linalg.norm(x):
-            return None
-    return basis
+    for block in blocks:
+        sketch += torch.randn(limit, len(block), generator=generator) @ (block - mean)
+    sketch = sketch.double()
+    sizes, directions = torch.linalg.eigh(sketch @ sketch.mT)
+    large = sizes > 1e-10 * sizes[-1:]  # squares: singular values down to 1e-5 of the largest
+    basis = ((directions[:, large] / sizes[large].sqrt()).mT @ sketch).float()
+    left = total = 0.0
+    for block in blocks:
+        x = block - mean
+        left += float((x - x @ basis.mT @ basis).square().sum())
+        total += float(x.square().sum())
+    return basis if left <= 1e-8 * total else None
 
 
 @dataclass(frozen=True)
@@ -151,17 +163,11 @@ def _train_all(trainings: Sequence[_Training], threads: int) -> list[TrainedHead
     The state of torch's random generators is restored.
     """
 
-    def together(number: int) -> object:
-        rows, config = trainings[number].rows, trainings[number].config
-        return (
-            (id(rows), repr(dataclasses.replace(config, initialization="", dropout=0.0)))
-            if rows.device.type == "cuda"
-            else number
-        )
-
     groups: dict[object, list[int]] = {}
-    for number in range(len(trainings)):
-        groups.setdefault(together(number), []).append(number)
+    for number, training in enumerate(trainings):
+        shape = dataclasses.replace(training.config, initialization="", dropout=0.0)
+        together = (id(training.rows), shape) if training.rows.device.type == "cuda" else number
+        groups.setdefault(together, []).append(number)
     with torch.random.fork_rng(devices=[]):
         singles = [training.head() for training in trainings]
 
