@@ -97,7 +97,7 @@ def run_evaluation(
     """Judge HEAR modules on the tasks in `tasks_dir`, or finished embeddings in `embeddings_dir`.
 
     `model` and `model_options` are arguments of every module's `load_model`; a module may carry options of its own,
-    as in 'hear_ssam:{"model": "logmel"}'.
+    as in 'hear_ssam:{"model": "logmel"}'. All are loaded before the work begins, so that a wrong name costs no hours.
     `probe` is exact (heareval's numbers) or fast (statistically the same, and on a GPU where there is one). `seeds`
     counts probe seeds (default: the protocol's own). `existing` says what happens to results that are already in
     `results_dir`: only-missing runs the rest, always runs everything again, never treats them as an error.
@@ -126,7 +126,7 @@ def run_evaluation(
         else:
             assert tasks_dir is not None
             folders = find_tasks(tasks_dir, tasks, unpack_to=results_dir / "tasks")
-            models = [load_hear_model(module, model, model_options) for module in modules]
+            models = [load_hear_model(module, model, model_options) for module in dict.fromkeys(modules)]
             sources = _module_sources(models, folders, results_dir, resample, failures)
         done = {key_of(record) for record in read(store)} if store.exists() else set()
         missing = [

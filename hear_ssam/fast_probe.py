@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,23 +61,24 @@ def run_fast_probe(
     On a CPU up to `threads` heads train at a time, and the result of a seed depends on that seed alone.
     """
     task, splits = open_embeddings(folder)
-    basis = row_space([rows.x for rows in splits.values()])
-    first, *others = (_CentredRows(task, splits, split, basis, torch.device(device)) for split in task.data_splits)
+    place = torch.device(device)
+    data = _Data(task, splits, row_space([rows.x for rows in splits.values()], place), place)
+    first, *others = task.data_splits
     points = [grid_points(named_protocol(protocol), task.metadata, seed) for seed in seeds]
     rivals = [
         _Training(first, config, _stream(seed, 0, number))
         for seed, configs in zip(seeds, points, strict=True)
         for number, config in enumerate(configs)
     ]
-    trained = iter(_train_all(rivals, threads))
+    trained = iter(_train_all(data, rivals, threads))
     grids = [list(itertools.islice(trained, len(configs))) for configs in points]  # one list per seed
     winners = [max(heads, key=lambda head: head.key) for heads in grids]  # ties: the first
     rest = [
-        _Training(rows, winner.config, _stream(seed, number, 0))
+        _Training(split, winner.config, _stream(seed, number, 0))
         for seed, winner in zip(seeds, winners, strict=True)
-        for number, rows in enumerate(others, 1)
+        for number, split in enumerate(others, 1)
     ]
-    trained = iter(_train_all(rest, threads))
+    trained = iter(_train_all(data, rest, threads))
     results = []
     for heads, winner in zip(grids, winners, strict=True):
         folds = [winner, *itertools.islice(trained, len(others))]
@@ -91,103 +92,119 @@ def _stream(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-class _CentredRows:
-    """One data split, made ready for all its heads: centred, in few coordinates, rounded for the products."""
+@dataclass(frozen=True)
+class _Data:
+    """What all heads of a task train on."""
 
-    def __init__(
-        self, task: Task, splits: dict[str, Rows], split: DataSplit, basis: Tensor | None, device: torch.device
-    ) -> None:
-        train, valid = [splits[name] for name in split.train], splits[split.valid]
-        total = sum((rows.x.sum(0, dtype=torch.float64) for rows in train), torch.zeros(()))
-        self.task, self.basis, self.device, self.dtype = task, basis, device, product_dtype(device)
-        self.dim = valid.x.shape[1]
-        self.offset = (total / sum(map(len, train))).float()
+    task: Task
+    splits: Mapping[str, Rows]
+    basis: Tensor | None  # of `row_space`
+    device: torch.device
+
+
+class _CentredRows:
+    """One data split, made ready for heads of one shape: centred, in few coordinates, rounded for the products."""
+
+    def __init__(self, data: _Data, split: DataSplit) -> None:
+        train, valid = [data.splits[name] for name in split.train], data.splits[split.valid]
+        self.data, self.dtype = data, product_dtype(data.device)
+        self.offset = _mean([rows.x for rows in train])
         self.x = torch.cat([self._ready(rows.x) for rows in train])
-        self.target = torch.cat([rows.target for rows in train]).to(device)
-        self.valid_x, self.valid_target = self._ready(valid.x), valid.target.to(device)
-        self.judge = make_judge(task, split.valid, valid)
+        self.target = torch.cat([rows.target for rows in train]).to(data.device)
+        self.valid_x, self.valid_target = self._ready(valid.x), valid.target.to(data.device)
+        self.judge = make_judge(data.task, split.valid, valid)
 
     def _ready(self, rows: Tensor) -> Tensor:
-        blocks = [x - self.offset for x in rows.split(BLOCK)]
-        if self.basis is not None:
-            blocks = [x @ self.basis.mT for x in blocks]
-        return torch.cat([x.to(self.device, self.dtype) for x in blocks])
+        basis = self.data.basis
+        ready = torch.empty(len(rows), rows.shape[1] if basis is None else len(basis), dtype=self.dtype)
+        ready = ready.to(self.data.device)
+        for source, target in zip(rows.split(BLOCK), ready.split(BLOCK), strict=True):
+            x = source.to(self.data.device) - self.offset.to(self.data.device)
+            target.copy_(x if basis is None else x @ basis.mT)
+        return ready
 
 
-def row_space(parts: Sequence[Tensor], batch_size: int = 1024) -> Tensor | None:
+def _mean(parts: Sequence[Tensor]) -> Tensor:
+    """The mean row, float32 (dim,)."""
+    blocks = [block for part in parts for block in part.split(BLOCK)]
+    total = sum((block.sum(0, dtype=torch.float64) for block in blocks), torch.zeros(()))
+    return (total / sum(map(len, blocks))).float()
+
+
+def row_space(parts: Sequence[Tensor], device: torch.device | None = None, batch_size: int = 1024) -> Tensor | None:
     """An orthonormal basis (rank, dim) of what the rows of all parts have beside their mean.
 
     None if the rank is so high that the basis would not make products cheaper. Averages of log-mel frames under a
     random projection to 4096 dimensions, say, span no more dimensions than there are mel bands, and a product x wᵀ is
     then (x basisᵀ) (w basisᵀ)ᵀ, two thin products. Found from random combinations of the rows (Halko, Martinsson and
-    Tropp 2011, algorithm 4.1). What is left out has at most 1e-4 of the norm; rounding to bfloat16 costs ten times
-    that.
+    Tropp 2011, algorithm 4.1). No row loses more than 1e-4 of its norm; rounding to bfloat16 costs ten times that.
     """
-    blocks = [block for rows in parts for block in rows.split(BLOCK)]
-    count, dim = sum(map(len, blocks)), blocks[0].shape[1]
-    mean = (sum((block.sum(0, dtype=torch.float64) for block in blocks), torch.zeros(())) / count).float()
-    size = min(count, batch_size)
+    blocks = [block for part in parts for block in part.split(BLOCK)]
+    mean = _mean(parts).to(device)
+    size, dim = min(sum(map(len, blocks)), batch_size), len(mean)
     limit = size * dim * 3 // (4 * (size + dim))  # a rank that saves a quarter of the multiplications
     generator = torch.Generator().manual_seed(0)
-    sketch = torch.zeros(limit, dim)
+    sketch = torch.zeros(limit, dim, dtype=torch.float64, device=device)
     for block in blocks:
-        sketch += torch.randn(limit, len(block), generator=generator) @ (block - mean)
-    sketch = sketch.double()
+        sketch += torch.randn(limit, len(block), generator=generator).to(device) @ (block.to(device) - mean)
+    sketch /= sketch.abs().max().clamp(min=1e-30) if limit else 1
     sizes, directions = torch.linalg.eigh(sketch @ sketch.mT)
     large = sizes > 1e-10 * sizes[-1:]  # squares: singular values down to 1e-5 of the largest
+    if large.all():
+        return None
     basis = ((directions[:, large] / sizes[large].sqrt()).mT @ sketch).float()
-    left = total = 0.0
     for block in blocks:
-        x = block - mean
-        left += float((x - x @ basis.mT @ basis).square().sum())
-        total += float(x.square().sum())
-    return basis if left <= 1e-8 * total else None
+        x = block.to(device) - mean
+        if not (torch.linalg.norm(x - x @ basis.mT @ basis, dim=1) <= 1e-4 * torch.linalg.norm(x, dim=1)).all():
+            return None
+    return basis
 
 
 @dataclass(frozen=True)
 class _Training:
     """One head to train."""
 
-    rows: _CentredRows
+    split: DataSplit
     config: HeadConfig
     stream: int  # seed of its random numbers
 
-    def head(self) -> nn.Sequential:
-        torch.manual_seed(self.stream)
-        return build_head(self.rows.dim, len(self.rows.task.labels), self.config)
+
+def _side_by_side(device: torch.device) -> bool:
+    """Whether heads that differ in initialisation, dropout and stream alone train together, or one by one."""
+    return device.type == "cuda"
 
 
-def _train_all(trainings: Sequence[_Training], threads: int) -> list[TrainedHead]:
-    """Train one head each: on a GPU those together that differ in initialisation, dropout and stream alone.
-
-    The state of torch's random generators is restored.
-    """
-
+def _train_all(data: _Data, trainings: Sequence[_Training], threads: int) -> list[TrainedHead]:
+    """Train one head each; the state of torch's random generators is restored."""
+    side_by_side = _side_by_side(data.device)
     groups: dict[object, list[int]] = {}
     for number, training in enumerate(trainings):
         shape = dataclasses.replace(training.config, initialization="", dropout=0.0)
-        together = (id(training.rows), shape) if training.rows.device.type == "cuda" else number
-        groups.setdefault(together, []).append(number)
+        groups.setdefault((training.split.test, shape) if side_by_side else number, []).append(number)
+    singles = []
     with torch.random.fork_rng(devices=[]):
-        singles = [training.head() for training in trainings]
+        for training in trainings:
+            torch.default_generator.manual_seed(training.stream)
+            dim = data.splits[training.split.valid].x.shape[1]
+            singles.append(build_head(dim, len(data.task.labels), training.config))
 
     def train(numbers: list[int]) -> list[TrainedHead]:
-        return _train([trainings[number] for number in numbers], [singles[number] for number in numbers])
+        return _train(data, [trainings[number] for number in numbers], [singles[number] for number in numbers])
 
     trained: dict[int, TrainedHead] = {}
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(1 if side_by_side else threads) as pool:
         for numbers, heads in zip(groups.values(), pool.map(train, groups.values()), strict=True):
             trained |= zip(numbers, heads, strict=True)
     return [trained[number] for number in range(len(trainings))]
 
 
-def _train(trainings: Sequence[_Training], singles: Sequence[nn.Sequential]) -> list[TrainedHead]:
+def _train(data: _Data, trainings: Sequence[_Training], singles: Sequence[nn.Sequential]) -> list[TrainedHead]:
     """Train heads of one shape together; finished ones go along until the last has stopped."""
-    rows, common = trainings[0].rows, trainings[0].config
-    task, device = rows.task, rows.device
+    task, device, common = data.task, data.device, trainings[0].config
+    rows = _CentredRows(data, trainings[0].split)
     xs, targets = (batches([part], common.batch_size, merge_single=True) for part in (rows.x, rows.target))
     generator = torch.Generator(device).manual_seed(trainings[0].stream)
-    heads = _Heads(singles, [t.config.dropout for t in trainings], rows.dtype, rows.offset, rows.basis, generator)
+    heads = _Heads(singles, [t.config.dropout for t in trainings], rows.dtype, rows.offset, data.basis, generator)
     heads.to(device)
     optimizer = torch.optim.Adam(heads.parameters(), lr=common.lr, fused=True)
     stopping = [EarlyStopping(selection_sign(task), common.patience) for _ in trainings]
@@ -204,7 +221,8 @@ def _train(trainings: Sequence[_Training], singles: Sequence[nn.Sequential]) -> 
             continue
         heads.eval()
         with torch.no_grad():
-            outputs = heads(rows.valid_x)  # (heads, rows, classes)
+            # (heads, rows, classes)
+            outputs = torch.cat([heads(x) for x in batches([rows.valid_x], common.batch_size)], 1)
             probabilities = (outputs.sigmoid() if task.multilabel else outputs.softmax(2)).cpu().numpy()
             losses = [float(head_loss(logits, rows.valid_target, task.multilabel)) for logits in outputs]
         for number, stop in enumerate(stopping):
@@ -272,7 +290,7 @@ class _Heads(nn.Module):
         self.register_buffer("threshold", torch.tensor([round(p * 65536) - 32769.0 for p in dropout]))
         self.register_buffer("scale", torch.tensor([1 / (1 - p) for p in dropout]))
         self.register_buffer("offset", offset)
-        self.register_buffer("basis", basis)
+        self.register_buffer("basis", None if basis is None else basis.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, dim), or (rows, rank) → logits (heads, rows, classes)."""

@@ -1,4 +1,4 @@
-"""Trainings of the probe, each a job in a process with one thread; the records that they leave.
+"""Trainings of the probe, each a job in a process of its own; the records that they leave.
 
 Every finished job is appended to the store at once, so that an interruption loses only what is running.
 """
@@ -70,7 +70,7 @@ def noted(name: str, failures: dict[str, str]) -> Iterator[None]:
 
 
 def run_jobs(jobs: list[Job], store: Path, workers: int, failures: dict[str, str]) -> None:
-    """Run all jobs, each in a process with one thread, and append the records of each as soon as it is finished.
+    """Run all jobs, each in a process, and append the records of each as soon as it is finished.
 
     If the system kills a worker, the jobs that went down with it run once more, one process for each.
     """
@@ -88,7 +88,7 @@ def _run_pool(jobs: list[Job], store: Path, workers: int, failures: dict[str, st
         min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
     )
     try:
-        threads = max(1, workers // len(jobs))  # cores that would have no job help the others
+        threads = max(1, workers // len(jobs))  # the fast probe uses cores that would have no job
         futures = {pool.submit(_work, job, threads): job for job in jobs}
         with tqdm(total=len(jobs), desc="probe", unit="job", disable=None) as bar:
             for future in as_completed(futures):
@@ -117,7 +117,7 @@ def _headline(records: list[Record]) -> str:
 
 
 def _start_worker() -> None:
-    """One thread per process; Ctrl-C is the parent's affair; a worker whose parent was killed ends too."""
+    """One thread per operation; Ctrl-C is the parent's affair; a worker whose parent was killed ends too."""
     import torch
 
     torch.set_num_threads(1)

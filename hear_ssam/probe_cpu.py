@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .simd import LANES, Kernel, build, run
 
-VECTORS = 256 // LANES
-COLUMNS = VECTORS * LANES  # 512 bytes of every row and more; of less the CPU's prefetcher makes nothing
+COLUMNS = 256  # at least 512 bytes of every row: of less the CPU's prefetcher makes nothing
+VECTORS = COLUMNS // LANES
 
 
 def write_forward(k: Kernel, bf16: bool) -> None:
@@ -89,18 +89,22 @@ class Hidden(torch.autograd.Function):
         x, mean, inverse = torch.empty_like(y), torch.empty(hidden), torch.empty(hidden)
         seed = torch.empty(hidden, dtype=torch.int32).random_(1, None, generator=generator)  # 0 would stay 0
         options = torch.tensor([1 / rows, epsilon, dropout, 1 / (1 - dropout)])
-        common: dict[str, Any] = {"y": y, "x": x, "scale": scale, "mean": mean, "inverse": inverse}
-        common |= {"options": options, "rows": rows}
-        run(build(write_forward, y.dtype == torch.bfloat16), hidden // COLUMNS, shift=shift, seed=seed, **common)
-        ctx.common = common
+        run(
+            build(write_forward, y.dtype == torch.bfloat16), hidden // COLUMNS, y=y, x=x, scale=scale, shift=shift,
+            mean=mean, inverse=inverse, seed=seed, options=options, rows=rows,
+        )  # fmt: skip
+        ctx.save_for_backward(y, x, scale, mean, inverse, options)
         variance = inverse.pow(-2).sub_(epsilon)
         ctx.mark_non_differentiable(mean, variance)
         return x, mean, variance
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        y = ctx.common["y"]
-        dy, dscale, dshift = torch.empty_like(y), *(torch.empty(y.shape[1]) for _ in range(2))
-        kernel, units = build(write_backward, y.dtype == torch.bfloat16), y.shape[1] // COLUMNS
-        run(kernel, units, dx=dx.contiguous(), dy=dy, dscale=dscale, dshift=dshift, **ctx.common)
+        y, x, scale, mean, inverse, options = ctx.saved_tensors
+        rows, hidden = y.shape
+        dy, dscale, dshift = torch.empty_like(y), torch.empty(hidden), torch.empty(hidden)
+        run(
+            build(write_backward, y.dtype == torch.bfloat16), hidden // COLUMNS, y=y, x=x, dx=dx.contiguous(), dy=dy,
+            scale=scale, mean=mean, inverse=inverse, dscale=dscale, dshift=dshift, options=options, rows=rows,
+        )  # fmt: skip
         return dy, dscale, dshift, None, None, None
