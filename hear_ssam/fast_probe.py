@@ -115,11 +115,11 @@ class _CentredRows:
         self.judge = make_judge(data.task, split.valid, valid)
 
     def _ready(self, rows: Tensor) -> Tensor:
-        basis = self.data.basis
-        ready = torch.empty(len(rows), rows.shape[1] if basis is None else len(basis), dtype=self.dtype)
-        ready = ready.to(self.data.device)
+        basis, device = self.data.basis, self.data.device
+        dim = rows.shape[1] if basis is None else len(basis)
+        ready = torch.empty(len(rows), dim, dtype=self.dtype, device=device)
         for source, target in zip(rows.split(BLOCK), ready.split(BLOCK), strict=True):
-            x = source.to(self.data.device) - self.offset.to(self.data.device)
+            x = source.to(device) - self.offset.to(device)
             target.copy_(x if basis is None else x @ basis.mT)
         return ready
 
