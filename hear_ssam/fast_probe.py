@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -47,6 +47,9 @@ from .probe import (
     validation,
 )
 from .tasks import DataSplit, Task
+
+if TYPE_CHECKING:
+    from .probe_cpu import RoundedWeight
 
 MOMENTUM, EPSILON = 0.1, 1e-5  # of normalisation; the defaults of nn.BatchNorm1d
 BLOCK = 4096  # rows of embeddings that are in memory in float32 at a time
@@ -206,6 +209,7 @@ def _train(data: _Data, trainings: Sequence[_Training], singles: Sequence[nn.Seq
     generator = torch.Generator(device).manual_seed(trainings[0].stream)
     heads = _Heads(singles, [t.config.dropout for t in trainings], rows.dtype, rows.offset, data.basis, generator)
     heads.to(device)
+    heads.round_weights(common.lr)
     optimizer = torch.optim.Adam(heads.parameters(), lr=common.lr, fused=True)
     stopping = [EarlyStopping(selection_sign(task), common.patience) for _ in trainings]
     best: list[tuple[Any, dict[str, float] | None]] = [(None, None) for _ in trainings]
@@ -213,10 +217,12 @@ def _train(data: _Data, trainings: Sequence[_Training], singles: Sequence[nn.Seq
     for epoch in range(common.max_epochs):
         heads.train()
         for x, target in zip(xs, targets, strict=True):
-            optimizer.zero_grad()
+            heads.zero_grad()
             # heads do not share parameters, so the sum of their losses trains each by its own
             torch.stack([head_loss(logits, target, task.multilabel) for logits in heads(x)]).sum().backward()
             optimizer.step()
+            for weight in heads.rounded.values():
+                weight.step()
         if (epoch + 1) % common.check_val_every_n_epoch:
             continue
         heads.eval()
@@ -287,10 +293,23 @@ class _Heads(nn.Module):
                 self.register_parameter(key, nn.Parameter(tensor))
             else:
                 self.register_buffer(key, tensor)
+        self.rounded: dict[int, RoundedWeight] = {}  # of layers
         self.register_buffer("threshold", torch.tensor([round(p * 65536) - 32769.0 for p in dropout]))
         self.register_buffer("scale", torch.tensor([1 / (1 - p) for p in dropout]))
         self.register_buffer("offset", offset)
         self.register_buffer("basis", None if basis is None else basis.to(dtype))
+
+    def round_weights(self, lr: float) -> None:
+        """Where it applies, take the weights of the hidden layers from autograd and torch's Adam to probe_cpu's."""
+        if self.fused is None or self.dtype != torch.bfloat16 or self.offset.device.type != "cpu":
+            return
+        from .probe_cpu import LANES, RoundedWeight
+
+        for number in self.layers[:-1]:
+            (weight,) = getattr(self, f"{number}_weight").requires_grad_(False)
+            if weight.shape[1] % LANES == 0:
+                offset = torch.zeros(weight.shape[1]) if number else self.offset
+                self.rounded[number] = RoundedWeight(weight, offset, lr)
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, dim), or (rows, rank) → logits (heads, rows, classes)."""
@@ -298,11 +317,15 @@ class _Heads(nn.Module):
         for number in self.layers:
             last = number == self.layers[-1]
             weight, shift = (getattr(self, f"{number}_{name}") for name in ("weight", "bias"))  # (H, out, in), (H, out)
+            rounded = self.rounded.get(number)
+            if rounded:
+                weight = rounded.rounded[None]
             if number == 0:  # all heads read the same rows: one product
                 w = weight.flatten(0, 1) if self.basis is None else self._product(weight.flatten(0, 1), self.basis)
                 y = self._product(x, w).view(len(x), count, -1)
                 # normalisation lets no gradient pass to what all rows share
-                shift = shift + (weight if last else weight.detach()) @ self.offset
+                seen = rounded.times_offset if rounded else (weight if last else weight.detach()) @ self.offset
+                shift = shift + seen
             else:
                 y = self._product(x, weight).transpose(0, 1)
             if last:

@@ -1,9 +1,11 @@
-"""The hidden block of the fast probe on a CPU: batch normalisation, dropout and ReLU as one kernel each way.
+"""What the fast probe does beside matrix products, as CPU kernels that pass over memory as seldom as possible.
 
-As separate operations they take a third of a training step, almost all of it to move activations between memory and
-registers. A work unit is COLUMNS hidden units with all their rows, which stay in the L2 cache between the two passes
-over them. The law is `torch.nn.functional.batch_norm` and what follows it in fast_probe; dropout masks come from
-another generator, one 32-bit xorshift (Marsaglia 2003) per hidden unit, seeded anew for every call.
+`Hidden` is batch normalisation, dropout and ReLU; as separate operations they take a third of a training step, almost
+all of it to move activations between memory and registers. A work unit is COLUMNS hidden units with all their rows,
+which stay in the L2 cache between the two passes over them. The law is `torch.nn.functional.batch_norm` and what
+follows it in fast_probe; dropout masks come from another generator, one 32-bit xorshift (Marsaglia 2003) per hidden
+unit, seeded anew for every call. `RoundedWeight` is `torch.optim.Adam` for a matrix of which products read a bfloat16
+copy.
 """
 
 from __future__ import annotations
@@ -76,6 +78,56 @@ def write_backward(k: Kernel, bf16: bool) -> None:
             c = first + v * LANES
             dz = k.select(x.load(row, c), ">", 0.0, dx.load(row, c) * factor[v], 0.0)
             dy.store(dz - offset[v] - (y.load(row, c) - average[v]) * slope[v], row, c)
+
+
+def write_adam(k: Kernel) -> None:
+    """One step of Adam for whole rows of a matrix, its bfloat16 copy, and partial sums of its product with `offset`."""
+    weight, mean, square, partial = (k.tensor(name, 2) for name in ("weight", "mean", "square", "partial"))
+    gradient, rounded = k.tensor("gradient", 2, bf16=True), k.tensor("rounded", 2, bf16=True)
+    offset, options, vectors = k.tensor("offset", 1), k.tensor("options", 1), k.integer("vectors")
+    rate, correction, beta1, beta2, epsilon = (k.fill(options.load_number(i)) for i in range(5))
+    with k.loop(k.begin, k.end) as row:
+        total = k.variable(k.constant(0.0))
+        with k.loop(0, vectors) as v:
+            c = v * LANES
+            g, m = gradient.load(row, c), mean.load(row, c)
+            m = (g - m) * beta1 + m
+            s = g * g * beta2 + (square.load(row, c) - square.load(row, c) * beta2)
+            w = weight.load(row, c) - rate * m / (k.sqrt(s) * correction + epsilon)
+            mean.store(m, row, c)
+            square.store(s, row, c)
+            weight.store(w, row, c)
+            rounded.store(w, row, c)
+            total.value = w * offset.load(c) + total.value
+        partial.store(total.value, row, 0)
+
+
+class RoundedWeight:
+    """A float32 matrix (out, in) under Adam, changed in place, and what the products need of it.
+
+    rounded        its bfloat16 copy, whose `grad` `step` takes
+    times_offset   its product (out,) with `offset` (in,), kept up to date because a step passes over it anyway
+    """
+
+    def __init__(self, weight: Tensor, offset: Tensor, lr: float) -> None:
+        self.weight, self.offset, self.lr, self.steps = weight, offset, lr, 0
+        self.mean, self.square = torch.zeros_like(weight), torch.zeros_like(weight)
+        self.rounded = weight.bfloat16().requires_grad_()
+        self.times_offset = weight @ offset
+
+    def step(self, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8) -> None:
+        gradient, self.rounded.grad = self.rounded.grad, None
+        assert gradient is not None
+        self.steps += 1
+        rate, correction = self.lr / (1 - beta1**self.steps), (1 - beta2**self.steps) ** -0.5
+        options = torch.tensor([rate, correction, 1 - beta1, 1 - beta2, epsilon])
+        partial = torch.empty(len(self.weight), LANES)
+        run(
+            build(write_adam), len(partial), weight=self.weight, mean=self.mean, square=self.square, partial=partial,
+            gradient=gradient.contiguous(), rounded=self.rounded.detach(), offset=self.offset, options=options,
+            vectors=self.weight.shape[1] // LANES,
+        )  # fmt: skip
+        self.times_offset = partial.sum(1)
 
 
 class Hidden(torch.autograd.Function):

@@ -162,6 +162,50 @@ def test_gradients_of_what_the_fused_block_keeps():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_adam_in_one_pass_is_torchs():
+    pytest.importorskip("llvmlite")
+    from hear_ssam.probe_cpu import RoundedWeight
+
+    torch.manual_seed(0)
+    offset, start = torch.randn(48), torch.randn(5, 48)
+    ours, theirs = RoundedWeight(start.clone(), offset, lr=1e-2), torch.nn.Parameter(start.clone())
+    adam = torch.optim.Adam([theirs], lr=1e-2)
+    for scale in (1.0, 1e-4, 0.0, 1e3, 1.0):
+        theirs.grad = (scale * torch.randn(5, 48)).bfloat16().float()
+        ours.rounded.grad = theirs.grad.bfloat16()
+        ours.step()
+        adam.step()
+        torch.testing.assert_close(ours.weight, theirs.detach(), rtol=1e-5, atol=1e-6)
+        assert torch.equal(ours.rounded, ours.weight.bfloat16()) and ours.rounded.grad is None
+        torch.testing.assert_close(ours.times_offset, ours.weight @ offset, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_heads_with_rounded_weights_learn_the_same(layers):
+    pytest.importorskip("llvmlite")
+    torch.manual_seed(0)
+    single = build_head(32, 3, HeadConfig(hidden_layers=layers, hidden_dim=256, dropout=0.0))
+    x, target = torch.randn(40, 32), torch.randint(3, (40,))
+    results = []
+    for rounds in (True, False):
+        heads = _Heads([single], [0.0], torch.bfloat16, torch.full((32,), 2.0))
+        if rounds:
+            heads.round_weights(1e-3)
+        assert len(heads.rounded) == layers * rounds
+        optimizer = torch.optim.Adam(heads.parameters(), lr=1e-3)
+        for _ in range(5):
+            heads.zero_grad()
+            F.cross_entropy(heads(x)[0], target).backward()
+            optimizer.step()
+            for weight in heads.rounded.values():
+                weight.step()
+        results.append((heads(x), heads.snapshot(0)))
+    (ours, state), (theirs, expected) = results
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state[name].float(), tensor.float(), rtol=1e-2, atol=5e-3, msg=name)
+
+
 def test_the_fused_block_keeps_no_step_alive():
     """Memory that only the garbage collector frees makes every step wait for new pages."""
     pytest.importorskip("llvmlite")
