@@ -62,10 +62,13 @@ def test_one_bad_task_does_not_stop_the_others(tmp_path, capsys):
     assert "--existing never" in capsys.readouterr().err
 
 
-def test_event_tasks(tmp_path):
+@pytest.mark.parametrize("probe", ["exact", "fast"])
+def test_event_tasks(tmp_path, probe):
     quick = {"task_specific_param_grid": {"hidden_dim": [64], "max_epochs": [60], "lr": [1e-2], "hidden_layers": [1]}}
     write_task(tmp_path / "tasks" / "beeps", embedding_type="event", clips=12, evaluation_params=quick)
-    evaluation = run_evaluation([MODULE], tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "results", workers=1)
+    evaluation = run_evaluation(
+        [MODULE], tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "results", workers=2, probe=probe
+    )
     assert not evaluation.failures
     scores = {r["metric"]: r["score"] for r in evaluation.records}
     assert scores["event_onset_200ms_fms"] == scores["event_onset_200ms_fms_f_measure"] > 0.9
