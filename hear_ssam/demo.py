@@ -8,6 +8,7 @@ and the confusion matrix of the probe.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,14 +66,11 @@ def run_demo(out: Path, model_options: Mapping[str, Any] | None = None) -> tuple
     from .tasks import read_task
 
     tasks_dir, results = shipped("eval_tasks") / "demo" / "tasks", out / "results"
-    records: list[Record] = []
-    for options in (model_options or {}, {"model": "logmel"}):
-        evaluation = run_evaluation(
-            model_options=options, tasks_dir=tasks_dir, tasks=[TASK], results_dir=results, seeds=1
-        )
-        if evaluation.failures:
-            raise HearSsamError(f"the demo failed: {'; '.join(evaluation.failures.values())}")
-        records += evaluation.records
+    modules = [f"hear_ssam:{json.dumps(options)}" for options in (dict(model_options or {}), {"model": "logmel"})]
+    evaluation = run_evaluation(modules, tasks_dir=tasks_dir, tasks=[TASK], results_dir=results, seeds=1)
+    if evaluation.failures:
+        raise HearSsamError(f"the demo failed: {'; '.join(evaluation.failures.values())}")
+    records = sorted(evaluation.records, key=lambda record: record["model"] == "logmel")  # the baseline last
     task = read_task(tasks_dir / TASK)
     confusion = confusion_matrix(task, predictions_file(results, records[0]))
     audio = read_recording(task, RECORDING)

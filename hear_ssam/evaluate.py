@@ -129,16 +129,14 @@ def run_evaluation(
             models = [load_hear_model(module, model, model_options) for module in dict.fromkeys(modules)]
             sources = _module_sources(models, folders, results_dir, resample, failures)
         done = {key_of(record) for record in read(store)} if store.exists() else set()
-        missing = [
-            [seed for seed in seed_range if existing == "always" or source.key(protocol, probe, seed) not in done]
-            for source in sources
-        ]
-        kept = [source.label for source, todo in zip(sources, missing, strict=True) if len(todo) < count]
+        if existing == "always":
+            done = set()
+        work = [(s, [seed for seed in seed_range if s.key(protocol, probe, seed) not in done]) for s in sources]
+        kept = [source.label for source, todo in work if len(todo) < count]
         if existing == "never" and kept:
             raise HearSsamError(f"{store} has results of {', '.join(kept)} already (--existing never).")
         jobs, commit, device = [], git_commit(), _device(probe)
-        to_embed = tqdm(sources, desc="tasks", unit="task", disable=None, leave=False)
-        for source, todo in zip(to_embed, missing, strict=True):
+        for source, todo in tqdm(work, desc="tasks", unit="task", disable=None, leave=False):
             if todo:
                 with noted(source.label, failures):
                     source.make()

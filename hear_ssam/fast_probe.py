@@ -127,9 +127,14 @@ class _CentredRows:
         return ready
 
 
+def _blocks(parts: Sequence[Tensor]) -> list[Tensor]:
+    """The rows of all parts, at most BLOCK at a time."""
+    return [block for part in parts for block in part.split(BLOCK)]
+
+
 def _mean(parts: Sequence[Tensor]) -> Tensor:
     """The mean row, float32 (dim,)."""
-    blocks = [block for part in parts for block in part.split(BLOCK)]
+    blocks = _blocks(parts)
     total = sum((block.sum(0, dtype=torch.float64) for block in blocks), torch.zeros(()))
     return (total / sum(map(len, blocks))).float()
 
@@ -142,8 +147,7 @@ def row_space(parts: Sequence[Tensor], device: torch.device | None = None, batch
     then (x basisᵀ) (w basisᵀ)ᵀ, two thin products. Found from random combinations of the rows (Halko, Martinsson and
     Tropp 2011, algorithm 4.1). No row loses more than 1e-4 of its norm; rounding to bfloat16 costs ten times that.
     """
-    blocks = [block for part in parts for block in part.split(BLOCK)]
-    mean = _mean(parts).to(device)
+    blocks, mean = _blocks(parts), _mean(parts).to(device)
     size, dim = min(sum(map(len, blocks)), batch_size), len(mean)
     limit = size * dim * 3 // (4 * (size + dim))  # a rank that saves a quarter of the multiplications
     generator = torch.Generator().manual_seed(0)
@@ -321,7 +325,9 @@ class _Heads(nn.Module):
             if rounded:
                 weight = rounded.rounded[None]
             if number == 0:  # all heads read the same rows: one product
-                w = weight.flatten(0, 1) if self.basis is None else self._product(weight.flatten(0, 1), self.basis)
+                w = weight.flatten(0, 1)
+                if self.basis is not None:
+                    w = self._product(w, self.basis)
                 y = self._product(x, w).view(len(x), count, -1)
                 # normalisation lets no gradient pass to what all rows share
                 seen = rounded.times_offset if rounded else (weight if last else weight.detach()) @ self.offset

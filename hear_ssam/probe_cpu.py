@@ -85,14 +85,14 @@ def write_adam(k: Kernel) -> None:
     weight, mean, square, partial = (k.tensor(name, 2) for name in ("weight", "mean", "square", "partial"))
     gradient, rounded = k.tensor("gradient", 2, bf16=True), k.tensor("rounded", 2, bf16=True)
     offset, options, vectors = k.tensor("offset", 1), k.tensor("options", 1), k.integer("vectors")
-    rate, correction, beta1, beta2, epsilon = (k.fill(options.load_number(i)) for i in range(5))
+    rate, correction, new_mean, new_square, epsilon = (k.fill(options.load_number(i)) for i in range(5))
     with k.loop(k.begin, k.end) as row:
         total = k.variable(k.constant(0.0))
         with k.loop(0, vectors) as v:
             c = v * LANES
-            g, m = gradient.load(row, c), mean.load(row, c)
-            m = (g - m) * beta1 + m
-            s = g * g * beta2 + (square.load(row, c) - square.load(row, c) * beta2)
+            g, m, s = gradient.load(row, c), mean.load(row, c), square.load(row, c)
+            m = (g - m) * new_mean + m
+            s = g * g * new_square + (s - s * new_square)
             w = weight.load(row, c) - rate * m / (k.sqrt(s) * correction + epsilon)
             mean.store(m, row, c)
             square.store(s, row, c)
