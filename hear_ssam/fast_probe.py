@@ -17,6 +17,7 @@ import importlib.util
 import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,12 +57,18 @@ BLOCK = 4096  # rows of embeddings that are in memory in float32 at a time
 
 
 def run_fast_probe(
-    folder: Path, protocol: str, seeds: Sequence[int], device: str = "cpu", threads: int = 1
+    folder: Path,
+    protocol: str,
+    seeds: Sequence[int],
+    device: str = "cpu",
+    threads: int = 1,
+    core: AbstractContextManager[Any] | None = None,
 ) -> list[ProbeResult]:
     """As `probe.run_probe`, for several seeds at once; one result per seed, in order.
 
     The grid points of all seeds train together on the first data split, then the winners of all seeds on the others.
-    On a CPU up to `threads` heads train at a time, and the result of a seed depends on that seed alone.
+    On a CPU up to `threads` heads train at a time, each while it holds `core`, a semaphore that other processes may
+    share; the result of a seed depends on that seed alone.
     """
     task, splits = open_embeddings(folder)
     place = torch.device(device)
@@ -73,7 +80,7 @@ def run_fast_probe(
         for seed, configs in zip(seeds, points, strict=True)
         for number, config in enumerate(configs)
     ]
-    trained = iter(_train_all(data, rivals, threads))
+    trained = iter(_train_all(data, rivals, threads, core))
     grids = [list(itertools.islice(trained, len(configs))) for configs in points]  # one list per seed
     winners = [max(heads, key=lambda head: head.key) for heads in grids]  # ties: the first
     rest = [
@@ -81,7 +88,7 @@ def run_fast_probe(
         for seed, winner in zip(seeds, winners, strict=True)
         for number, split in enumerate(others, 1)
     ]
-    trained = iter(_train_all(data, rest, threads))
+    trained = iter(_train_all(data, rest, threads, core))
     results = []
     for heads, winner in zip(grids, winners, strict=True):
         folds = [winner, *itertools.islice(trained, len(others))]
@@ -181,7 +188,9 @@ def _side_by_side(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _train_all(data: _Data, trainings: Sequence[_Training], threads: int) -> list[TrainedHead]:
+def _train_all(
+    data: _Data, trainings: Sequence[_Training], threads: int, core: AbstractContextManager[Any] | None
+) -> list[TrainedHead]:
     """Train one head each; the state of torch's random generators is restored."""
     side_by_side = _side_by_side(data.device)
     groups: dict[object, list[int]] = {}
@@ -196,7 +205,8 @@ def _train_all(data: _Data, trainings: Sequence[_Training], threads: int) -> lis
             singles.append(build_head(dim, len(data.task.labels), training.config))
 
     def train(numbers: list[int]) -> list[TrainedHead]:
-        return _train(data, [trainings[number] for number in numbers], [singles[number] for number in numbers])
+        with core or nullcontext():
+            return _train(data, [trainings[number] for number in numbers], [singles[number] for number in numbers])
 
     trained: dict[int, TrainedHead] = {}
     with ThreadPoolExecutor(1 if side_by_side else threads) as pool:

@@ -85,12 +85,11 @@ def run_jobs(jobs: list[Job], store: Path, workers: int, failures: dict[str, str
 def _run_pool(jobs: list[Job], store: Path, workers: int, failures: dict[str, str]) -> list[Job]:
     """Returns the jobs that died with a killed worker."""
     died = []
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
-    )
+    spawn = multiprocessing.get_context("spawn")
+    processes, cores = min(workers, len(jobs)), spawn.Semaphore(workers)
+    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start_worker, initargs=(cores,))
     try:
-        threads = max(1, workers // len(jobs))  # the fast probe uses cores that would have no job
-        futures = {pool.submit(_work, job, threads): job for job in jobs}
+        futures = {pool.submit(_work, job, workers): job for job in jobs}
         with tqdm(total=len(jobs), desc="probe", unit="job", disable=None) as bar:
             for future in as_completed(futures):
                 job = futures[future]
@@ -117,10 +116,15 @@ def _headline(records: list[Record]) -> str:
     return f"{of_seeds[0]['metric']} {scores} in {sum(r['seconds'] for r in of_seeds):.0f} s"
 
 
-def _start_worker() -> None:
+_cores: contextlib.AbstractContextManager[Any] | None = None  # of a worker process: shared with the others
+
+
+def _start_worker(cores: contextlib.AbstractContextManager[Any]) -> None:
     """One thread per operation; Ctrl-C is the parent's affair; a worker whose parent was killed ends too."""
     import torch
 
+    global _cores
+    _cores = cores
     torch.set_num_threads(1)
     _keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -145,8 +149,11 @@ def _keep_memory() -> None:
             set_option(option, 1 << 30)
 
 
-def _work(job: Job, threads: int) -> list[Record]:
-    """Train the probes of one job; store their predictions; return their records."""
+def _work(job: Job, workers: int) -> list[Record]:
+    """Train the probes of one job; store their predictions; return their records.
+
+    The fast probe trains heads in threads and every head waits for a core, so the last jobs get the cores of others.
+    """
     import torch
 
     from .embeddings import provenance
@@ -162,14 +169,14 @@ def _work(job: Job, threads: int) -> list[Record]:
         from .fast_probe import product_dtype, run_fast_probe
 
         dtype = product_dtype(torch.device(job.device))
-        results = run_fast_probe(job.source_folder, protocol, job.seeds, job.device, threads)
+        results = run_fast_probe(job.source_folder, protocol, job.seeds, job.device, workers, _cores)
     task, made_by = read_task(job.source_folder), provenance(job.source_folder)
     how = {
         "clips": sum(len(names) for _, names in task.shuffled_clips()),
         "embeddings": {name: made_by.get(name) for name in ("module", "dim", "device", "dtype", "backend", "seconds")},
         "device": job.device,
         "dtype": str(dtype).removeprefix("torch."),
-        "threads": threads if job.identity["probe"] == "fast" else 1,
+        "threads": 1,
         "seconds": round((time.time() - started) / len(results), 3),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"hear_ssam": __version__, "python": platform.python_version(), "torch": torch.__version__},

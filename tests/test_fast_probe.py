@@ -1,6 +1,8 @@
 """The fast probe: heads side by side do what heads alone do, and judge embeddings as the exact probe does."""
 
 import gc
+import threading
+import time
 import weakref
 
 import numpy as np
@@ -262,6 +264,23 @@ def test_it_repeats_and_agrees_with_the_exact_probe(tmp_path, monkeypatch, dtype
         assert len(result.histories) == len(exact.histories)
         mean, expected = (np.mean([fold.scores["top1_acc"] for fold in r.folds]) for r in (result, exact))
         assert mean == pytest.approx(expected, abs=0.1)
+
+
+def test_heads_wait_for_a_core(tmp_path, monkeypatch):
+    """Jobs in several processes share the cores, so however many threads they have, no more heads train than cores."""
+    grid = {"task_specific_param_grid": {"hidden_dim": [16], "max_epochs": [3], "lr": [1e-2]}}
+    folder = write_embeddings(tmp_path / "toy", ["fold00", "fold01", "fold02"], rows=20, evaluation_params=grid)
+    free, seen, train = threading.Semaphore(2), [], fast_probe._train
+
+    def watched(*arguments):
+        seen.append(free._value)
+        time.sleep(0.01)
+        return train(*arguments)
+
+    monkeypatch.setattr(fast_probe, "_train", watched)
+    run_fast_probe(folder, "ssam", [0, 1], threads=8, core=free)
+    assert len(seen) > 4 and set(seen) == {0, 1}  # cores left while a head trains
+    assert free._value == 2
 
 
 def test_heads_train_together_as_alone(tmp_path, monkeypatch):
