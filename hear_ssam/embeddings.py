@@ -22,6 +22,7 @@ import pickle
 import shutil
 import tempfile
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,9 +39,8 @@ from tqdm import tqdm
 from .audio import read_audio
 from .errors import HearSsamError
 from .paths import atomic_write, sha256
-from .tasks import METADATA, VOCABULARY, Task, read_task
+from .tasks import DONE, METADATA, VOCABULARY, Task, known_tasks, read_task
 
-DONE = ".done.embeddings"
 PROVENANCE = "embeddings.json"
 _FUNCTIONS = ("load_model", "get_scene_embeddings", "get_timestamp_embeddings")
 _ATTRIBUTES = ("sample_rate", "scene_embedding_size", "timestamp_embedding_size")
@@ -80,14 +80,13 @@ def load_hear_model(module: str, model: str = "", options: Mapping[str, Any] | N
     """
     module, _, own_options = module.partition(":")
     options = {**(options or {}), **parse_options(own_options or "{}")}
-    try:
+    with _blamed(f"cannot import the HEAR module {module!r}"):
         imported = importlib.import_module(module)
-    except ImportError as error:
-        raise HearSsamError(f"cannot import the HEAR module {module!r}: {error}.") from error
     for name in _FUNCTIONS:
         if not callable(getattr(imported, name, None)):
             raise HearSsamError(f"the module {module} has no function {name}; the HEAR API needs it.")
-    loaded = imported.load_model(*([model] if model else []), **options)
+    with _blamed(f"{module}.load_model failed"):
+        loaded = imported.load_model(*([model] if model else []), **options)
     if not isinstance(loaded, torch.nn.Module):
         raise HearSsamError(f"{module}.load_model returned a {type(loaded).__name__}, not a torch.nn.Module.")
     for name in _ATTRIBUTES:
@@ -101,20 +100,36 @@ def load_hear_model(module: str, model: str = "", options: Mapping[str, Any] | N
     digest = getattr(loaded, "checkpoint_sha256", None)
     if digest is None:
         digest = sha256(model) if model and Path(model).is_file() else ""
+        if model and not digest:  # a folder, or a name that the module knows
+            options["model"] = model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = "-".join([own_name, *(f"{key}={value}" for key, value in sorted(options.items()))])
     return HearModel(imported, loaded.to(device), name, digest, device)
 
 
-def embed_task(hear: HearModel, task_dir: Path, out_dir: Path, *, resample: bool = False) -> Path:
-    """Embed every clip of a task into `out_dir` and return it; a finished folder of the same task is kept as it is.
+@contextlib.contextmanager
+def _blamed(what: str) -> Iterator[None]:
+    """Whatever a foreign module raises becomes a HearSsamError that says where it was raised."""
+    try:
+        yield
+    except HearSsamError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{place.filename}, line {place.lineno}"
+        raise HearSsamError(f"{what}: {type(error).__name__}: {error} ({where}).") from error
 
-    A half-done folder is deleted and made again. Audio must have the model's rate unless `resample` is set.
+
+def embed_task(hear: HearModel, task_dir: Path, out_dir: Path, *, resample: bool = False, again: bool = False) -> Path:
+    """Embed every clip of a task into `out_dir` and return it.
+
+    A finished folder of the same task is kept as it is, unless `again` is set; a half-done one is deleted and made
+    again. Audio must have the model's rate unless `resample` is set.
     Raises HearSsamError that names the file or clip: missing or damaged audio, wrong rate, an embedding that is not
     finite or not of the promised shape.
     """
     task = read_task(task_dir)
-    if is_current(task, out_dir):
+    if not again and is_current(task, out_dir):
         return out_dir
     if out_dir.exists():
         shutil.rmtree(out_dir)
@@ -174,13 +189,18 @@ def audio_folder(task: Task, split: str, sample_rate: int, resample: bool) -> Pa
     if sample_rate in rates:
         return task.folder / str(sample_rate) / split
     if not rates:
-        raise HearSsamError(f"{task.folder} has no audio: the folder {sample_rate}/{split} is missing.")
+        raise HearSsamError(f"{task.folder} has no audio: the folder {sample_rate}/{split} is missing{_get(task)}.")
     if not resample:
         raise HearSsamError(
             f"{task.folder} has no {sample_rate} Hz audio for {split}, only {', '.join(map(str, rates))} Hz; "
-            "get it at the model's rate or allow resampling (--resample)."
+            f"allow resampling (--resample) or get it at the model's rate{_get(task)}."
         )
     return task.folder / str(min((r for r in rates if r > sample_rate), default=rates[-1])) / split
+
+
+def _get(task: Task) -> str:
+    card = known_tasks().get(task.name)
+    return f"; {card.source}" if card else ""
 
 
 def _embed_split(hear: HearModel, task: Task, split: str, order: Sequence[str], out_dir: Path, resample: bool) -> int:

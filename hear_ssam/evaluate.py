@@ -22,7 +22,7 @@ from .errors import HearSsamError, unknown_name
 from .jobs import Job, git_commit, noted, run_jobs
 from .records import STORE, Record, embeddings_folder, key_of, read
 from .tables import Options, terminal
-from .tasks import Task, find_tasks, known_tasks, read_task
+from .tasks import Task, find_archives, find_tasks, known_tasks, read_task, unpack
 
 if TYPE_CHECKING:
     from .embeddings import HearModel
@@ -115,8 +115,10 @@ def run_evaluation(
         raise HearSsamError("say either where the tasks are (--tasks-dir) or the embeddings (--embeddings-dir).")
     plan = named_protocol(protocol)
     count = plan.seeds if seeds is None else seeds
-    if count < 1:
-        raise HearSsamError(f"--seeds must be at least 1, not {count}.")
+    workers = (os.cpu_count() or 1) if workers is None else workers
+    for option, value in (("--seeds", count), ("--workers", workers)):
+        if value < 1:
+            raise HearSsamError(f"{option} must be at least 1, not {value}.")
     seed_range = range(plan.first_seed, plan.first_seed + count)
     failures: dict[str, str] = {}
     store = results_dir / STORE
@@ -125,9 +127,14 @@ def run_evaluation(
             sources = _given_sources(embeddings_dir, tasks, failures)
         else:
             assert tasks_dir is not None
-            folders = find_tasks(tasks_dir, tasks, unpack_to=results_dir / "tasks")
+            unpacked = []
+            for archive in find_archives(tasks_dir, tasks):
+                with noted(archive.name, failures):
+                    unpacked.append(unpack(archive, results_dir / "tasks"))
+            folders = find_tasks(tasks_dir, tasks, unpacked)
             models = [load_hear_model(module, model, model_options) for module in dict.fromkeys(modules)]
-            sources = _module_sources(models, folders, results_dir, resample, failures)
+            options = {"resample": resample, "again": existing == "always"}
+            sources = _module_sources(models, folders, results_dir, options, failures)
         done = {key_of(record) for record in read(store)} if store.exists() else set()
         if existing == "always":
             done = set()
@@ -143,7 +150,7 @@ def run_evaluation(
                     together = [tuple(todo)] if device != "cpu" else [(seed,) for seed in todo]
                     identity = source.identity(protocol, probe)
                     jobs += [Job(source.folder, identity, seeds, device, results_dir, commit) for seeds in together]
-        run_jobs(jobs, store, workers or os.cpu_count() or 1, failures)
+        run_jobs(jobs, store, workers, failures)
         wanted = {source.key(protocol, probe, seed)[:7] for source in sources for seed in seed_range}
         records = [r for r in read(store) if key_of(r)[:7] in wanted] if store.exists() else []
     return Evaluation(records, failures)
@@ -177,19 +184,23 @@ def _only_driver(results_dir: Path) -> Iterator[None]:
 
 
 def _module_sources(
-    models: Sequence[HearModel], folders: Sequence[Path], results_dir: Path, resample: bool, failures: dict[str, str]
+    models: Sequence[HearModel],
+    tasks: Mapping[str, Sequence[Path]],
+    results_dir: Path,
+    options: Mapping[str, bool],
+    failures: dict[str, str],
 ) -> list[Source]:
     from .embeddings import embed_task
 
     sources = []
-    for folder in folders:
-        with noted(folder.name, failures):
-            task = read_task(folder)
-            _warn(task)
+    for name, folders in tasks.items():
+        with noted(name, failures):
+            _warn(read_task(folders[0]))
             for hear in models:
-                target = embeddings_folder(results_dir, hear.name, hear.checkpoint_sha256, folder.name)
-                make = functools.partial(embed_task, hear, folder, target, resample=resample)
-                sources.append(Source(task, hear.name, hear.checkpoint_sha256, target, make))
+                folder = next((f for f in folders if (f / str(hear.sample_rate)).is_dir()), folders[0])
+                target = embeddings_folder(results_dir, hear.name, hear.checkpoint_sha256, name)
+                make = functools.partial(embed_task, hear, folder, target, **options)
+                sources.append(Source(read_task(folder), hear.name, hear.checkpoint_sha256, target, make))
     return sources
 
 
@@ -210,7 +221,7 @@ def _given_sources(embeddings_dir: Path, names: Sequence[str], failures: dict[st
     from .embeddings import provenance, require_done
 
     sources = []
-    for folder in find_tasks(embeddings_dir, names):
+    for folder, *_ in find_tasks(embeddings_dir, names).values():
         with noted(folder.name, failures):
             made_by = provenance(folder)
             model, digest = made_by.get("model", embeddings_dir.resolve().name), made_by.get("checkpoint_sha256", "")

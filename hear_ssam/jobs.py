@@ -17,12 +17,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
@@ -73,27 +74,41 @@ def noted(name: str, failures: dict[str, str]) -> Iterator[None]:
 def run_jobs(jobs: list[Job], store: Path, workers: int, failures: dict[str, str]) -> None:
     """Run all jobs, each in a process, and append the records of each as soon as it is finished.
 
-    If the system kills a worker, the jobs that went down with it run once more, one process for each.
+    If the system kills a worker, the jobs that were running go down with it and run once more, each alone; then the
+    others go on.
     """
-    jobs = sorted(jobs, key=lambda job: -job.size)  # the longest first, so that no core waits for one at the end
-    died = _run_pool(jobs, store, workers, failures) if jobs else []
-    for job in died:
-        if _run_pool([job], store, 1, failures):
-            failures[job.label] = "the process was killed (out of memory?)"
+    waiting = deque(sorted(jobs, key=lambda job: -job.size))  # longest first, so that no core waits for one at the end
+    with tqdm(total=len(jobs), desc="probe", unit="job", disable=None) as bar:
+        while waiting:
+            for job in _run_pool(waiting, store, workers, failures, bar):
+                if _run_pool(deque([job]), store, 1, failures, bar):
+                    failures[job.label] = "the process was killed (out of memory?)"
+                    bar.update()
 
 
-def _run_pool(jobs: list[Job], store: Path, workers: int, failures: dict[str, str]) -> list[Job]:
-    """Returns the jobs that died with a killed worker."""
-    died = []
+def _run_pool(
+    waiting: deque[Job], store: Path, workers: int, failures: dict[str, str], bar: tqdm[NoReturn]
+) -> list[Job]:
+    """Run jobs from `waiting` until it is empty or a worker is killed; returns the jobs that died with it."""
     spawn = multiprocessing.get_context("spawn")
-    processes, cores = min(workers, len(jobs)), spawn.Semaphore(workers)
+    processes, cores = min(workers, len(waiting)), spawn.Semaphore(workers)
     pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start_worker, initargs=(cores,))
+    running: dict[Future[list[Record]], Job] = {}
+    died: list[Job] = []
+    broken = False
     try:
-        futures = {pool.submit(_work, job, workers): job for job in jobs}
-        with tqdm(total=len(jobs), desc="probe", unit="job", disable=None) as bar:
-            for future in as_completed(futures):
-                job = futures[future]
+        while running or (waiting and not broken):
+            while waiting and len(running) < processes and not broken:
+                try:
+                    future = pool.submit(_work, waiting[0], workers)
+                except BrokenProcessPool:
+                    broken = True
+                else:
+                    running[future] = waiting.popleft()
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
                 if isinstance(future.exception(), BrokenProcessPool):
+                    broken = True
                     died.append(job)
                     continue
                 with noted(job.label, failures):
@@ -139,14 +154,15 @@ def _start_worker(cores: contextlib.AbstractContextManager[Any]) -> None:
 
 
 def _keep_memory() -> None:
-    """Let this process keep what it frees: a step of the probe frees and takes megabytes dozens of times.
+    """Let this process keep what it frees, in one heap: a step of the probe frees and takes megabytes dozens of times.
 
-    glibc would return them to the system, and fetching pages again took a fifth of the time. A no-op elsewhere.
+    glibc would return them to the system, and fetching pages again took a fifth of the time; and it would keep a heap
+    for every thread. A no-op elsewhere.
     """
     with contextlib.suppress(OSError, AttributeError):
         set_option = ctypes.CDLL(None).mallopt
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            set_option(option, 1 << 30)
+        for option, value in ((-1, 1 << 30), (-3, 1 << 30), (-8, 1)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
+            set_option(option, value)
 
 
 def _work(job: Job, workers: int) -> list[Record]:
@@ -173,7 +189,10 @@ def _work(job: Job, workers: int) -> list[Record]:
     task, made_by = read_task(job.source_folder), provenance(job.source_folder)
     how = {
         "clips": sum(len(names) for _, names in task.shuffled_clips()),
-        "embeddings": {name: made_by.get(name) for name in ("module", "dim", "device", "dtype", "backend", "seconds")},
+        "embeddings": {
+            **{name: made_by.get(name) for name in ("module", "dim", "device", "dtype", "backend", "seconds")},
+            "folder": str(job.source_folder.resolve()),
+        },
         "device": job.device,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": 1,
@@ -210,7 +229,7 @@ def _of_seed(
         records += _records(identity, task, name, fold.scores, {**detail, **common})
     if len(result.folds) > 1:
         records += _records(identity, task, None, aggregate_folds([fold.scores for fold in result.folds]), common)
-    return records
+    return sorted(records, key=lambda r: r["fold"] is None and r["primary"])  # what says "done" comes last
 
 
 def _records(

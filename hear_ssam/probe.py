@@ -158,8 +158,16 @@ def read_rows(task: Task, split: str) -> Rows:
     for start in range(0, rows, 4096):
         finite = np.isfinite(mapped[start : start + 4096]).all(1)
         if not finite.all():
-            raise HearSsamError(f"{path}: row {start + int(finite.argmin())} is not finite.")
+            raise HearSsamError(f"{path}: {_row_name(task, split, start + int(finite.argmin()))} is not finite.")
     return Rows(torch.from_numpy(mapped), torch.from_numpy(task.targets(labels, where=str(labels_path))))
+
+
+def _row_name(task: Task, split: str, row: int) -> str:
+    """The clip that a row of embeddings belongs to, where the files tell."""
+    if task.event:
+        return f"row {row}"
+    names = dict(task.shuffled_clips())[split]
+    return f"row {row} ({names[row]})" if row < len(names) else f"row {row}"
 
 
 def make_judge(task: Task, split: str, rows: Rows) -> SceneJudge | EventJudge:

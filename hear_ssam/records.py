@@ -53,7 +53,7 @@ def predictions_file(results_dir: Path, record: Mapping[str, Any]) -> Path:
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
-    """Append records in one write and force them to disk. Raises HearSsamError that names an unwritable file."""
+    """Append records, all or none, and force them to disk. Raises HearSsamError that names an unwritable file."""
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,9 +63,13 @@ def append(path: Path, records: Iterable[Record]) -> None:
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 text = "\n" + text  # close the line that a crash tore
             data = text.encode()
-            if os.write(descriptor, data) != len(data):
-                raise OSError(None, "the disk is full")
-            os.fsync(descriptor)
+            try:
+                if os.write(descriptor, data) != len(data):
+                    raise OSError(None, "the disk is full")
+                os.fsync(descriptor)
+            except OSError:  # a part of the records would pass for all of them
+                os.ftruncate(descriptor, size)
+                raise
         finally:
             os.close(descriptor)
     except OSError as error:

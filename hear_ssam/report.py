@@ -19,6 +19,7 @@ from .errors import HearSsamError
 from .paths import atomic_write
 from .records import Record, embeddings_folder, predictions_file, read
 from .tables import BASELINE, FORMATS, Options, Table, as_text, caption, grid, tables
+from .tasks import DONE
 
 EXAMPLES = """examples:
   hear-ssam report results
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
   hear-ssam report results --protocol ssam --format markdown --published
   hear-ssam report results --format html -o results.html
 """
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
@@ -192,9 +194,11 @@ def _models(table: Table, task: str, results_dir: Path) -> Iterable[str]:
         stored = predictions_file(results_dir, record)
         if stored.exists():
             figures += _prediction_figures(stored)
-        folder = embeddings_folder(results_dir, record["model"], record["checkpoint_sha256"], task)
-        if folder.exists():
-            figures.append(_figure(*_embedding_map(folder)))
+        own = embeddings_folder(results_dir, record["model"], record["checkpoint_sha256"], task)
+        given = record.get("embeddings", {}).get("folder")  # where an evaluation of finished embeddings found them
+        places = [place for place in (own, Path(given or own)) if (place / DONE).exists()]
+        if places:
+            figures.append(_figure(*_embedding_map(places[0])))
         if figures:
             yield f"<section><h3>{_text(model)}</h3>{''.join(figures)}</section>"
 

@@ -13,6 +13,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -31,6 +32,7 @@ else:
 
 METADATA = "task_metadata.json"
 VOCABULARY = "labelvocabulary.csv"
+DONE = ".done.embeddings"  # in a finished folder of embeddings
 _CHOICES = {
     "embedding_type": ("scene", "event"),
     "prediction_type": ("multiclass", "multilabel"),
@@ -172,24 +174,20 @@ def read_task(folder: Path) -> Task:
     return Task(folder, metadata, _read_vocabulary(folder / VOCABULARY))
 
 
-def find_tasks(tasks_dir: Path, names: Sequence[str] = (), *, unpack_to: Path | None = None) -> list[Path]:
-    """Task folders in `tasks_dir` (or in `tasks_dir/…/tasks`, as HEAR's archives unpack), sorted by name.
+def find_tasks(tasks_dir: Path, names: Sequence[str] = (), unpacked: Iterable[Path] = ()) -> dict[str, list[Path]]:
+    """Task folders by name, sorted, in `tasks_dir` or in `tasks_dir/…/tasks`, as HEAR's archives unpack.
 
-    `names` selects folders by name. A missing one raises HearSsamError that says where to get it or which name is
-    near. With `unpack_to`, archives in `tasks_dir` (.tar, .tar.gz, .tgz) are unpacked there, once each.
+    `unpacked` are further places to look at. A task that is in several of them has several folders, perhaps with other
+    sample rates. `names` selects folders by name; a missing one raises HearSsamError that says where to get it or
+    which name is near.
     """
     if not tasks_dir.is_dir():
         raise HearSsamError(f"no folder {tasks_dir}; --tasks-dir must hold one folder per HEAR task.")
-    roots = [tasks_dir]
-    if unpack_to is not None:
-        archives = [path for path in sorted(tasks_dir.iterdir()) if path.name.endswith((".tar", ".tar.gz", ".tgz"))]
-        roots += [_unpack(path, unpack_to) for path in archives if not names or any(n in path.name for n in names)]
-    folders = {
-        path.parent.name: path.parent
-        for root in reversed(roots)  # a folder goes before an archive
-        for pattern in ("*/tasks/*", "tasks/*", "*")
-        for path in root.glob(f"{pattern}/{METADATA}")
-    }
+    folders: dict[str, list[Path]] = {}
+    for root in (tasks_dir, *unpacked):
+        for pattern in ("*", "tasks/*", "*/tasks/*"):
+            for path in sorted(root.glob(f"{pattern}/{METADATA}")):
+                folders.setdefault(path.parent.name, []).append(path.parent)
     if not folders:
         raise HearSsamError(f"{tasks_dir} holds no HEAR task (no folder in it has a {METADATA}).")
     for name in names:
@@ -197,11 +195,17 @@ def find_tasks(tasks_dir: Path, names: Sequence[str] = (), *, unpack_to: Path | 
             raise HearSsamError(f"{tasks_dir} lacks {name}; {known_tasks()[name].source}.")
         if name not in folders:
             raise unknown_name(f"task in {tasks_dir}", name, folders)
-    return [folders[name] for name in sorted(names or folders)]
+    return {name: folders[name] for name in sorted(names or folders)}
 
 
-def _unpack(archive: Path, folder: Path) -> Path:
-    """Unpack an archive into a folder of its own, whole or not at all; a newer archive replaces it."""
+def find_archives(tasks_dir: Path, names: Sequence[str] = ()) -> list[Path]:
+    """Archives in `tasks_dir` (.tar, .tar.gz, .tgz), all or those with one of `names` in their name."""
+    archives = [path for path in sorted(tasks_dir.glob("*")) if path.name.endswith((".tar", ".tar.gz", ".tgz"))]
+    return [path for path in archives if not names or any(name in path.name for name in names)]
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Unpack an archive into a folder of its own in `folder`, whole or not at all; a newer archive replaces it."""
     target = folder / archive.name.partition(".tar")[0].removesuffix(".tgz")
     if target.is_dir() and target.stat().st_mtime >= archive.stat().st_mtime:
         return target
@@ -213,8 +217,8 @@ def _unpack(archive: Path, folder: Path) -> Path:
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
         target.touch()
-    except (OSError, tarfile.TarError) as error:
-        raise HearSsamError(f"cannot unpack {archive}: {error}.") from error
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise HearSsamError(f"cannot unpack {archive}: {error}; get it again.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
@@ -257,6 +261,7 @@ class TaskCard:
             "version": task.version,
             "embedding_type": task.metadata["embedding_type"],
             "prediction_type": task.metadata["prediction_type"],
+            "split_mode": "trainvaltest" if task.metadata["split_mode"] == "trainvaltest" else "kfold",
             "splits": len(task.splits),
             "classes": len(task.labels),
             "clips": sum(len(task.clips(split)) for split in task.splits),

@@ -11,7 +11,7 @@ from hear_ssam.embeddings import load_hear_model
 
 def findings(broken=""):
     hear = load_hear_model("tests.tiny_hear", options={"broken": broken})
-    return {finding.check: finding for finding in check_model(hear, long_seconds=30)}
+    return {finding.check: finding for finding in check_model(hear, long_seconds=300)}
 
 
 def test_a_sound_module_passes():
@@ -46,14 +46,17 @@ def test_short_audio_that_only_tiny_clips_break_is_a_warning():
 def test_training_mode_is_a_warning():
     hear = load_hear_model("tests.tiny_hear")
     hear.model.train()
-    (finding,) = (f for f in check_model(hear, long_seconds=30) if f.check == "evaluation mode")
+    (finding,) = (f for f in check_model(hear, long_seconds=300) if f.check == "evaluation mode")
     assert finding.level == "warning" and "model.eval()" in finding.text
 
 
 def test_the_command(capsys):
-    assert cli.main(["check", "tests.tiny_hear", "--long", "30"]) == 0
-    assert "ok       drift" in capsys.readouterr().out
-    options = ["--model-options", '{"broken": "drift"}', "--long", "30", "--json"]
+    assert cli.main(["check", "tests.tiny_hear", "--long", "300"]) == 0
+    captured = capsys.readouterr().out
+    assert "ok       drift" in captured and "FSD50K has clips of 0.3 s (hear-validator does not look)" in captured
+    assert cli.main(["check", "tests.tiny_hear", "--long", "100"]) == 0
+    assert "warning  drift: 100 s are too short to tell" in capsys.readouterr().out
+    options = ["--model-options", '{"broken": "drift"}', "--long", "300", "--json"]
     assert cli.main(["check", "tests.tiny_hear", *options]) == 1
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["check"] for line in lines if line["level"] == "error"] == ["drift"]

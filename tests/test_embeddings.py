@@ -127,6 +127,16 @@ def test_wrong_scene_embeddings(tmp_path, broken, message):
         embed_task(hear, write_task(tmp_path / "tones"), tmp_path / "out")
 
 
+def test_weights_tell_models_apart(tmp_path):
+    """By the digest of a file, or by the name of anything else that a module understands."""
+    (tmp_path / "weights").write_bytes(b"")
+    models = [load_hear_model("tests.tiny_hear", str(name)) for name in ("", "base", "large", tmp_path / "weights")]
+    assert [model.name for model in models[:3]] == [
+        f"tests.tiny_hear{name}" for name in ("", "-model=base", "-model=large")
+    ]
+    assert models[3].name == "tests.tiny_hear" and len(models[3].checkpoint_sha256) == 64
+
+
 def test_timestamps_in_seconds(tmp_path):
     hear = load_hear_model("tests.tiny_hear", options={"broken": "seconds"})
     with pytest.raises(HearSsamError, match="they must be milliseconds"):
@@ -148,6 +158,8 @@ def test_modules_without_the_hear_api(monkeypatch):
         load_hear_model("no_such_module")
     with pytest.raises(HearSsamError, match="json has no function load_model"):
         load_hear_model("json")
+    with pytest.raises(HearSsamError, match=r"tests.tiny_hear.load_model failed: TypeError: .*'widht'"):
+        load_hear_model("tests.tiny_hear", options={"widht": 2})
     monkeypatch.delattr(tiny_hear.Bands, "sample_rate")
     with pytest.raises(HearSsamError, match="needs the attribute sample_rate"):
         load_hear_model("tests.tiny_hear")

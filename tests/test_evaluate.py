@@ -5,15 +5,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hear_ssam import HearSsamError, cli
+from hear_ssam import HearSsamError, cli, jobs
 from hear_ssam.evaluate import run_evaluation
-from hear_ssam.records import STORE, key_of, read
+from hear_ssam.records import KEY, STORE, key_of, read
 
 from .tiny_tasks import write_task
 
@@ -128,6 +129,66 @@ def test_a_killed_run_loses_no_finished_job(tmp_path):
     assert {r["seed"] for r in records.values()} == set(range(42, 43 + len(seeds)))
 
 
+class _Killer:
+    """Ends the process that reads it from a pickle."""
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+    def __str__(self):
+        return "killer"
+
+
+def test_a_killed_worker_takes_only_its_job_along(tmp_path, monkeypatch):
+    """What ran beside it runs again, alone; what had not begun still runs side by side; one line says what failed."""
+    write_task(tmp_path / "tasks" / "tones")
+    evaluation = run_evaluation([MODULE], tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "a", workers=1)
+    (folder,) = (tmp_path / "a" / "embeddings" / MODULE).iterdir()
+    identity = {name: evaluation.records[0][name] for name in KEY[:6]}
+    make = [jobs.Job(folder, identity, (seed,), "cpu", tmp_path / "b", None) for seed in range(6)]
+    make.insert(2, jobs.Job(folder, {**identity, "model": _Killer()}, (0,), "cpu", tmp_path / "b", None))
+    pools, failures, run_pool = [], {}, jobs._run_pool
+
+    def watched(waiting, store, workers, *others):
+        pools.append((len(waiting), workers))
+        return run_pool(waiting, store, workers, *others)
+
+    monkeypatch.setattr(jobs, "_run_pool", watched)
+    jobs.run_jobs(make, tmp_path / "b" / STORE, 2, failures)
+    assert list(failures) == ["killer, tones, seed 0"] and "out of memory?" in failures["killer, tones, seed 0"]
+    assert {r["seed"] for r in read(tmp_path / "b")} == set(range(6))
+    assert pools[0] == (7, 2) and pools[-1][1] == 2 and len([1 for _, workers in pools if workers == 1]) <= 2
+
+
+def test_a_broken_archive_does_not_stop_the_others(tmp_path):
+    write_task(tmp_path / "tasks" / "tones")
+    (tmp_path / "tasks" / "half.tar.gz").write_bytes(b"no archive")
+    evaluation = run_evaluation([MODULE], tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "results", workers=1)
+    assert {r["task"] for r in evaluation.records} == {"tones"} and list(evaluation.failures) == ["half.tar.gz"]
+
+
+def test_of_two_rates_a_model_gets_its_own(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    for rate in (48000, 16000):  # the other order on disk
+        folder = write_task(tmp_path / str(rate) / "tones", rate=rate)
+        with tarfile.open(tmp_path / "tasks" / f"{'ab'[rate == 16000]}-tones-{rate}.tar", "w") as tar:
+            tar.add(folder, "hear-2021.0.6/tasks/tones")
+    evaluation = run_evaluation([MODULE], tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "results", workers=1)
+    assert evaluation.records and not evaluation.failures
+
+
+def test_always_makes_embeddings_again_too(tmp_path):
+    write_task(tmp_path / "tasks" / "tones")
+    run = {"tasks_dir": tmp_path / "tasks", "results_dir": tmp_path / "results", "workers": 1}
+    run_evaluation([MODULE], **run)
+    made = tmp_path / "results" / "embeddings" / MODULE / "tones" / "test.embeddings.npy"
+    made.write_bytes(bytes(made.stat().st_size))
+    run_evaluation([MODULE], **run, seeds=2)
+    assert not any(made.read_bytes())
+    run_evaluation([MODULE], **run, existing="always")
+    assert any(made.read_bytes())
+
+
 def test_two_drivers_on_one_folder(tmp_path):
     fcntl = pytest.importorskip("fcntl")
     with open(tmp_path / ".lock", "w") as file:
@@ -143,6 +204,7 @@ def test_two_drivers_on_one_folder(tmp_path):
         ([], "--tasks-dir"),
         (["--tasks-dir", "nowhere", "--protocol", "sam"], "Did you mean 'ssam'"),
         (["--tasks-dir", "nowhere", "--seeds", "0"], "--seeds must be at least 1"),
+        (["--tasks-dir", "nowhere", "--workers", "-1"], "--workers must be at least 1"),
         (["--tasks-dir", "nowhere", "--model-options", "[1]"], "must be a JSON object"),
     ],
 )

@@ -147,7 +147,7 @@ def test_damaged_embedding_folders_are_named(tmp_path):
     x = np.fromfile(folder / "valid.embeddings.npy", np.float32)
     x[4 * 7] = np.nan
     x.tofile(folder / "valid.embeddings.npy")
-    with pytest.raises(HearSsamError, match=r"valid\.embeddings\.npy: row 7 is not finite"):
+    with pytest.raises(HearSsamError, match=r"valid\.embeddings\.npy: row 7 \(5\.wav\) is not finite"):
         run_probe(folder, "ssam", 0)
     x[:50].tofile(folder / "valid.embeddings.npy")
     with pytest.raises(HearSsamError, match=r"valid\.embeddings\.npy does not have the size"):

@@ -1,6 +1,7 @@
 """The store of results: whole lines, the last of a key counts, a torn line is not a result."""
 
 import json
+import os
 
 import pytest
 
@@ -26,6 +27,16 @@ def test_a_torn_line_is_skipped_and_closed_by_the_next_append(tmp_path):
     assert [r["seed"] for r in read(store)] == [0]
     append(store, [record(seed=2)])
     assert [r["seed"] for r in read(store)] == [0, 2]
+
+
+def test_a_full_disk_leaves_all_records_or_none(tmp_path, monkeypatch):
+    store, write = tmp_path / STORE, os.write
+    append(store, [record(seed=0)])
+    before = store.read_bytes()
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[: len(data) // 2 + 9]))
+    with pytest.raises(HearSsamError, match="disk is full"):
+        append(store, [record(seed=1), record(seed=2)])
+    assert store.read_bytes() == before
 
 
 def test_scores_that_are_not_finite_become_null(tmp_path):

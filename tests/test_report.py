@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from hear_ssam import HearSsamError, cli
-from hear_ssam.records import append, embeddings_folder, predictions_file
+from hear_ssam.records import append, embeddings_folder, predictions_file, read
+from hear_ssam.report import page
 from hear_ssam.tables import Options, aggregates, comma_separated, interval, latex, markdown, tables, terminal
 
 from .tiny_tasks import write_task
@@ -153,13 +154,21 @@ def results(tmp_path):
     stored.parent.mkdir(parents=True)
     arrays = {"test/target": target, "test/prediction": np.roll(target, 1, axis=1)}
     np.savez(stored, labels=["<a>", "b", "c"], histories=json.dumps(histories), **arrays)
+    embeddings_folder(tmp_path, "ours", "", "doors").mkdir(parents=True)  # an unfinished one
     folder = write_task(embeddings_folder(tmp_path, "ours", "", "birds"), clips=7)
+    (folder / ".done.embeddings").touch()
     for split in ("train", "valid", "test"):
         generator.random((7, 4), np.float32).tofile(folder / f"{split}.embeddings.npy")
         (folder / f"{split}.embedding-dimensions.json").write_text("[7, 4]")
         labels = json.loads((folder / f"{split}.json").read_text()).values()
         (folder / f"{split}.target-labels.pkl").write_bytes(pickle.dumps(list(labels)))
     return tmp_path
+
+
+def test_the_page_finds_embeddings_that_were_given(results, tmp_path):
+    folder = embeddings_folder(results, "ours", "", "birds").rename(tmp_path / "elsewhere")
+    given = [{**r, "embeddings": {"folder": str(folder)}} for r in read(results) if r["task"] == "birds"]
+    assert page(given, Options(), results).count("two principal components") == 2  # of both models
 
 
 def test_the_page_draws_what_the_results_hold(results):

@@ -9,7 +9,7 @@ import pytest
 
 from hear_ssam import HearSsamError
 from hear_ssam.scores import SCORES
-from hear_ssam.tasks import find_tasks, known_tasks, read_task
+from hear_ssam.tasks import find_archives, find_tasks, known_tasks, read_task, unpack
 
 from .tiny_tasks import write_task
 
@@ -45,8 +45,10 @@ def test_targets_are_one_hot_rows_by_vocabulary(tmp_path):
 def test_tasks_are_found_by_name_also_below_an_unpacked_archive(tmp_path):
     write_task(tmp_path / "hear-2021.0.6" / "tasks" / "tones")
     write_task(tmp_path / "chords")
-    assert [path.name for path in find_tasks(tmp_path)] == ["chords", "tones"]
-    assert [path.name for path in find_tasks(tmp_path, ["tones"])] == ["tones"]
+    write_task(tmp_path / "elsewhere" / "tones")
+    assert list(find_tasks(tmp_path)) == ["chords", "tones"]
+    places = find_tasks(tmp_path, ["tones"], [tmp_path / "elsewhere"])
+    assert places == {"tones": [tmp_path / "hear-2021.0.6" / "tasks" / "tones", tmp_path / "elsewhere" / "tones"]}
     with pytest.raises(HearSsamError, match="Did you mean 'tones'"):
         find_tasks(tmp_path, ["tone"])
     with pytest.raises(HearSsamError, match="no folder"):
@@ -109,17 +111,23 @@ def test_archives_are_unpacked_once_and_safely(tmp_path):
     archive = tmp_path / "tasks" / "hear2021-tones-16000.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, "hear-2021.0.6/tasks/tones")
-    (found,) = find_tasks(tmp_path / "tasks", ["tones"], unpack_to=tmp_path / "cache")
+    assert find_archives(tmp_path / "tasks", ["chords"]) == []
+    assert find_archives(tmp_path / "tasks", ["tones"]) == [archive]
+    cache = tmp_path / "cache"
+    (found,) = find_tasks(tmp_path / "tasks", ["tones"], [unpack(archive, cache)])["tones"]
     assert read_task(found).clips("train") == read_task(folder).clips("train")
     (found / "train.json").unlink()  # a second unpacking would bring it back
-    (again,) = find_tasks(tmp_path / "tasks", unpack_to=tmp_path / "cache")
-    assert again == found and not (found / "train.json").exists()
+    unpack(archive, cache)
+    assert not (found / "train.json").exists()
 
     with tarfile.open(tmp_path / "tasks" / "hostile.tar", "w") as tar:
         tar.add(folder / "test.json", "../outside.json")
-    with pytest.raises(HearSsamError, match=r"cannot unpack .*hostile\.tar"):
-        find_tasks(tmp_path / "tasks", unpack_to=tmp_path / "cache")
-    assert not (tmp_path / "outside.json").exists() and not list((tmp_path / "cache").glob(".unpacking*"))
+    half = tmp_path / "tasks" / "half.tar.gz"
+    half.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+    for path in (tmp_path / "tasks" / "hostile.tar", half):
+        with pytest.raises(HearSsamError, match=f"cannot unpack .*{path.name}"):
+            unpack(path, cache)
+    assert not (tmp_path / "outside.json").exists() and not list(cache.glob(".unpacking*"))
 
 
 def test_cards_describe_hears_nineteen_tasks():

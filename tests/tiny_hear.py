@@ -28,7 +28,7 @@ def get_timestamp_embeddings(audio: torch.Tensor, model: Bands) -> tuple[torch.T
     frames = audio.unfold(1, 800, 800)  # (clips, frames, samples)
     power = torch.fft.rfft(frames, dim=-1).abs()[..., 1:].unflatten(-1, (model.scene_embedding_size, -1)).mean(-1)
     times = (torch.arange(frames.shape[1]) * HOP_MS + HOP_MS / 2).expand(len(audio), -1)
-    times = times * {"seconds": 1e-3, "drift": 0.99}.get(model.broken, 1)
+    times = times * {"seconds": 1e-3, "drift": 0.9998}.get(model.broken, 1)
     embedding = torch.log(power + (0 if model.broken == "silence" else 1e-3))
     return embedding - embedding.mean(0) * (model.broken == "batch"), times
 
