@@ -105,7 +105,7 @@ def run_evaluation(
     calls this needs the usual `if __name__ == "__main__"`.
     """
     from .embeddings import load_hear_model
-    from .probe import named_protocol
+    from .probe import grid_points, named_protocol
 
     if existing not in EXISTING:
         raise unknown_name("policy for existing results", existing, EXISTING)
@@ -149,7 +149,11 @@ def run_evaluation(
                     source.make()
                     together = [tuple(todo)] if device != "cpu" else [(seed,) for seed in todo]
                     identity = source.identity(protocol, probe)
-                    jobs += [Job(source.folder, identity, seeds, device, results_dir, commit) for seeds in together]
+                    points = grid_points(plan, source.task.metadata, plan.first_seed)
+                    heads = len(points) + len(source.task.data_splits) - 1  # of a seed
+                    for group in together:
+                        size = heads * len(group)
+                        jobs.append(Job(source.folder, identity, group, device, results_dir, commit, size))
         run_jobs(jobs, store, workers, failures)
         wanted = {source.key(protocol, probe, seed)[:7] for source in sources for seed in seed_range}
         records = [r for r in read(store) if key_of(r)[:7] in wanted] if store.exists() else []

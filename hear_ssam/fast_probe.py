@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -63,12 +63,13 @@ def run_fast_probe(
     device: str = "cpu",
     threads: int = 1,
     core: AbstractContextManager[Any] | None = None,
+    progress: Callable[[int], object] = lambda heads: None,
 ) -> list[ProbeResult]:
     """As `probe.run_probe`, for several seeds at once; one result per seed, in order.
 
     The grid points of all seeds train together on the first data split, then the winners of all seeds on the others.
     On a CPU up to `threads` heads train at a time, each while it holds `core`, a semaphore that other processes may
-    share; the result of a seed depends on that seed alone.
+    share; the result of a seed depends on that seed alone. `progress` is told how many heads have been trained.
     """
     task, splits = open_embeddings(folder)
     place = torch.device(device)
@@ -80,7 +81,7 @@ def run_fast_probe(
         for seed, configs in zip(seeds, points, strict=True)
         for number, config in enumerate(configs)
     ]
-    trained = iter(_train_all(data, rivals, threads, core))
+    trained = iter(_train_all(data, rivals, threads, core, progress))
     grids = [list(itertools.islice(trained, len(configs))) for configs in points]  # one list per seed
     winners = [max(heads, key=lambda head: head.key) for heads in grids]  # ties: the first
     rest = [
@@ -88,7 +89,7 @@ def run_fast_probe(
         for seed, winner in zip(seeds, winners, strict=True)
         for number, split in enumerate(others, 1)
     ]
-    trained = iter(_train_all(data, rest, threads, core))
+    trained = iter(_train_all(data, rest, threads, core, progress))
     results = []
     for heads, winner in zip(grids, winners, strict=True):
         folds = [winner, *itertools.islice(trained, len(others))]
@@ -189,7 +190,11 @@ def _side_by_side(device: torch.device) -> bool:
 
 
 def _train_all(
-    data: _Data, trainings: Sequence[_Training], threads: int, core: AbstractContextManager[Any] | None
+    data: _Data,
+    trainings: Sequence[_Training],
+    threads: int,
+    core: AbstractContextManager[Any] | None,
+    progress: Callable[[int], object],
 ) -> list[TrainedHead]:
     """Train one head each; the state of torch's random generators is restored."""
     side_by_side = _side_by_side(data.device)
@@ -212,6 +217,7 @@ def _train_all(
     with ThreadPoolExecutor(1 if side_by_side else threads) as pool:
         for numbers, heads in zip(groups.values(), pool.map(train, groups.values()), strict=True):
             trained |= zip(numbers, heads, strict=True)
+            progress(len(numbers))
     return [trained[number] for number in range(len(trainings))]
 
 

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableSequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -47,6 +47,7 @@ class Job:
     device: str
     results_dir: Path
     commit: str | None
+    heads: int = 1  # that it trains, for the progress bar
 
     @property
     def label(self) -> str:
@@ -78,12 +79,12 @@ def run_jobs(jobs: list[Job], store: Path, workers: int, failures: dict[str, str
     others go on.
     """
     waiting = deque(sorted(jobs, key=lambda job: -job.size))  # longest first, so that no core waits for one at the end
-    with tqdm(total=len(jobs), desc="probe", unit="job", disable=None) as bar:
+    with tqdm(total=sum(job.heads for job in jobs), desc="probe", unit="head", disable=None) as bar:
         while waiting:
             for job in _run_pool(waiting, store, workers, failures, bar):
                 if _run_pool(deque([job]), store, 1, failures, bar):
                     failures[job.label] = "the process was killed (out of memory?)"
-                    bar.update()
+                    bar.update(job.heads)
 
 
 def _run_pool(
@@ -92,21 +93,24 @@ def _run_pool(
     """Run jobs from `waiting` until it is empty or a worker is killed; returns the jobs that died with it."""
     spawn = multiprocessing.get_context("spawn")
     processes, cores = min(workers, len(waiting)), spawn.Semaphore(workers)
-    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start_worker, initargs=(cores,))
-    running: dict[Future[list[Record]], Job] = {}
+    trained = spawn.RawArray("i", len(waiting))  # heads of each job
+    shared = (cores, trained)
+    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start_worker, initargs=shared)
+    running: dict[Future[list[Record]], tuple[Job, int]] = {}  # and its place in `trained`
     died: list[Job] = []
-    broken = False
+    started, ended, broken = 0, bar.n, False
     try:
         while running or (waiting and not broken):
             while waiting and len(running) < processes and not broken:
                 try:
-                    future = pool.submit(_work, waiting[0], workers)
+                    future = pool.submit(_work, waiting[0], workers, started)
                 except BrokenProcessPool:
                     broken = True
                 else:
-                    running[future] = waiting.popleft()
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job = running.pop(future)
+                    running[future] = waiting.popleft(), started
+                    started += 1
+            for future in wait(running, None if bar.disable else 1, FIRST_COMPLETED).done:
+                job, _ = running.pop(future)
                 if isinstance(future.exception(), BrokenProcessPool):
                     broken = True
                     died.append(job)
@@ -115,7 +119,10 @@ def _run_pool(
                     records = future.result()
                     append(store, records)
                     bar.write(f"{job.label}: {_headline(records)}", file=sys.stderr)
-                bar.update()
+                ended += job.heads
+            parts = [f"{job.identity['task']} {trained[place]}/{job.heads}" for job, place in running.values()]
+            bar.set_postfix_str(", ".join(parts[:4]) + ", ..." * (len(parts) > 4), refresh=False)
+            bar.update(ended + sum(trained[place] for _, place in running.values()) - bar.n)
     except BaseException:  # Ctrl-C: what is finished is stored, the rest is dropped at once
         for process in list(pool._processes.values()):
             process.terminate()
@@ -131,15 +138,17 @@ def _headline(records: list[Record]) -> str:
     return f"{of_seeds[0]['metric']} {scores} in {sum(r['seconds'] for r in of_seeds):.0f} s"
 
 
-_cores: contextlib.AbstractContextManager[Any] | None = None  # of a worker process: shared with the others
+# of a worker process, shared with the others and with the parent
+_cores: contextlib.AbstractContextManager[Any] | None = None
+_trained: MutableSequence[int] = []
 
 
-def _start_worker(cores: contextlib.AbstractContextManager[Any]) -> None:
+def _start_worker(cores: contextlib.AbstractContextManager[Any], trained: MutableSequence[int]) -> None:
     """One thread per operation; Ctrl-C is the parent's affair; a worker whose parent was killed ends too."""
     import torch
 
-    global _cores
-    _cores = cores
+    global _cores, _trained
+    _cores, _trained = cores, trained
     torch.set_num_threads(1)
     _keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -165,7 +174,7 @@ def _keep_memory() -> None:
             set_option(option, value)
 
 
-def _work(job: Job, workers: int) -> list[Record]:
+def _work(job: Job, workers: int, place: int) -> list[Record]:
     """Train the probes of one job; store their predictions; return their records.
 
     The fast probe trains heads in threads and every head waits for a core, so the last jobs get the cores of others.
@@ -174,18 +183,21 @@ def _work(job: Job, workers: int) -> list[Record]:
 
     from .embeddings import provenance
 
+    def progress(heads: int) -> None:
+        _trained[place] += heads
+
     started = time.time()
     dtype = torch.float32
     protocol = job.identity["protocol"]
     if job.identity["probe"] == "exact":
         from .probe import run_probe
 
-        results = [run_probe(job.source_folder, protocol, seed) for seed in job.seeds]
+        results = [run_probe(job.source_folder, protocol, seed, progress) for seed in job.seeds]
     else:
         from .fast_probe import product_dtype, run_fast_probe
 
         dtype = product_dtype(torch.device(job.device))
-        results = run_fast_probe(job.source_folder, protocol, job.seeds, job.device, workers, _cores)
+        results = run_fast_probe(job.source_folder, protocol, job.seeds, job.device, workers, _cores, progress)
     task, made_by = read_task(job.source_folder), provenance(job.source_folder)
     how = {
         "clips": sum(len(names) for _, names in task.shuffled_clips()),

@@ -15,7 +15,7 @@ import json
 import math
 import pickle
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -375,12 +375,14 @@ class ProbeResult:
     histories: list[list[dict[str, float]]]  # grid points first, then the remaining folds
 
 
-def run_probe(folder: Path, protocol: str, seed: int) -> ProbeResult:
+def run_probe(
+    folder: Path, protocol: str, seed: int, progress: Callable[[int], object] = lambda heads: None
+) -> ProbeResult:
     """Judge the embeddings in `folder` (heareval's layout) by `protocol`, with `seed` for grid order and heads.
 
     Grid points compete on the first data split; the winner (ties: the earlier) is trained again on the others.
     The state of torch's random generator is restored afterwards. Set the number of threads before: results depend
-    on it in the last digits.
+    on it in the last digits. `progress` is told whenever a head has been trained.
     """
     task, splits = open_embeddings(folder)
     first, *others = task.data_splits
@@ -390,11 +392,15 @@ def run_probe(folder: Path, protocol: str, seed: int) -> ProbeResult:
         winner: TrainedHead | None = None
         for config in grid_points(named_protocol(protocol), task.metadata, seed):
             trained = train_head(task, splits, first, config)
+            progress(1)
             histories.append(trained.history)
             if winner is None or trained.key > winner.key:
                 winner = trained
         assert winner is not None
-        heads = [winner, *(train_head(task, splits, split, winner.config) for split in others)]
+        heads = [winner]
+        for split in others:
+            heads.append(train_head(task, splits, split, winner.config))
+            progress(1)
     return score_heads(task, splits, heads, [*histories, *(trained.history for trained in heads[1:])])
 
 

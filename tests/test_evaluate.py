@@ -107,7 +107,8 @@ def test_several_models_at_once(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
-def test_a_killed_run_loses_no_finished_job(tmp_path):
+@pytest.mark.parametrize("stop", ["SIGKILL", "SIGINT"])
+def test_a_killed_run_loses_no_finished_job(tmp_path, stop):
     write_task(tmp_path / "tasks" / "tones")
     store = tmp_path / "results" / STORE
     command = [sys.executable, "-m", "hear_ssam", "evaluate", MODULE, "--tasks-dir", str(tmp_path / "tasks")]
@@ -115,8 +116,8 @@ def test_a_killed_run_loses_no_finished_job(tmp_path):
     driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while driver.poll() is None and not (store.exists() and store.stat().st_size):
         time.sleep(0.02)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
+    os.kill(driver.pid, getattr(signal, stop))
+    assert driver.wait(timeout=60) == {"SIGKILL": -signal.SIGKILL, "SIGINT": 130}[stop]
     kept = read(store)
     seeds = {r["seed"] for r in kept}
     assert 1 <= len(seeds) < 40

@@ -258,7 +258,9 @@ def test_it_repeats_and_agrees_with_the_exact_probe(tmp_path, monkeypatch, dtype
     assert [result.histories for result in once] == [result.histories for result in again]
     (alone,) = run_fast_probe(folder, "ssam", [1])  # on a CPU, neither company nor threads change a seed
     assert once[1].histories == alone.histories
-    exact = run_probe(folder, "ssam", 0)
+    told = []
+    exact = run_probe(folder, "ssam", 0, told.append)
+    assert sum(told) == len(exact.histories)
     for result in once:
         assert [fold.fold for fold in result.folds] == [fold.fold for fold in exact.folds]
         assert len(result.histories) == len(exact.histories)
@@ -278,7 +280,9 @@ def test_heads_wait_for_a_core(tmp_path, monkeypatch):
         return train(*arguments)
 
     monkeypatch.setattr(fast_probe, "_train", watched)
-    run_fast_probe(folder, "ssam", [0, 1], threads=8, core=free)
+    told = []
+    results = run_fast_probe(folder, "ssam", [0, 1], threads=8, core=free, progress=told.append)
+    assert sum(told) == sum(len(result.histories) for result in results)
     assert len(seen) > 4 and set(seen) == {0, 1}  # cores left while a head trains
     assert free._value == 2
 
