@@ -28,7 +28,7 @@ def scores(args: argparse.Namespace, probe: str) -> dict[str, list[float]]:
         raise SystemExit("\n".join(f"{name}: {reason}" for name, reason in evaluation.failures.items()))
     found: dict[str, list[float]] = {}
     for record in evaluation.records:
-        if record["fold"] is None and record["primary"]:
+        if record["fold"] is None and record["primary"] and record["score"] is not None:
             found.setdefault(record["task"], []).append(100 * record["score"])
     return found
 
@@ -43,11 +43,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--results-dir", type=Path, default=Path("runs/probes"))
     args = parser.parse_args()
+    if args.seeds < 2:
+        parser.error("a deviation needs at least two seeds")
     exact, fast = (scores(args, probe) for probe in ("exact", "fast"))
     print(f"Protocol {args.protocol}, {args.seeds} seeds, scores in %: mean and standard deviation; Welch's test.\n")
     print("| task | exact | fast | fast - exact | standard error | p |\n|---|---|---|---|---|---|")
     for task, values in exact.items():
-        both = (values, fast[task])
+        both = (values, fast[task])  # without seeds whose score is not finite
         means = [f"{statistics.mean(v):.2f}, {statistics.stdev(v):.2f}" for v in both]
         difference = statistics.mean(fast[task]) - statistics.mean(values)
         error = sum(statistics.variance(v) / len(v) for v in both) ** 0.5

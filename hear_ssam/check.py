@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -157,12 +158,16 @@ class Checks:
         base, times = self.timestamps(audio)
         ms = times[0].double()
         step = float(ms[-1] - ms[0]) / max(1, len(ms) - 1) / 1000
-        early = [SPACING * (number + 1) + step * number / BURSTS for number in range(BURSTS)]
+        if not 0 < step < SPACING / 2:
+            raise _Warning(f"cannot tell with a timestamp every {step:g} s")
+        early = [step * (SPACING * (number + 1) // step + number / BURSTS) for number in range(BURSTS)]
         # so that late bursts lie as early ones do in windows of 1, 2, 4, 5, 10 and 20 s
         later = 20 * int((seconds - early[-1] - SPACING) / 20)
+        least = 20 * math.ceil(early[-1] / 20)
+        if later < least:
+            needed = math.ceil(early[-1] + SPACING + least)
+            raise _Warning(f"{seconds:g} s are too short to tell; --long needs {needed} s or more")
         late = [moment + later for moment in early]
-        if late[0] < early[-1]:
-            raise _Warning(f"{seconds:g} s are too short to tell; --long needs {2 * early[-1] + SPACING:.0f} s or more")
         for moment in early + late:
             start = round(moment * rate)
             audio[:, start : start + rate // 50] += self.noise(1, 0.02)

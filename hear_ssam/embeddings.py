@@ -18,6 +18,7 @@ import contextlib
 import importlib
 import itertools
 import json
+import math
 import pickle
 import shutil
 import tempfile
@@ -101,7 +102,7 @@ def load_hear_model(module: str, model: str = "", options: Mapping[str, Any] | N
     if digest is None:
         digest = sha256(model) if model and Path(model).is_file() else ""
         if model and not digest:  # a folder, or a name that the module knows
-            options["model"] = model
+            options["weights"] = model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = "-".join([own_name, *(f"{key}={value}" for key, value in sorted(options.items()))])
     return HearModel(imported, loaded.to(device), name, digest, device)
@@ -115,9 +116,11 @@ def _blamed(what: str) -> Iterator[None]:
     except HearSsamError:
         raise
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{place.filename}, line {place.lineno}"
-        raise HearSsamError(f"{what}: {type(error).__name__}: {error} ({where}).") from error
+        frames = [
+            f for f in traceback.extract_tb(error.__traceback__) if f.filename[0] != "<" and f.filename != __file__
+        ]
+        where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+        raise HearSsamError(f"{what}: {type(error).__name__}: {error}{where}.") from error
 
 
 def embed_task(hear: HearModel, task_dir: Path, out_dir: Path, *, resample: bool = False, again: bool = False) -> Path:
@@ -131,6 +134,8 @@ def embed_task(hear: HearModel, task_dir: Path, out_dir: Path, *, resample: bool
     task = read_task(task_dir)
     if not again and is_current(task, out_dir):
         return out_dir
+    for split in task.splits:
+        audio_folder(task, split, hear.sample_rate, resample)
     if out_dir.exists():
         shutil.rmtree(out_dir)
     started = time.time()
@@ -185,17 +190,29 @@ def provenance(folder: Path) -> dict[str, Any]:
 
 def audio_folder(task: Task, split: str, sample_rate: int, resample: bool) -> Path:
     """`<task>/<rate>/<split>` at the model's rate, or with `resample` at the best other rate on disk."""
-    rates = sorted(int(path.name) for path in task.folder.iterdir() if path.name.isdigit() and (path / split).is_dir())
-    if sample_rate in rates:
-        return task.folder / str(sample_rate) / split
+    rates = [rate for rate in _rates(task.folder) if (task.folder / str(rate) / split).is_dir()]
     if not rates:
         raise HearSsamError(f"{task.folder} has no audio: the folder {sample_rate}/{split} is missing{_get(task)}.")
-    if not resample:
+    if sample_rate not in rates and not resample:
         raise HearSsamError(
             f"{task.folder} has no {sample_rate} Hz audio for {split}, only {', '.join(map(str, rates))} Hz; "
             f"allow resampling (--resample) or get it at the model's rate{_get(task)}."
         )
-    return task.folder / str(min((r for r in rates if r > sample_rate), default=rates[-1])) / split
+    return task.folder / str(min(rates, key=lambda rate: _worse(rate, sample_rate))) / split
+
+
+def best_folder(folders: Sequence[Path], sample_rate: int) -> Path:
+    """Of several folders of one task, the one with the model's rate, else with the best to resample from."""
+    return min(folders, key=lambda f: min((_worse(rate, sample_rate) for rate in _rates(f)), default=(True, math.inf)))
+
+
+def _rates(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def _worse(rate: int, wanted: int) -> tuple[bool, float]:
+    """Grows as a rate gets worse for a model: first those above its own, the next one first, then those below."""
+    return rate < wanted, abs(rate - wanted)
 
 
 def _get(task: Task) -> str:

@@ -194,14 +194,15 @@ def _module_sources(
     options: Mapping[str, bool],
     failures: dict[str, str],
 ) -> list[Source]:
-    from .embeddings import embed_task
+    from .embeddings import best_folder, embed_task
 
     sources = []
     for name, folders in tasks.items():
         with noted(name, failures):
-            _warn(read_task(folders[0]))
-            for hear in models:
-                folder = next((f for f in folders if (f / str(hear.sample_rate)).is_dir()), folders[0])
+            chosen = [best_folder(folders, hear.sample_rate) for hear in models]
+            for folder in dict.fromkeys(chosen):
+                _warn(read_task(folder))
+            for hear, folder in zip(models, chosen, strict=True):
                 target = embeddings_folder(results_dir, hear.name, hear.checkpoint_sha256, name)
                 make = functools.partial(embed_task, hear, folder, target, **options)
                 sources.append(Source(read_task(folder), hear.name, hear.checkpoint_sha256, target, make))
@@ -229,7 +230,9 @@ def _given_sources(embeddings_dir: Path, names: Sequence[str], failures: dict[st
         with noted(folder.name, failures):
             made_by = provenance(folder)
             model, digest = made_by.get("model", embeddings_dir.resolve().name), made_by.get("checkpoint_sha256", "")
-            sources.append(Source(read_task(folder), model, digest, folder, functools.partial(require_done, folder)))
+            task = read_task(folder)
+            _warn(task)
+            sources.append(Source(task, model, digest, folder, functools.partial(require_done, folder)))
     return sources
 
 

@@ -218,7 +218,8 @@ def unpack(archive: Path, folder: Path) -> Path:
         scratch.rename(target)
         target.touch()
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise HearSsamError(f"cannot unpack {archive}: {error}; get it again.") from error
+        system = getattr(error, "errno", None) is not None  # a full disk, say, and no fault of the archive
+        raise HearSsamError(f"cannot unpack {archive}: {error}{'' if system else '; get it again'}.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target

@@ -1,11 +1,13 @@
 """`hear-ssam check` passes a sound module and finds each fault, those that hear-validator lets pass too."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from hear_ssam import cli
-from hear_ssam.check import CHECKS, check_model
+from hear_ssam.check import CHECKS, Checks, _Warning, check_model
 from hear_ssam.embeddings import load_hear_model
 
 
@@ -36,6 +38,25 @@ def test_a_sound_module_passes():
 def test_each_fault_is_found(broken, check, words):
     finding = findings(broken)[check]
     assert finding.level == "error" and words in finding.text
+
+
+@pytest.mark.parametrize(("rate", "hop"), [(22050, 1103), (22050, 1102), (16000, 544), (16000, 6000), (16000, 40000)])
+def test_steps_of_any_length_do_not_pass_for_drift(rate, hop):
+    """Mean energies of frames whose timestamps are right."""
+
+    def energies(audio, model):
+        frames = audio.unfold(1, hop, hop).square().mean(2)
+        times = (torch.arange(frames.shape[1]) + 0.5) * hop / rate * 1000
+        return frames[..., None], times.expand(len(audio), -1)
+
+    hear = SimpleNamespace(
+        module=SimpleNamespace(get_timestamp_embeddings=energies), model=None, sample_rate=rate, device="cpu"
+    )
+    if hop / rate > 2:
+        with pytest.raises(_Warning, match=r"every 2\.5 s"):
+            Checks(hear, 300).drift()
+    else:
+        assert "s later" in Checks(hear, 300).drift()
 
 
 def test_short_audio_that_only_tiny_clips_break_is_a_warning():

@@ -132,7 +132,7 @@ def test_weights_tell_models_apart(tmp_path):
     (tmp_path / "weights").write_bytes(b"")
     models = [load_hear_model("tests.tiny_hear", str(name)) for name in ("", "base", "large", tmp_path / "weights")]
     assert [model.name for model in models[:3]] == [
-        f"tests.tiny_hear{name}" for name in ("", "-model=base", "-model=large")
+        f"tests.tiny_hear{name}" for name in ("", "-weights=base", "-weights=large")
     ]
     assert models[3].name == "tests.tiny_hear" and len(models[3].checkpoint_sha256) == 64
 

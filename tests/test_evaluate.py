@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from hear_ssam import HearSsamError, cli, jobs
+from hear_ssam.embeddings import best_folder
 from hear_ssam.evaluate import run_evaluation
 from hear_ssam.records import KEY, STORE, key_of, read
 
@@ -107,17 +108,20 @@ def test_several_models_at_once(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
-@pytest.mark.parametrize("stop", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("stop", ["SIGKILL", "SIGTERM"])  # which the command takes as it takes Ctrl-C
 def test_a_killed_run_loses_no_finished_job(tmp_path, stop):
     write_task(tmp_path / "tasks" / "tones")
     store = tmp_path / "results" / STORE
     command = [sys.executable, "-m", "hear_ssam", "evaluate", MODULE, "--tasks-dir", str(tmp_path / "tasks")]
     command += ["--results-dir", str(store.parent), "--seeds", "40", "--workers", "1"]
     driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while driver.poll() is None and not (store.exists() and store.stat().st_size):
-        time.sleep(0.02)
-    os.kill(driver.pid, getattr(signal, stop))
-    assert driver.wait(timeout=60) == {"SIGKILL": -signal.SIGKILL, "SIGINT": 130}[stop]
+    try:
+        while driver.poll() is None and not (store.exists() and store.stat().st_size):
+            time.sleep(0.02)
+        os.kill(driver.pid, getattr(signal, stop))
+        assert driver.wait(timeout=60) == {"SIGKILL": -signal.SIGKILL, "SIGTERM": 130}[stop]
+    finally:
+        driver.kill()
     kept = read(store)
     seeds = {r["seed"] for r in kept}
     assert 1 <= len(seeds) < 40
@@ -176,6 +180,9 @@ def test_of_two_rates_a_model_gets_its_own(tmp_path):
             tar.add(folder, "hear-2021.0.6/tasks/tones")
     evaluation = run_evaluation([MODULE], tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "results", workers=1)
     assert evaluation.records and not evaluation.failures
+    folders = [tmp_path / str(rate) / "tones" for rate in (16000, 48000)]
+    wanted = {16000: 0, 22050: 1, 48000: 1, 96000: 1, 8000: 0}
+    assert {rate: folders.index(best_folder(folders, rate)) for rate in wanted} == wanted
 
 
 def test_always_makes_embeddings_again_too(tmp_path):
