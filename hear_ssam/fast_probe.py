@@ -127,11 +127,11 @@ class _CentredRows:
 
     def _ready(self, rows: Tensor) -> Tensor:
         basis, device = self.data.basis, self.data.device
-        dim = rows.shape[1] if basis is None else len(basis)
+        dim = rows.shape[1] if basis is None else 2 * len(basis)
         ready = torch.empty(len(rows), dim, dtype=self.dtype, device=device)
         for source, target in zip(rows.split(BLOCK), ready.split(BLOCK), strict=True):
             x = source.to(device) - self.offset.to(device)
-            target.copy_(x if basis is None else x @ basis.mT)
+            target.copy_(x if basis is None else coordinates(x, basis, self.dtype))
         return ready
 
 
@@ -153,7 +153,7 @@ def row_space(parts: Sequence[Tensor], device: torch.device | None = None, batch
     None if the rank is so high that the basis would not make products cheaper. Averages of log-mel frames under a
     random projection to 4096 dimensions, say, span no more dimensions than there are mel bands, and a product x wᵀ is
     then (x basisᵀ) (w basisᵀ)ᵀ, two thin products. Found from random combinations of the rows (Halko, Martinsson and
-    Tropp 2011, algorithm 4.1). No row loses more than 1e-4 of its norm; rounding to bfloat16 costs ten times that.
+    Tropp 2011, algorithm 4.1). No row loses more than 1e-3 of its norm, which is what rounding to bfloat16 costs it.
     """
     blocks, mean = _blocks(parts), _mean(parts).to(device)
     size, dim = min(sum(map(len, blocks)), batch_size), len(mean)
@@ -164,15 +164,24 @@ def row_space(parts: Sequence[Tensor], device: torch.device | None = None, batch
         sketch += torch.randn(limit, len(block), generator=generator).to(device) @ (block.to(device) - mean)
     sketch /= sketch.abs().max().clamp(min=1e-30) if limit else 1
     sizes, directions = torch.linalg.eigh(sketch @ sketch.mT)
-    large = sizes > 1e-10 * sizes[-1:]  # squares: singular values down to 1e-5 of the largest
+    large = sizes > 1e-12 * sizes[-1:]  # squares: singular values down to 1e-6 of the largest
     if large.all():
         return None
     basis = ((directions[:, large] / sizes[large].sqrt()).mT @ sketch).float()
     for block in blocks:
         x = block.to(device) - mean
-        if not (torch.linalg.norm(x - x @ basis.mT @ basis, dim=1) <= 1e-4 * torch.linalg.norm(x, dim=1)).all():
+        if not (torch.linalg.norm(x - x @ basis.mT @ basis, dim=1) <= 1e-3 * torch.linalg.norm(x, dim=1)).all():
             return None
     return basis
+
+
+def coordinates(x: Tensor, basis: Tensor, dtype: torch.dtype) -> Tensor:
+    """Centred rows (rows, dim) → (rows, 2 rank): coordinates rounded to `dtype`, then what rounding took off them.
+
+    A few directions (loudness) can hold nearly all of the rows: what rounding does there is more than others hold.
+    """
+    x = x @ basis.mT
+    return torch.cat([x.to(dtype), (x - x.to(dtype)).to(dtype)], 1)
 
 
 @dataclass(frozen=True)
@@ -286,7 +295,7 @@ class _Heads(nn.Module):
     threshold: Tensor  # (heads,) a 16-bit random number up to it drops its unit
     scale: Tensor  # (heads,) of units that are kept
     offset: Tensor  # (dim,) what was taken off the rows
-    basis: Tensor | None  # (rank, dim) whose coordinates the rows are
+    basis: Tensor | None  # (rank, dim) of the rows' `coordinates`
 
     def __init__(
         self,
@@ -332,7 +341,7 @@ class _Heads(nn.Module):
                 self.rounded[number] = RoundedWeight(weight, offset, lr)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, dim), or (rows, rank) → logits (heads, rows, classes)."""
+        """(rows, dim), or (rows, 2 rank) of `coordinates` → logits (heads, rows, classes)."""
         count = len(self.threshold)
         for number in self.layers:
             last = number == self.layers[-1]
@@ -343,7 +352,7 @@ class _Heads(nn.Module):
             if number == 0:  # all heads read the same rows: one product
                 w = weight.flatten(0, 1)
                 if self.basis is not None:
-                    w = self._product(w, self.basis)
+                    w = self._product(w, self.basis).repeat(1, 2)
                 y = self._product(x, w).view(len(x), count, -1)
                 # normalisation lets no gradient pass to what all rows share
                 seen = rounded.times_offset if rounded else (weight if last else weight.detach()) @ self.offset

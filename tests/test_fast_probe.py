@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from hear_ssam import fast_probe
-from hear_ssam.fast_probe import _Heads, row_space, run_fast_probe
+from hear_ssam.fast_probe import _Heads, coordinates, row_space, run_fast_probe
 from hear_ssam.probe import HeadConfig, build_head, run_probe
 
 from .test_probe import write_embeddings
@@ -65,7 +65,7 @@ def test_centred_rows_train_the_same_head(layers, low_rank):
     tolerance = {"rtol": 1e-4, "atol": 1e-6} if low_rank else {}  # the basis is float32
     for training in (True, False):
         heads.train(training).zero_grad()
-        together = heads(x if basis is None else x @ basis.mT)
+        together = heads(x if basis is None else coordinates(x, basis, torch.float64))
         torch.stack([F.cross_entropy(logits, target) for logits in together]).sum().backward()
         for number, single in enumerate(singles):
             single.zero_grad()
@@ -89,6 +89,19 @@ def test_rows_of_full_rank_stay_as_they_are(monkeypatch):
     assert row_space([low, torch.randn(40, 50)]) is None  # every part counts
     assert row_space([low + 1e-3 * torch.randn(60, 50)]) is None
     assert row_space([torch.ones(60, 50)]).shape == (0, 50)
+
+
+def test_large_directions_do_not_drown_small_ones():
+    """A direction that is 1000 times as large as another may be rounded by less than that."""
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(50, 2))[0].mT
+    wanted = torch.randn(60, 2) * torch.tensor([1000.0, 1.0])
+    found = coordinates(wanted @ basis, basis, torch.bfloat16).float()
+    assert found.shape == (60, 4)
+    for direction in torch.eye(2):
+        seen = found @ direction.repeat(2)
+        torch.testing.assert_close(seen, wanted @ direction, rtol=0, atol=0.02)
+    assert (found[:, 0] - wanted[:, 0]).abs().max() > 1  # one rounded number would not do
 
 
 def test_each_head_drops_its_own_share():
