@@ -116,8 +116,9 @@ def _blamed(what: str) -> Iterator[None]:
     except HearSsamError:
         raise
     except Exception as error:
+        ours = (__file__, importlib.__file__)
         frames = [
-            f for f in traceback.extract_tb(error.__traceback__) if f.filename[0] != "<" and f.filename != __file__
+            f for f in traceback.extract_tb(error.__traceback__) if f.filename[0] != "<" and f.filename not in ours
         ]
         where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
         raise HearSsamError(f"{what}: {type(error).__name__}: {error}{where}.") from error

@@ -213,7 +213,11 @@ def test_a_full_disk_leaves_nothing(recordings: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("reason", [signal.SIGINT, signal.SIGTERM])
 def test_interrupting_leaves_nothing(recordings: Path, tmp_path: Path, reason: signal.Signals) -> None:
     files = [recordings / "b.flac"] * 5000
-    process = start(*files, "-o", tmp_path / "out", "--kind", "scene")
+
+    def hear_ctrl_c() -> None:  # which a shell's background jobs, this test among them, are made to ignore
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    process = start(*files, "-o", tmp_path / "out", "--kind", "scene", preexec_fn=hear_ctrl_c)
     while not list(tmp_path.iterdir()):  # until the output has begun
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
