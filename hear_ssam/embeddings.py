@@ -193,11 +193,12 @@ def audio_folder(task: Task, split: str, sample_rate: int, resample: bool) -> Pa
     """`<task>/<rate>/<split>` at the model's rate, or with `resample` at the best other rate on disk."""
     rates = [rate for rate in _rates(task.folder) if (task.folder / str(rate) / split).is_dir()]
     if not rates:
-        raise HearSsamError(f"{task.folder} has no audio: the folder {sample_rate}/{split} is missing{_get(task)}.")
+        where = _where_to_get(task)
+        raise HearSsamError(f"{task.folder} has no audio: the folder {sample_rate}/{split} is missing{where}.")
     if sample_rate not in rates and not resample:
         raise HearSsamError(
             f"{task.folder} has no {sample_rate} Hz audio for {split}, only {', '.join(map(str, rates))} Hz; "
-            f"allow resampling (--resample) or get it at the model's rate{_get(task)}."
+            f"allow resampling (--resample) or get it at the model's rate{_where_to_get(task)}."
         )
     return task.folder / str(min(rates, key=lambda rate: _worse(rate, sample_rate))) / split
 
@@ -216,7 +217,7 @@ def _worse(rate: int, wanted: int) -> tuple[bool, float]:
     return rate < wanted, abs(rate - wanted)
 
 
-def _get(task: Task) -> str:
+def _where_to_get(task: Task) -> str:
     card = known_tasks().get(task.name)
     return f"; {card.source}" if card else ""
 

@@ -105,7 +105,7 @@ def run_evaluation(
     calls this needs the usual `if __name__ == "__main__"`.
     """
     from .embeddings import load_hear_model
-    from .probe import grid_points, named_protocol
+    from .probe import count_heads, named_protocol
 
     if existing not in EXISTING:
         raise unknown_name("policy for existing results", existing, EXISTING)
@@ -135,9 +135,7 @@ def run_evaluation(
             models = [load_hear_model(module, model, model_options) for module in dict.fromkeys(modules)]
             options = {"resample": resample, "again": existing == "always"}
             sources = _module_sources(models, folders, results_dir, options, failures)
-        done = {key_of(record) for record in read(store)} if store.exists() else set()
-        if existing == "always":
-            done = set()
+        done = {key_of(record) for record in read(store)} if store.exists() and existing != "always" else set()
         work = [(s, [seed for seed in seed_range if s.key(protocol, probe, seed) not in done]) for s in sources]
         kept = [source.label for source, todo in work if len(todo) < count]
         if existing == "never" and kept:
@@ -149,11 +147,11 @@ def run_evaluation(
                     source.make()
                     together = [tuple(todo)] if device != "cpu" else [(seed,) for seed in todo]
                     identity = source.identity(protocol, probe)
-                    points = grid_points(plan, source.task.metadata, plan.first_seed)
-                    heads = len(points) + len(source.task.data_splits) - 1  # of a seed
-                    for group in together:
-                        size = heads * len(group)
-                        jobs.append(Job(source.folder, identity, group, device, results_dir, commit, size))
+                    heads = count_heads(plan, source.task)
+                    jobs += [
+                        Job(source.folder, identity, group, device, results_dir, commit, heads * len(group))
+                        for group in together
+                    ]
         run_jobs(jobs, store, workers, failures)
         wanted = {source.key(protocol, probe, seed)[:7] for source in sources for seed in seed_range}
         records = [r for r in read(store) if key_of(r)[:7] in wanted] if store.exists() else []
@@ -200,12 +198,13 @@ def _module_sources(
     for name, folders in tasks.items():
         with noted(name, failures):
             chosen = [best_folder(folders, hear.sample_rate) for hear in models]
-            for folder in dict.fromkeys(chosen):
-                _warn(read_task(folder))
+            read_tasks = {folder: read_task(folder) for folder in chosen}
+            for task in read_tasks.values():
+                _warn(task)
             for hear, folder in zip(models, chosen, strict=True):
                 target = embeddings_folder(results_dir, hear.name, hear.checkpoint_sha256, name)
                 make = functools.partial(embed_task, hear, folder, target, **options)
-                sources.append(Source(read_task(folder), hear.name, hear.checkpoint_sha256, target, make))
+                sources.append(Source(read_tasks[folder], hear.name, hear.checkpoint_sha256, target, make))
     return sources
 
 

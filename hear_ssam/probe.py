@@ -164,9 +164,7 @@ def read_rows(task: Task, split: str) -> Rows:
 
 def _row_name(task: Task, split: str, row: int) -> str:
     """The clip that a row of embeddings belongs to, where the files tell."""
-    if task.event:
-        return f"row {row}"
-    names = dict(task.shuffled_clips())[split]
+    names = [] if task.event else dict(task.shuffled_clips())[split]
     return f"row {row} ({names[row]})" if row < len(names) else f"row {row}"
 
 
@@ -373,6 +371,11 @@ class ProbeResult:
     config: HeadConfig
     folds: list[FoldResult]
     histories: list[list[dict[str, float]]]  # grid points first, then the remaining folds
+
+
+def count_heads(protocol: Protocol, task: Task) -> int:
+    """How many heads `run_probe` trains for a seed: one per grid point, and the winner again on the other splits."""
+    return len(grid_points(protocol, task.metadata, protocol.first_seed)) + len(task.data_splits) - 1
 
 
 def run_probe(

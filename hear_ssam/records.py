@@ -58,18 +58,17 @@ def append(path: Path, records: Iterable[Record]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        size = os.fstat(descriptor).st_size
         try:
-            size = os.lseek(descriptor, 0, os.SEEK_END)
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 text = "\n" + text  # close the line that a crash tore
             data = text.encode()
-            try:
-                if os.write(descriptor, data) != len(data):
-                    raise OSError(None, "the disk is full")
-                os.fsync(descriptor)
-            except OSError:  # a part of the records would pass for all of them
-                os.ftruncate(descriptor, size)
-                raise
+            if os.write(descriptor, data) != len(data):
+                raise OSError(None, "the disk is full")
+            os.fsync(descriptor)
+        except OSError:  # a part of the records would pass for all of them
+            os.ftruncate(descriptor, size)
+            raise
         finally:
             os.close(descriptor)
     except OSError as error:

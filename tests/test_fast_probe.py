@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from hear_ssam import fast_probe
 from hear_ssam.fast_probe import _Heads, coordinates, row_space, run_fast_probe
-from hear_ssam.probe import HeadConfig, build_head, run_probe
+from hear_ssam.probe import HeadConfig, build_head, count_heads, named_protocol, run_probe
+from hear_ssam.tasks import read_task
 
 from .test_probe import write_embeddings
 
@@ -273,7 +274,7 @@ def test_it_repeats_and_agrees_with_the_exact_probe(tmp_path, monkeypatch, dtype
     assert once[1].histories == alone.histories
     told = []
     exact = run_probe(folder, "ssam", 0, told.append)
-    assert sum(told) == len(exact.histories)
+    assert sum(told) == len(exact.histories) == count_heads(named_protocol("ssam"), read_task(folder))
     for result in once:
         assert [fold.fold for fold in result.folds] == [fold.fold for fold in exact.folds]
         assert len(result.histories) == len(exact.histories)

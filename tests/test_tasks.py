@@ -117,8 +117,8 @@ def test_archives_are_unpacked_once_and_safely(tmp_path):
     (found,) = find_tasks(tmp_path / "tasks", ["tones"], [unpack(archive, cache)])["tones"]
     assert read_task(found).clips("train") == read_task(folder).clips("train")
     (found / "train.json").unlink()  # a second unpacking would bring it back
-    unpack(archive, cache)
-    assert not (found / "train.json").exists()
+    (again,) = find_tasks(tmp_path / "tasks", unpacked=[unpack(archive, cache)])["tones"]
+    assert again == found and not (found / "train.json").exists()
 
     with tarfile.open(tmp_path / "tasks" / "hostile.tar", "w") as tar:
         tar.add(folder / "test.json", "../outside.json")
