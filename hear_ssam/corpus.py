@@ -35,6 +35,7 @@ import numpy as np
 
 from .audio import SUFFIXES, decode_audio, find_audio, read_audio, resample
 from .errors import HearSsamError, unknown_name
+from .machine import usable_cpus
 from .paths import atomic_write, shipped
 
 if sys.version_info >= (3, 11):
@@ -352,7 +353,7 @@ The packages, their licences and what is left out of them: checkpoints/corpus.to
     parser.add_argument("store", metavar="STORE", help="folder to write")
     parser.add_argument("--audio", nargs="+", default=[], metavar="PATH", help="audio files, folders, tars of them")
     parser.add_argument("--debian", metavar="FOLDER", help="Debian packages of the recipe, each in FOLDER/NAME")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="decoding threads")
+    parser.add_argument("--workers", type=int, default=usable_cpus(), metavar="N", help="decoding threads")
     parser.set_defaults(run=run)
 
 

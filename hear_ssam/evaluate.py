@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .errors import HearSsamError, unknown_name
 from .jobs import Job, git_commit, noted, run_jobs
+from .machine import usable_cpus
 from .records import STORE, Record, embeddings_folder, key_of, read
 from .tables import Options, terminal
 from .tasks import Task, find_archives, find_tasks, known_tasks, read_task, unpack
@@ -115,7 +116,7 @@ def run_evaluation(
         raise HearSsamError("say either where the tasks are (--tasks-dir) or the embeddings (--embeddings-dir).")
     plan = named_protocol(protocol)
     count = plan.seeds if seeds is None else seeds
-    workers = (os.cpu_count() or 1) if workers is None else workers
+    workers = usable_cpus() if workers is None else workers
     for option, value in (("--seeds", count), ("--workers", workers)):
         if value < 1:
             raise HearSsamError(f"{option} must be at least 1, not {value}.")

@@ -69,9 +69,10 @@ def run(args: argparse.Namespace) -> int:
 
     from .audio import find_audio
     from .hear import load_model
+    from .machine import usable_cpus
 
     files = find_audio(args.inputs)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cpus()
     workers = min(cores if args.workers is None else args.workers, len(files))
     if workers < 1:
         raise HearSsamError(f"--workers must be at least 1, not {args.workers}.")

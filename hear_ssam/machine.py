@@ -1,8 +1,9 @@
-"""What the CPU calls itself and which instructions it has."""
+"""What this process has of the machine: which CPU, how many of them, and memory that it keeps."""
 
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from pathlib import Path
 
@@ -20,3 +21,10 @@ def cpu() -> tuple[str, frozenset[str]]:
     facts = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
     flags = facts.get("flags", facts.get("Features", "")).split()
     return facts.get("model name", platform.processor() or platform.machine()), frozenset(flags)
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may run on: fewer than there are under taskset, in a container or a batch job."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
