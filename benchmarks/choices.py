@@ -1,6 +1,6 @@
 """The two flaws of the published code, measured and drawn: benchmarks/choices.png.
 
-    python benchmarks/choices.py [OUT.png]        # a minute on one CPU core; needs nothing but this checkout
+    python -m benchmarks choices [-o OUT.png]     # a minute on one CPU core; needs nothing but this checkout
 
 Left, token order: a noise burst of 40 ms is moved through a clip of 2 s; how much does each timestamp embedding of
 ssam_tiny change? The clip has exactly 200 frames, so both orders arrange the very same tokens. Random weights: no
@@ -13,8 +13,8 @@ for all of them; what such a prediction can reach at best is the variance of a c
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -23,8 +23,6 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import PowerNorm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hear_ssam import get_timestamp_embeddings, load_model
 from hear_ssam.audio import find_audio, read_audio
@@ -91,9 +89,15 @@ def pretrain(mask_position: str, train: torch.Tensor, held_out: torch.Tensor) ->
     return errors, floor, (predicted.amax(1) - predicted.amin(1)).max().item()
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
+    """`python -m benchmarks choices`: draw the picture, print its numbers as JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks choices", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Path(__file__).with_suffix(".png")
+    parser.add_argument("-o", "--output", type=Path, default=default, help="the picture (default %(default)s)")
+    out = parser.parse_args(arguments).output
     torch.set_num_threads(1)
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_suffix(".png")
     maps = {order: responses(order) for order in ("official", "time")}
     curves = {where: pretrain(where, *spectrograms()) for where in COLOURS}
     draw(out, maps, curves)
@@ -104,6 +108,7 @@ def main() -> None:
         facts[f"spread of predictions over a clip's hidden patches, positions {where} the mask"] = spread
         facts["the same error of the best single prediction per clip"] = floor
     print(json.dumps(facts, indent=2))
+    return 0
 
 
 def draw(out: Path, maps: dict[str, torch.Tensor], curves: dict[str, tuple[list[float], float, float]]) -> None:
@@ -138,7 +143,3 @@ def draw(out: Path, maps: dict[str, torch.Tensor], curves: dict[str, tuple[list[
     losses.set(ylabel="held-out error on hidden patches\n(MSE, standardised log-mel)", ylim=(0, 1.3))
     losses.legend(frameon=False, loc="lower left")
     figure.savefig(out, dpi=120, metadata={"Software": None})
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """The GPU numbers in one call: correctness of every gradient, the device's ceilings, kernels, encoder, training step.
 
-    python benchmarks/gpu.py OUT          # some minutes on one GPU; writes OUT/gpu.md and OUT/gpu.csv
+    python -m benchmarks gpu -o OUT       # some minutes on one GPU; writes OUT/gpu.md and OUT/gpu.csv
 
 Needs torch with CUDA, triton (comes with it) and this package; mamba-ssm's CUDA kernel is compared where it imports.
 A floor is the time below which no version can run: bytes that must move ÷ copy bandwidth of this run, and
@@ -24,10 +24,9 @@ import torch
 import triton
 import triton.language as tl
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from hear_ssam.config import CONFIGS
 from hear_ssam.encoder import Encoder, random_mask
+from hear_ssam.errors import HearSsamError
 from hear_ssam.scan import available_backends, causal_conv1d, selective_scan, use_backend
 
 LENGTH = 251  # tokens of a 2-second clip
@@ -38,16 +37,18 @@ ROTATE_OVER = 200e6  # bytes of inputs to rotate over: several times the L2 cach
 Row = dict[str, Any]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for gpu.md and gpu.csv")
+def main(arguments: list[str]) -> int:
+    """`python -m benchmarks gpu`: exit code 1 where a check or a table failed, 2 without a GPU."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for gpu.md and gpu.csv")
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024], help="clips per kernel call")
     parser.add_argument("--repeats", type=int, default=30, help="timed calls per number")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="which tables to make")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("gpu.py: PyTorch sees no CUDA device.", file=sys.stderr)
-        return 2
+        raise HearSsamError("PyTorch sees no CUDA device; run this on a machine with a GPU and a torch built for it.")
     torch.manual_seed(0)
     tables: dict[str, list[Row]] = {"facts": facts()}
     ceilings = measure_ceilings(args)
@@ -59,11 +60,11 @@ def main() -> int:
         except Exception as error:  # the next table is worth having all the same
             traceback.print_exc()
             tables[name] = [{"failed": f"{type(error).__name__}: {error}".splitlines()[0]}]
-        write(tables, args.out)
+        write(tables, args.output)
     wrong = [row for rows in tables.values() for row in rows if "failed" in row or not row.get("right", True)]
-    print((args.out / "gpu.md").read_text())
+    print((args.output / "gpu.md").read_text())
     if wrong:
-        print(f"gpu.py: {len(wrong)} checks or tables failed", file=sys.stderr)
+        print(f"benchmarks gpu: {len(wrong)} checks or tables failed", file=sys.stderr)
     return 1 if wrong else 0
 
 
@@ -75,7 +76,7 @@ def facts() -> list[Row]:
         "device": f"{device.name}, {device.multi_processor_count} multiprocessors, {memory}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
         f"triton {triton.__version__}",
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
     }
     for name in ("triton", "mamba_ssm"):
         found[f"backend {name}"] = available_backends()[name] or "runs"
@@ -373,6 +374,3 @@ PARTS: dict[str, Callable[[argparse.Namespace, dict[str, float]], list[Row]]] = 
     "encoder": time_encoder,
     "training": time_training,
 }
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
 """Whether the fast probe's scores are statistically those of the exact one: both, with many seeds, task by task.
 
-    python benchmarks/probes.py                                          # the demo task, the default model
-    python benchmarks/probes.py --tasks-dir TASKS --tasks esc50-v2.0.0-full fsd50k-v1.0-full
-    python benchmarks/probes.py --embeddings-dir EMBEDDINGS              # finished embeddings of any model
+    python -m benchmarks probes                                          # the demo task, the default model
+    python -m benchmarks probes --tasks-dir TASKS --tasks esc50-v2.0.0-full fsd50k-v1.0-full
+    python -m benchmarks probes --embeddings-dir EMBEDDINGS              # finished embeddings of any model
 
 What is in the results folder already is not run again.
 """
@@ -33,8 +33,11 @@ def scores(args: argparse.Namespace, probe: str) -> dict[str, list[float]]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str]) -> int:
+    """`python -m benchmarks probes`: print one row per task."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks probes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tasks-dir", type=Path, default=shipped("eval_tasks") / "demo" / "tasks")
     parser.add_argument("--embeddings-dir", type=Path)
     parser.add_argument("--tasks", nargs="+", default=[])
@@ -42,7 +45,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--results-dir", type=Path, default=Path("runs/probes"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.seeds < 2:
         parser.error("a deviation needs at least two seeds")
     exact, fast = (scores(args, probe) for probe in ("exact", "fast"))
@@ -55,7 +58,4 @@ def main() -> None:
         error = sum(statistics.variance(v) / len(v) for v in both) ** 0.5
         p = ttest_ind(*both, equal_var=False).pvalue
         print(f"| {task} | {means[0]} | {means[1]} | {difference:+.2f} | {error:.2f} | {p:.2f} |")
-
-
-if __name__ == "__main__":  # jobs are spawned processes that import this file
-    main()
+    return 0

@@ -15,7 +15,7 @@ Contents, in reading order:
     tasks, embeddings, probe, fast_probe, probe_cpu, scores, jobs, records, evaluate, tables, report   the HEAR protocol
     check           the HEAR contract, explained, for any module
     hear_tools      hear-validator and heareval, unmodified, on a current Python
-    models, demo, doctor, benchmark, cli   the commands
+    models, demo, doctor, cli   the commands
     paths, errors, machine   shipped files, atomic writes; the one error class; what the CPU is
 """
 

@@ -24,7 +24,6 @@ ROOMS = {
     "corpus": "corpus",
     "pretrain": "pretrain",
     "heareval": "hear_tools",
-    "benchmark": "benchmark",
     "doctor": "doctor",
 }
 

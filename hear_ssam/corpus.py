@@ -6,7 +6,7 @@ A store is a folder of three files:
     clips.npz   offsets (clips + 1,) int64 into the frames; source (clips,) int32 into the table of sources
     store.json  the table of sources (clips, hours, licence, attribution), what was skipped; written last
 
-Audio comes from files, folders and tars, and from Debian packages by the recipe in `checkpoints/corpus.toml`.
+Audio comes from files, folders and tars; `checkpoints/corpus.py` decodes what the shipped encoders were trained on.
 """
 
 from __future__ import annotations
@@ -19,12 +19,8 @@ import io
 import itertools
 import json
 import os
-import re
-import shutil
-import subprocess
 import sys
 import tarfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,8 +29,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .audio import SUFFIXES, decode_audio, find_audio, read_audio, resample
-from .errors import HearSsamError, unknown_name
+from .audio import SUFFIXES, decode_audio, find_audio, read_audio
+from .errors import HearSsamError
 from .machine import usable_cpus
 from .paths import atomic_write, shipped
 
@@ -187,18 +183,15 @@ def _tar_clips(path: Path) -> Iterator[Clip]:
             for member in tar:
                 stream = tar.extractfile(member) if Path(member.name).suffix.lower() in SUFFIXES else None
                 if stream is not None:
-                    decode = _decoder(stream.read(), f"{path}:{member.name}")
-                    yield Clip(_source(path, Path(member.name)), f"{path}:{member.name}", decode)
+                    name, data = f"{path}:{member.name}", io.BytesIO(stream.read())
+                    decode = functools.partial(decode_audio, data, name, RATE)
+                    yield Clip(_source(path, Path(member.name)), name, decode)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise HearSsamError(f"{path}: cannot be read as a tar: {error}.") from error
 
 
 def _source(named: Path, below: Path) -> str:
     return below.parts[0] if len(below.parts) > 1 else named.name if named.is_dir() else named.stem
-
-
-def _decoder(data: bytes, name: str) -> Callable[[], np.ndarray]:
-    return lambda: decode_audio(io.BytesIO(data), name, RATE)
 
 
 def recipe() -> dict[str, Any]:
@@ -214,126 +207,6 @@ def _terms(name: str) -> dict[str, str]:
     return {}
 
 
-def debian_clips(folder: str | os.PathLike[str], packages: list[dict[str, Any]]) -> Iterator[Clip]:
-    """Clips of Debian packages, each extracted to FOLDER/NAME, as the `package` table of the recipe says.
-
-    Raises HearSsamError that lists the packages that are missing, and where a package holds no file that is wanted.
-    """
-    missing = [package["name"] for package in packages if not Path(folder, package["name"]).is_dir()]
-    if missing:
-        raise HearSsamError(
-            f"{folder}: missing packages; run `apt-get download {' '.join(missing)}`, then "
-            f"`for deb in *.deb; do dpkg -x $deb {folder}/${{deb%%_*}}; done`."
-        )
-    for package in packages:
-        root = Path(folder, package["name"])
-        if package["decoder"] not in DECODERS:
-            raise unknown_name(f"decoder of {package['name']}", package["decoder"], DECODERS)
-        exclude = re.compile(package.get("exclude", "(?!)"))  # (?!) matches nothing
-        files = sorted({file for pattern in package["files"] for file in root.glob(pattern)})
-        files = [f for f in files if f.is_file() and not f.is_symlink()]
-        files = [f for f in files if not exclude.search("/" + f.relative_to(root).as_posix())]
-        if not files:
-            raise HearSsamError(f"{root}: holds none of {package['files']}; the recipe is for {package['version']}.")
-        for file in files:
-            try:
-                for name, decode in DECODERS[package["decoder"]](file):
-                    yield Clip(package["name"], name, decode)
-            except (OSError, ValueError, zipfile.BadZipFile) as error:
-                raise HearSsamError(f"{file}: damaged; extract the package again ({error}).") from error
-
-
-Decoded = Iterator[tuple[str, Callable[[], np.ndarray]]]  # (name, how to decode it)
-
-
-def _audio_file(path: Path) -> Decoded:
-    yield str(path), functools.partial(read_audio, path, RATE)
-
-
-def _g722_file(path: Path) -> Decoded:
-    """Headerless ITU-T G.722 at 16 kHz, which libsndfile does not read."""
-
-    def decode() -> np.ndarray:
-        if not shutil.which("ffmpeg"):
-            raise HearSsamError(f"{path}: needs the program ffmpeg to decode G.722; install it.")
-        command = ["ffmpeg", "-v", "error", "-nostdin", "-f", "g722", "-i", str(path), "-ac", "1", "-ar", str(RATE)]
-        done = subprocess.run([*command, "-f", "f32le", "-"], capture_output=True)
-        if done.returncode:
-            raise HearSsamError(f"{path}: ffmpeg cannot decode it: {done.stderr.decode(errors='replace').strip()}")
-        return np.frombuffer(bytearray(done.stdout), "<f4")  # a bytearray: torch wants writable memory
-
-    yield str(path), decode
-
-
-SAMPLE_HEADER = np.dtype(  # SoundFont 2.04, section 7.10
-    {
-        "names": ["name", "start", "end", "rate", "type"],
-        "formats": ["S20", "<u4", "<u4", "<u4", "<u2"],
-        "offsets": [0, 20, 24, 36, 44],
-        "itemsize": 46,
-    }
-)
-ROM = 0x8000  # sample type: the samples are in a synthesiser's memory, not in the file
-
-
-def _soundfont(path: Path) -> Decoded:
-    """The recordings in a SoundFont 2 at their own pitch, without loops and envelopes, those of 50 ms and more."""
-    chunks = dict(_riff(np.memmap(path, np.uint8, "r")))
-    if not {b"smpl", b"shdr"} <= chunks.keys():
-        raise ValueError("no SoundFont 2 sample chunks")
-    pcm = chunks[b"smpl"].view("<i2")
-    for i, head in enumerate(chunks[b"shdr"].view(SAMPLE_HEADER)[:-1]):  # the last one only marks the end
-        samples = pcm[head["start"] : head["end"]]
-        rate = int(head["rate"])
-        if head["type"] & ROM or len(samples) < 0.05 * rate or np.abs(samples.astype(np.int32)).max() < 50:
-            continue
-        decode = functools.partial(_pcm, samples, rate)
-        yield f"{path}:{i} {head['name'].decode('latin-1')}", decode
-
-
-def _pcm(samples: np.ndarray, rate: int) -> np.ndarray:
-    return resample(samples.astype(np.float32) / 32768, rate, RATE)
-
-
-def _riff(data: np.ndarray, position: int = 12) -> Iterator[tuple[bytes, np.ndarray]]:
-    """(name, content) of the chunks of a RIFF file, those inside LIST chunks too."""
-    while position + 8 <= len(data):
-        name, size = data[position : position + 4].tobytes(), int(data[position + 4 : position + 8].view("<u4")[0])
-        end = position + 8 + size
-        if name == b"LIST":
-            yield from _riff(data[:end], position + 12)
-        else:
-            yield name, data[position + 8 : end]
-        position = end + size % 2
-
-
-def _wavs_in_a_row(path: Path) -> Decoded:
-    """OpenTTD sound set: whole WAV files one after another, each with its length in its RIFF header."""
-    data = path.read_bytes()
-    start = data.find(b"RIFF")
-    while start >= 0:
-        end = start + 8 + int.from_bytes(data[start + 4 : start + 8], "little")
-        if end - start > 44:  # more than the header of a WAV
-            yield f"{path}:{start}", _decoder(data[start:end], f"{path}:{start}")
-        start = data.find(b"RIFF", end)
-
-
-def _zip_members(path: Path) -> Decoded:
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if Path(name).suffix.lower() in SUFFIXES:
-                yield f"{path}:{name}", _decoder(archive.read(name), f"{path}:{name}")
-
-
-DECODERS: dict[str, Callable[[Path], Decoded]] = {
-    "audio": _audio_file,
-    "g722": _g722_file,
-    "sf2": _soundfont,
-    "cat": _wavs_in_a_row,
-    "zip": _zip_members,
-}
-
-
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -345,14 +218,13 @@ def add_parser(subparsers: Any) -> None:
         "`hear-ssam pretrain` reads: about 58 MB an hour.",
         epilog="""examples:
   hear-ssam corpus store --audio recordings/ more.tar
-  hear-ssam corpus store --debian packages/      says which packages are missing and how to get them
+  hear-ssam corpus store --audio decoded/       what `python checkpoints/corpus.py packages decoded` wrote
 
-The packages, their licences and what is left out of them: checkpoints/corpus.toml.""",
+What the shipped encoders were trained on, with its licences: checkpoints/corpus.toml.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("store", metavar="STORE", help="folder to write")
-    parser.add_argument("--audio", nargs="+", default=[], metavar="PATH", help="audio files, folders, tars of them")
-    parser.add_argument("--debian", metavar="FOLDER", help="Debian packages of the recipe, each in FOLDER/NAME")
+    parser.add_argument("--audio", nargs="+", required=True, metavar="PATH", help="audio files, folders, tars of them")
     parser.add_argument("--workers", type=int, default=usable_cpus(), metavar="N", help="decoding threads")
     parser.set_defaults(run=run)
 
@@ -361,14 +233,9 @@ def run(args: argparse.Namespace) -> int:
     """`hear-ssam corpus`: build a store, print its sources; exit code 1 if a file was skipped."""
     from tqdm import tqdm
 
-    if not args.audio and not args.debian:
-        raise HearSsamError("name some audio: --audio PATH... or --debian FOLDER.")
     if args.workers < 1:
         raise HearSsamError(f"--workers {args.workers}: needs at least one.")
-    clips = audio_clips(args.audio)
-    if args.debian:
-        clips = itertools.chain(clips, debian_clips(args.debian, recipe()["package"]))
-    info = build_store(args.store, tqdm(clips, unit=" clips"), args.workers)
+    info = build_store(args.store, tqdm(audio_clips(args.audio), unit=" clips"), args.workers)
     for row in info["sources"]:
         print(f"{row['clips']:8,} clips {row['hours']:8.2f} h  {row['name']}  {row.get('licence', '')}")
     hours = info["frames"] / FRAMES_PER_HOUR

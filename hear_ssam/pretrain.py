@@ -360,7 +360,7 @@ def _course(training: dict[str, Any]) -> list[str]:
         f"- {training['wall_minutes']} minutes on {training['device']}, torch {training['versions']['torch']}",
         f"- recipe: `{json.dumps(training['recipe'])}`",
         "",
-        *([] if before else ["    hear-ssam corpus STORE --debian PACKAGES --audio FOLDERS"]),
+        *([] if before else ["    hear-ssam corpus STORE --audio FOLDERS"]),
         f"    hear-ssam pretrain STORE OUT {_as_options(training['recipe'])}",
     ]
 

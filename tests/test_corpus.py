@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import re
+import runpy
 import shutil
 import struct
 import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -17,11 +19,15 @@ import pytest
 import soundfile
 import torch
 
-from hear_ssam import corpus
 from hear_ssam.cli import main
-from hear_ssam.corpus import audio_clips, build_store, debian_clips, open_store, recipe
+from hear_ssam.corpus import audio_clips, build_store, open_store, recipe
 from hear_ssam.errors import HearSsamError
 from hear_ssam.frontend import LogMel
+from hear_ssam.paths import shipped
+
+SCRIPT = shipped("checkpoints") / "corpus.py"
+script = runpy.run_path(str(SCRIPT))
+debian_clips = script["debian_clips"]
 
 
 def noise(seconds: float, seed: int, rate: int = 16_000) -> np.ndarray:
@@ -219,7 +225,7 @@ def test_recipe_is_complete_and_leaves_evaluation_material_out() -> None:
     for entry in table["package"] + table["source"]:
         assert entry["licence"] and entry["attribution"] and entry["content"] and entry["hours"] > 0
     for entry in table["package"]:
-        assert entry["decoder"] in corpus.DECODERS and entry["version"] and entry["files"]
+        assert entry["decoder"] in script["DECODERS"] and entry["version"] and entry["files"]
     left_out = {name for entry in table["left_out"] for name in entry["names"]}
     assert not left_out & set(names)
     stamps = next(re.compile(e["exclude"]) for e in table["package"] if e["name"] == "tuxpaint-stamps-default")
@@ -235,6 +241,26 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.wav").write_bytes(b"")
     assert main(["corpus", str(tmp_path / "two"), "--audio", str(tar), str(tmp_path / "bad.wav")]) == 1
     assert "skipped" in capsys.readouterr().err
-    assert main(["corpus", str(tmp_path / "three")]) == 2
-    assert main(["corpus", str(tmp_path / "three"), "--debian", str(tmp_path)]) == 2
-    assert "apt-get download" in capsys.readouterr().err
+
+
+def test_decoded_packages_make_the_store_of_their_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i, name in enumerate(("first", "second")):
+        (tmp_path / "packages" / name).mkdir(parents=True)
+        soundfile.write(tmp_path / "packages" / name / "x.wav", noise(0.5, i, 44_100), 44_100)
+    (tmp_path / "packages" / "first" / "a.wav").write_bytes(b"not audio")
+    entries = packages(*({"name": n, "files": ["*.wav"], "decoder": "audio"} for n in ("first", "second")))
+    for _ in range(2):  # the second time, what is there is left alone
+        (skipped,) = script["write_audio"](debian_clips(tmp_path / "packages", entries), tmp_path / "decoded")
+        assert skipped.startswith(f"{tmp_path}/packages/first/a.wav: cannot be read")
+    build_store(tmp_path / "direct", (c for c in debian_clips(tmp_path / "packages", entries) if "a.wav" not in c.name))
+    assert main(["corpus", str(tmp_path / "store"), "--audio", str(tmp_path / "decoded")]) == 0
+    direct, store = (open_store(tmp_path / name) for name in ("direct", "store"))
+    np.testing.assert_array_equal(store.frames, direct.frames)
+    assert store.info["sources"] == direct.info["sources"]
+
+
+def test_the_script_says_what_is_missing(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path, tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 2 and "apt-get download asterisk" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1 and "python checkpoints/corpus.py PACKAGES AUDIO" in done.stderr

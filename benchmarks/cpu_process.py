@@ -1,4 +1,4 @@
-"""One process of the benchmark: builds one implementation of the encoder, then measures whenever it is asked.
+"""One process of the CPU benchmark: builds one implementation of the encoder, then measures whenever it is asked.
 
 A peer is another package's Mamba mixer, with our weights, in place of ours; everything else of the encoder stays.
 """
@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from .errors import HearSsamError
+from hear_ssam.errors import HearSsamError
 
 PEERS = ("transformers", "mambapy", "selective_scan_ref")
 TURN = 0.2  # seconds that a fast row repeats in one turn
@@ -94,10 +94,9 @@ def prepare(task: Task, begin: float) -> dict[str, Callable[[], Any]]:
     clock = time.process_time if task.threads == 1 else time.perf_counter
     if task.mode == "machine":
         return {"turn": functools.partial(_machine_rates, task.size, clock)}
-    from .blocks import MambaState, naive_attention
-    from .config import CONFIGS
-    from .encoder import Encoder
-    from .scan import use_backend
+    from hear_ssam.config import CONFIGS
+    from hear_ssam.encoder import Encoder
+    from hear_ssam.scan import use_backend
 
     imported = time.perf_counter() - begin
     torch.manual_seed(0)
@@ -106,8 +105,9 @@ def prepare(task: Task, begin: float) -> dict[str, Callable[[], Any]]:
     spec = torch.randn(1, config.window_frames, config.n_mels)
     mask = torch.rand(1, config.num_patches) < 0.5
     name = task.implementation.split()[0]
+    in_chunks = task.implementation.endswith("in chunks")
     backend = name if task.system == "ssam" and name not in PEERS else "auto"
-    if task.dtype == "float64":  # the law; for gradients its twin, whose own test is exact to 1e-10
+    if task.dtype == "float64":  # the reference; for gradients the torch backend, equal to it to 1e-10
         encoder, spec, backend = encoder.double(), spec.double(), "reference" if task.mode == "inference" else "torch"
     elif task.dtype == "bf16":
         encoder.set_precision("bf16")
@@ -115,7 +115,9 @@ def prepare(task: Task, begin: float) -> dict[str, Callable[[], Any]]:
         if name in PEERS:
             block.mixer = build_peer(name, block.mixer)
         elif name == "naive":
-            block.attn.attention = naive_attention  # type: ignore[union-attr]
+            block.attn = naive_attention(block.attn)
+        elif in_chunks:
+            block.mixer = carried(block.mixer)
 
     def act() -> Any:
         with use_backend(backend):
@@ -128,11 +130,9 @@ def prepare(task: Task, begin: float) -> dict[str, Callable[[], Any]]:
                 return {"tokens": encoder.tokens(spec)}
 
     def read_long() -> None:
-        states = [MambaState() for _ in encoder.blocks]
-        size = CHUNK if "chunks" in task.implementation else LONG
         with use_backend(backend), torch.no_grad():
-            for chunk in torch.randn(1, LONG, config.embed_dim).split(size, dim=1):
-                encoder.run_blocks(chunk, states)
+            for chunk in torch.randn(1, LONG, config.embed_dim).split(CHUNK if in_chunks else LONG, dim=1):
+                encoder.run_blocks(chunk)
 
     def start() -> dict[str, Any]:
         first, second = (_repeat(act, 0)[0] for _ in range(2))
@@ -174,6 +174,55 @@ def _with_peak(action: Callable[[], Any], clock: Callable[[], float]) -> dict[st
     return {"seconds": seconds, "peak_mb": (peak - before) / 1e6}
 
 
+def naive_attention(attention: Any) -> Any:
+    """A module that computes what our `attention` computes, with all L x L weights in memory: what the literature
+    compares against."""
+    import torch
+
+    class NaiveAttention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ours = attention
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, L, D) -> (B, L, D)
+            qkv = self.ours.qkv(x).unflatten(-1, (3, self.ours.heads, -1))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, d) each
+            weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
+            return self.ours.proj((weights @ v).transpose(1, 2).flatten(2))
+
+    return NaiveAttention()
+
+
+def carried(mixer: Any) -> Any:
+    """A module that computes what our Mamba `mixer` does; each call goes on where the one before it ended."""
+    import torch
+    import torch.nn.functional as F
+
+    from hear_ssam.scan import causal_conv1d, selective_scan
+
+    class Carried(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixer = mixer
+            self.before: torch.Tensor | None = None  # (B, K-1, I), inputs of the convolution
+            self.state: torch.Tensor | None = None  # (B, I, N)
+
+        def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
+            x, z = mixer.in_proj(x).chunk(2, dim=-1)
+            x, self.before = causal_conv1d(
+                x, mixer.conv.weight, mixer.conv.bias, initial_state=self.before, return_last_state=True
+            )
+            low, b, c = mixer.x_proj(x).split(mixer.split, dim=-1)
+            weight = mixer.dt_proj.weight
+            y, self.state = selective_scan(
+                x, F.linear(low.to(weight.dtype), weight), -torch.exp(mixer.A_log), b, c, mixer.D, z,
+                delta_bias=mixer.dt_proj.bias, delta_softplus=True, initial_state=self.state, return_last_state=True,
+            )  # fmt: skip
+            return mixer.out_proj(y)
+
+    return Carried()
+
+
 def build_peer(name: str, mixer: Any) -> Any:
     """A module that computes what our Mamba `mixer` computes, with the same weights, as another package does it."""
     import torch
@@ -206,7 +255,7 @@ def build_peer(name: str, mixer: Any) -> Any:
             super().__init__()
             self.peer = peer
 
-        def forward(self, x: Any, reverse: bool = False, state: Any = None) -> Any:
+        def forward(self, x: Any, *_: Any) -> Any:
             return self.peer(x)
 
     return Mixer()
@@ -265,7 +314,7 @@ WITH_AVX512, WITHOUT = 7, 11
 
 @functools.cache
 def _multiply_kernels() -> Any:
-    from .simd import Kernel, build
+    from hear_ssam.simd import Kernel, build
 
     def write(k: Kernel, chains: int) -> None:
         steps, out = k.integer("steps"), k.tensor("out", 1)
@@ -284,7 +333,7 @@ def _machine_rates(size: str, clock: Callable[[], float]) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from .config import CONFIGS
+    from hear_ssam.config import CONFIGS
 
     c = CONFIGS[f"ssam_{size}"]
     rates: dict[str, float] = {}
@@ -294,7 +343,7 @@ def _machine_rates(size: str, clock: Callable[[], float]) -> dict[str, float]:
             fastest = min(_repeat(functools.partial(F.linear, x, weight), TURN / 4, clock))
             rates[name] = max(rates.get(name, 0.0), 2.0 * len(x) * of * to / fastest)
     with contextlib.suppress(ImportError):  # no llvmlite, no clock
-        from .simd import AVX512, LANES, run
+        from hear_ssam.simd import AVX512, LANES, run
 
         out, steps = torch.zeros(256), 50_000  # a chain of them takes a millisecond
         seconds = [

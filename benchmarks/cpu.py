@@ -1,4 +1,4 @@
-"""`hear-ssam benchmark`: how fast this package is on this machine, how exact, and how far from what the machine allows.
+"""How fast the encoder is on this CPU, how exact, and how far from what the machine allows.
 
 Every row of a table is a process of its own; the processes take turns, so that a disturbance hits all rows alike.
 All Mamba rows have the same weights and the same input; a peer replaces the mixer inside our encoder. With one thread
@@ -21,23 +21,24 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .benchmark_process import PEERS, Task, Worker
-from .errors import HearSsamError, unknown_name
-from .machine import FEATURES, cpu
-from .paths import atomic_write
+from hear_ssam.errors import HearSsamError, unknown_name
+from hear_ssam.machine import FEATURES, cpu
+from hear_ssam.paths import atomic_write
+
+from .cpu_process import PEERS, Task, Worker
 
 SIZES = ("tiny", "small", "base")
 MODES = ("inference", "training", "long", "start")
 
 EXAMPLES = """examples:
-  hear-ssam benchmark --quick                       a minute: tiny only, few repeats
-  hear-ssam benchmark -o benchmarks                 everything; writes one .csv and one .md per mode
-  hear-ssam benchmark --modes training --peers mambapy
+  python -m benchmarks cpu --quick                  a minute: tiny only, few repeats
+  python -m benchmarks cpu -o benchmarks            everything; writes one .csv and one .md per mode
+  python -m benchmarks cpu --modes training --peers mambapy
 
 peers (kept out of your environment; a missing one gives a row that says so):
   pip install --target peers transformers
   pip install --target peers --no-deps mambapy
-  PYTHONPATH=peers hear-ssam benchmark
+  PYTHONPATH=peers python -m benchmarks cpu
 
 modes:
   inference   one 2-second clip (251 tokens) through the encoder
@@ -47,10 +48,10 @@ modes:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser(
-        "benchmark",
-        help="speed and error against other implementations and the machine's limit",
+def main(arguments: list[str]) -> int:
+    """`python -m benchmarks cpu`: print the table of each mode, write it where -o says."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks cpu",
         description="Measure the encoder on this machine: speed, error against float64, and the floor (matrix products "
         "at the best rate seen, plus the scan at the rate of the multiply units).",
         epilog=EXAMPLES,
@@ -62,10 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--modes", default=",".join(MODES), help="(default %(default)s)")
     parser.add_argument("--peers", default=",".join(PEERS), help="(default %(default)s; '' for none)")
     parser.add_argument("-o", "--output", type=Path, help="folder for .csv and .md (default: print only)")
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
+    args = parser.parse_args(arguments)
     sizes, modes, peers = (
         _choices(kind, getattr(args, kind), known)
         for kind, known in (("sizes", SIZES), ("modes", MODES), ("peers", PEERS))
@@ -94,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _command(args: argparse.Namespace, mode: str) -> str:
     """What makes the table of one mode again."""
-    words = ["hear-ssam benchmark", *(["--quick"] if args.quick else []), f"--modes {mode}"]
+    words = ["python -m benchmarks cpu", *(["--quick"] if args.quick else []), f"--modes {mode}"]
     words += [f"--{name} {getattr(args, name)}" for name in ("threads", "sizes", "peers")]
     return f"`{' '.join(words)} -o benchmarks`"
 
@@ -207,7 +205,7 @@ def _row(worker: Worker, exact: Any, rates: dict[str, float]) -> Row:
 
 def _work(size: str) -> dict[str, float]:
     """FLOP of all projections, elements of the scans (tokens x width x state), and bytes moved at least, per clip."""
-    from .config import CONFIGS
+    from hear_ssam.config import CONFIGS
 
     c = CONFIGS[f"ssam_{size}"]
     tokens, dim, inner, rank, state = 1 + c.num_patches, c.embed_dim, c.inner_dim, c.dt_rank, c.state_dim
@@ -274,7 +272,7 @@ def _write(folder: Path, rows: list[Row], text: str, conditions: dict[str, str])
 
 def _markdown(mode: str, rows: list[Row], conditions: dict[str, str]) -> str:
     columns = [f.name for f in fields(Row) if f.name != "mode" and any(getattr(row, f.name) for row in rows)]
-    lines = [f"# hear-ssam benchmark: {mode}", "", *(f"- {name}: {value}" for name, value in conditions.items()), ""]
+    lines = [f"# CPU benchmark: {mode}", "", *(f"- {name}: {value}" for name, value in conditions.items()), ""]
     lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in rows:
         values = asdict(row)

@@ -1,0 +1,34 @@
+"""The benchmarks: `python -m benchmarks NAME [OPTIONS]`, from a checkout (README.md says what each one writes)."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from hear_ssam.errors import HearSsamError
+
+# Each is a module with main(arguments) -> exit code; it is imported only when it is asked for (gpu needs triton).
+NAMES = {
+    "cpu": "speed and error of the encoder against other implementations and the machine's limit",
+    "gpu": "correctness and speed of the GPU kernels, the encoder and a training step",
+    "probes": "the scores of both probes over many seeds",
+    "choices": "the picture of token order and mask position",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run one benchmark. Exit codes: 0 done; 1 something failed; 2 wrong input."""
+    name, *options = arguments or ["--help"]
+    if name not in NAMES:
+        print(__doc__, *(f"  {name:<10}{job}" for name, job in NAMES.items()), sep="\n")
+        print("\npython -m benchmarks NAME --help says more of one of them.")
+        return 0 if name in ("-h", "--help") else 2
+    try:
+        return int(importlib.import_module(f"benchmarks.{name}").main(options))
+    except HearSsamError as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,191 @@
+"""Decodes the audio of Debian packages that the shipped encoders were trained on, as corpus.toml (beside) says.
+
+    apt-get download NAME...                                       # a run says which packages are missing
+    for deb in *.deb; do dpkg -x $deb PACKAGES/${deb%%_*}; done
+    python checkpoints/corpus.py PACKAGES AUDIO                    # writes AUDIO/PACKAGE/00000.wav ..., 16 kHz float32
+    hear-ssam corpus STORE --audio AUDIO FOLDERS                   # FOLDERS: the `source` tables of the recipe
+
+Needs hear_ssam, and ffmpeg for G.722.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from hear_ssam.audio import SUFFIXES, decode_audio, read_audio, resample
+from hear_ssam.corpus import RATE, Clip, recipe
+from hear_ssam.errors import HearSsamError, unknown_name
+from hear_ssam.paths import atomic_write
+
+
+def main(packages: str, output: str) -> int:
+    """Decode all packages of the recipe; exit code 1 if a clip was skipped."""
+    skipped = write_audio(debian_clips(packages, recipe()["package"]), Path(output))
+    for reason in skipped:
+        print(f"skipped {reason}", file=sys.stderr)
+    return 1 if skipped else 0
+
+
+def write_audio(clips: Iterable[Clip], output: Path) -> list[str]:
+    """Write each clip as OUTPUT/SOURCE/NUMBER.wav, float32 at 16 kHz; returns why some could not be decoded.
+
+    What is there already, of an earlier run, is not decoded again.
+    """
+    skipped: list[str] = []
+    for number, clip in enumerate(clips):
+        file = output / clip.source / f"{number:05}.wav"
+        if not file.exists():
+            try:
+                audio = clip.decode()
+            except HearSsamError as error:
+                skipped.append(str(error))
+                continue
+            with atomic_write(file) as path:
+                soundfile.write(path, audio, RATE, format="WAV", subtype="FLOAT")
+    return skipped
+
+
+def debian_clips(folder: str | Path, packages: list[dict[str, Any]]) -> Iterator[Clip]:
+    """Clips of Debian packages, each extracted to FOLDER/NAME, as the `package` table of the recipe says.
+
+    Raises HearSsamError that lists the packages that are missing, and where a package holds no file that is wanted.
+    """
+    missing = [package["name"] for package in packages if not Path(folder, package["name"]).is_dir()]
+    if missing:
+        raise HearSsamError(
+            f"{folder}: missing packages; run `apt-get download {' '.join(missing)}`, then "
+            f"`for deb in *.deb; do dpkg -x $deb {folder}/${{deb%%_*}}; done`."
+        )
+    for package in packages:
+        root = Path(folder, package["name"])
+        if package["decoder"] not in DECODERS:
+            raise unknown_name(f"decoder of {package['name']}", package["decoder"], DECODERS)
+        exclude = re.compile(package.get("exclude", "(?!)"))  # (?!) matches nothing
+        files = sorted({file for pattern in package["files"] for file in root.glob(pattern)})
+        files = [f for f in files if f.is_file() and not f.is_symlink()]
+        files = [f for f in files if not exclude.search("/" + f.relative_to(root).as_posix())]
+        if not files:
+            raise HearSsamError(f"{root}: holds none of {package['files']}; the recipe is for {package['version']}.")
+        for file in files:
+            try:
+                for name, decode in DECODERS[package["decoder"]](file):
+                    yield Clip(package["name"], name, decode)
+            except (OSError, ValueError, zipfile.BadZipFile) as error:
+                raise HearSsamError(f"{file}: damaged; extract the package again ({error}).") from error
+
+
+Decoded = Iterator[tuple[str, Callable[[], np.ndarray]]]  # (name, how to decode it)
+
+
+def _audio_file(path: Path) -> Decoded:
+    yield str(path), functools.partial(read_audio, path, RATE)
+
+
+def _g722_file(path: Path) -> Decoded:
+    """Headerless ITU-T G.722 at 16 kHz, which libsndfile does not read."""
+
+    def decode() -> np.ndarray:
+        if not shutil.which("ffmpeg"):
+            raise HearSsamError(f"{path}: needs the program ffmpeg to decode G.722; install it.")
+        command = ["ffmpeg", "-v", "error", "-nostdin", "-f", "g722", "-i", str(path), "-ac", "1", "-ar", str(RATE)]
+        done = subprocess.run([*command, "-f", "f32le", "-"], capture_output=True)
+        if done.returncode:
+            raise HearSsamError(f"{path}: ffmpeg cannot decode it: {done.stderr.decode(errors='replace').strip()}")
+        return np.frombuffer(bytearray(done.stdout), "<f4")  # a bytearray: torch wants writable memory
+
+    yield str(path), decode
+
+
+SAMPLE_HEADER = np.dtype(  # SoundFont 2.04, section 7.10
+    {
+        "names": ["name", "start", "end", "rate", "type"],
+        "formats": ["S20", "<u4", "<u4", "<u4", "<u2"],
+        "offsets": [0, 20, 24, 36, 44],
+        "itemsize": 46,
+    }
+)
+ROM = 0x8000  # sample type: the samples are in a synthesiser's memory, not in the file
+
+
+def _soundfont(path: Path) -> Decoded:
+    """The recordings in a SoundFont 2 at their own pitch, without loops and envelopes, those of 50 ms and more."""
+    chunks = dict(_riff(np.memmap(path, np.uint8, "r")))
+    if not {b"smpl", b"shdr"} <= chunks.keys():
+        raise ValueError("no SoundFont 2 sample chunks")
+    pcm = chunks[b"smpl"].view("<i2")
+    for i, head in enumerate(chunks[b"shdr"].view(SAMPLE_HEADER)[:-1]):  # the last one only marks the end
+        samples = pcm[head["start"] : head["end"]]
+        rate = int(head["rate"])
+        if head["type"] & ROM or len(samples) < 0.05 * rate or np.abs(samples.astype(np.int32)).max() < 50:
+            continue
+        decode = functools.partial(_pcm, samples, rate)
+        yield f"{path}:{i} {head['name'].decode('latin-1')}", decode
+
+
+def _pcm(samples: np.ndarray, rate: int) -> np.ndarray:
+    return resample(samples.astype(np.float32) / 32768, rate, RATE)
+
+
+def _riff(data: np.ndarray, position: int = 12) -> Iterator[tuple[bytes, np.ndarray]]:
+    """(name, content) of the chunks of a RIFF file, those inside LIST chunks too."""
+    while position + 8 <= len(data):
+        name, size = data[position : position + 4].tobytes(), int(data[position + 4 : position + 8].view("<u4")[0])
+        end = position + 8 + size
+        if name == b"LIST":
+            yield from _riff(data[:end], position + 12)
+        else:
+            yield name, data[position + 8 : end]
+        position = end + size % 2
+
+
+def _in_memory(data: bytes, name: str) -> Callable[[], np.ndarray]:
+    return functools.partial(decode_audio, io.BytesIO(data), name, RATE)
+
+
+def _wavs_in_a_row(path: Path) -> Decoded:
+    """OpenTTD sound set: whole WAV files one after another, each with its length in its RIFF header."""
+    data = path.read_bytes()
+    start = data.find(b"RIFF")
+    while start >= 0:
+        end = start + 8 + int.from_bytes(data[start + 4 : start + 8], "little")
+        if end - start > 44:  # more than the header of a WAV
+            yield f"{path}:{start}", _in_memory(data[start:end], f"{path}:{start}")
+        start = data.find(b"RIFF", end)
+
+
+def _zip_members(path: Path) -> Decoded:
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if Path(name).suffix.lower() in SUFFIXES:
+                yield f"{path}:{name}", _in_memory(archive.read(name), f"{path}:{name}")
+
+
+DECODERS: dict[str, Callable[[Path], Decoded]] = {
+    "audio": _audio_file,
+    "g722": _g722_file,
+    "sf2": _soundfont,
+    "cat": _wavs_in_a_row,
+    "zip": _zip_members,
+}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except HearSsamError as error:
+        print(f"corpus.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
