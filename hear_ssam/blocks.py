@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -64,14 +63,6 @@ def xavier_init(module: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------- Mamba
 
 
-@dataclass
-class MambaState:
-    """What a Mamba mixer carries from one chunk of tokens to the next; None before the first."""
-
-    conv: Tensor | None = None  # (B, K-1, I)
-    scan: Tensor | None = None  # (B, I, N)
-
-
 class CausalConv(nn.Module):
     """Depthwise causal convolution followed by SiLU; weight (I, K), bias (I)."""
 
@@ -81,13 +72,8 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, kernel).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(width).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor, reverse: bool = False, state: MambaState | None = None) -> Tensor:
-        if state is None:
-            return cast(Tensor, causal_conv1d(x, self.weight, self.bias, reverse=reverse))
-        y, state.conv = causal_conv1d(
-            x, self.weight, self.bias, reverse=reverse, initial_state=state.conv, return_last_state=True
-        )
-        return y
+    def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
+        return cast(Tensor, causal_conv1d(x, self.weight, self.bias, reverse=reverse))
 
 
 class SelectiveSSM(nn.Module):
@@ -110,20 +96,17 @@ class SelectiveSSM(nn.Module):
         self.A_log = nn.Parameter(torch.arange(1.0, state + 1).log().repeat(inner, 1))  # (I, N)
         self.D = nn.Parameter(torch.ones(inner))
 
-    def forward(self, xz: Tensor, reverse: bool = False, state: MambaState | None = None) -> Tensor:
+    def forward(self, xz: Tensor, reverse: bool = False) -> Tensor:
         x, z = xz.chunk(2, dim=-1)  # (B, L, I) each, views
-        x = self.conv(x, reverse, state)
+        x = self.conv(x, reverse)
         low, b, c = self.x_proj(x).split(self.split, dim=-1)  # (B, L, R), (B, L, N), (B, L, N)
         with torch.autocast(xz.device.type, enabled=False):
             weight = self.dt_proj.weight
             delta = F.linear(low.to(weight.dtype), weight)  # (B, L, I); bias and softplus happen inside the scan
-            y, last = selective_scan(
-                x, delta, -torch.exp(self.A_log), b, c, self.D, z, delta_bias=self.dt_proj.bias, delta_softplus=True,
-                reverse=reverse, initial_state=None if state is None else state.scan, return_last_state=True,
-            )  # fmt: skip
-        if state is not None:
-            state.scan = last
-        return y
+            y = selective_scan(
+                x, delta, -torch.exp(self.A_log), b, c, self.D, z, self.dt_proj.bias, True, reverse=reverse
+            )
+        return cast(Tensor, y)
 
 
 class Mamba(SelectiveSSM):
@@ -133,8 +116,8 @@ class Mamba(SelectiveSSM):
         super().__init__(config)
         self.in_proj, self.out_proj = _in_out(config)
 
-    def forward(self, x: Tensor, reverse: bool = False, state: MambaState | None = None) -> Tensor:
-        return self.out_proj(super().forward(self.in_proj(x), reverse, state))
+    def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
+        return self.out_proj(super().forward(self.in_proj(x), reverse))
 
 
 class BiMamba(nn.Module):
@@ -166,8 +149,8 @@ class MambaBlock(nn.Module):
         self.norm = build_norm(config)
         self.mixer = Mamba(config)
 
-    def forward(self, x: Tensor, reverse: bool = False, state: MambaState | None = None) -> Tensor:
-        return x + self.mixer(self.norm(x), reverse, state)
+    def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
+        return x + self.mixer(self.norm(x), reverse)
 
 
 class BiMambaBlock(nn.Module):
@@ -183,28 +166,19 @@ class BiMambaBlock(nn.Module):
 # ---------------------------------------------------------------------------------------------------- Transformer
 
 
-def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(d)) v with all L x L weights in memory: what the literature compares against.
-
-    q, k, v (B, heads, L, d) → (B, heads, L, d); equal to `torch.nn.functional.scaled_dot_product_attention`.
-    """
-    return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1) @ v
-
-
 class Attention(nn.Module):
-    """Multi-head self-attention; `attention` is the function that attends (see `naive_attention`)."""
+    """Multi-head self-attention."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.heads = config.num_heads
         self.qkv = Projection(config.embed_dim, 3 * config.embed_dim)  # [q | k | v], each head-major
         self.proj = Projection(config.embed_dim, config.embed_dim)
-        self.attention: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, d) each
-        return self.proj(self.attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class TransformerBlock(nn.Module):

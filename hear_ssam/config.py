@@ -142,11 +142,6 @@ class EncoderConfig:
     def dt_rank(self) -> int:
         return math.ceil(self.embed_dim / 16)
 
-    @property
-    def causal(self) -> bool:
-        """Whether a token depends on earlier tokens only (what streaming needs)."""
-        return self.block == "mamba"
-
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -5,16 +5,14 @@ Symbols: B batch, F frames, n patch tokens, D width, P pixels of a patch; T time
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import BLOCKS, MambaState, Projection, build_norm, xavier_init
+from .blocks import BLOCKS, Projection, build_norm, xavier_init
 from .config import EncoderConfig
 from .errors import HearSsamError, unknown_name
 
@@ -29,16 +27,8 @@ class Pretraining(NamedTuple):
     mse: Tensor | None = None
 
 
-@dataclass
-class StreamState:
-    """Where a stream of chunks stands: time slots read so far, and one state per block."""
-
-    slots: int = 0
-    blocks: list[MambaState] = field(default_factory=list)
-
-
 class Encoder(nn.Module):
-    """Spectrogram windows → tokens; see `tokens` (features), `stream` (chunk by chunk) and `forward` (pre-training).
+    """Spectrogram windows → tokens; see `tokens` (features) and `forward` (pre-training).
 
     New weights are drawn as the papers' code draws them. SSAMBA's stochastic depth (0.1, training only) is left out.
     """
@@ -85,22 +75,22 @@ class Encoder(nn.Module):
         order = (0, 1, 3, 2, 4) if c.patch_order == "time" else (0, 3, 1, 4, 2)
         return grid.permute(order).flatten(3).flatten(1, 2)
 
-    def positions(self, slots: int, start: int = 0) -> Tensor:
-        """Position embeddings (1, slots * f, D) of the time slots start ... start + slots - 1 of a window."""
+    def positions(self, slots: int) -> Tensor:
+        """Position embeddings (1, slots * f, D) of the first `slots` time slots of a window."""
         window, bands = self.config.grid
-        if start + slots > window:
+        if slots > window:
             raise HearSsamError(
-                f"this encoder knows {window} time slots ({self.config.window_frames} frames), not {start + slots}: "
+                f"this encoder knows {window} time slots ({self.config.window_frames} frames), not {slots}: "
                 "cut the input into windows."
             )
         shape = (window, bands) if self.config.patch_order == "time" else (bands, window)
         axis = 1 if self.config.patch_order == "time" else 2
-        return self.pos_embed[:, 1:].unflatten(1, shape).narrow(axis, start, slots).flatten(1, 2)
+        return self.pos_embed[:, 1:].unflatten(1, shape).narrow(axis, 0, slots).flatten(1, 2)
 
-    def embed(self, spec: Tensor, mask: Tensor | None = None, start: int = 0) -> Tensor:
+    def embed(self, spec: Tensor, mask: Tensor | None = None) -> Tensor:
         """Patch tokens before the first block (B, n, D): embedded, masked where `mask` (B, n) is True, positioned."""
         x = self.patch_embed(self.patchify(spec))
-        positions = self.positions(spec.shape[1] // self.config.patch_frames, start)
+        positions = self.positions(spec.shape[1] // self.config.patch_frames)
         if mask is None:
             return x + positions
         if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
@@ -112,16 +102,9 @@ class Encoder(nn.Module):
             return torch.where(mask, self.mask_token, x) + positions
         return torch.where(mask, self.mask_token, x + positions)  # as SSAM was released: masked tokens know no place
 
-    def run_blocks(self, x: Tensor, states: list[MambaState] | None = None) -> Tensor:
-        """All blocks on any token sequence (B, L, D), without positions and final norm; L has no limit.
-
-        `states` (one per block, causal systems only) are read and replaced, so that chunks continue each other.
-        """
-        if states is not None:
-            self._require_causal()
-            for block, state in zip(self.blocks, states, strict=True):
-                x = block(x, state=state)
-        elif self.config.paired:
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """All blocks on any token sequence (B, L, D), without positions and final norm; L has no limit."""
+        if self.config.paired:
             # Both layers of a pair read the same x, the second one backwards; both residuals are kept, so x doubles.
             for even, odd in zip(self.blocks[::2], self.blocks[1::2], strict=True):
                 x = even(x) + odd(x, reverse=True)
@@ -138,23 +121,10 @@ class Encoder(nn.Module):
         """
         x = self.embed(spec, mask)
         first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        return self._final_norm(self.run_blocks(torch.cat([first, x], dim=1)))
-
-    def stream(self, spec: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
-        """The patch tokens (B, n, D) of the next chunk of a window, and the state to give with the chunk after it.
-
-        Chunks are spectrograms (B, F, n_mels), F a multiple of `patch_frames`; together they give the same tokens as
-        the whole window, in memory that does not grow. Raises HearSsamError for systems that look ahead.
-        """
-        self._require_causal()
-        slots, states = 0, [MambaState() for _ in self.blocks]
-        if state is not None:
-            slots, states = state.slots, [dataclasses.replace(s) for s in state.blocks]
-        x = self.embed(spec, start=slots)
-        if state is None:
-            x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-        x = self._final_norm(self.run_blocks(x, states))
-        return x[:, 1 if state is None else 0 :], StreamState(slots + spec.shape[1] // self.config.patch_frames, states)
+        x = self.run_blocks(torch.cat([first, x], dim=1))
+        for _ in range(self.config.final_norms):
+            x = self.norm(x)
+        return x
 
     def forward(self, spec: Tensor, mask: Tensor) -> Pretraining:
         """Masked pass: hide the patches where `mask` (B, n) is True, predict, compare.
@@ -188,17 +158,6 @@ class Encoder(nn.Module):
             if isinstance(module, Projection):
                 module.bf16 = precision == "bf16"
         return self
-
-    def _final_norm(self, x: Tensor) -> Tensor:
-        for _ in range(self.config.final_norms):
-            x = self.norm(x)
-        return x
-
-    def _require_causal(self) -> None:
-        if not self.config.causal:
-            raise HearSsamError(
-                f"{self.config.system} looks ahead (block {self.config.block!r}) and cannot be streamed; use ssam."
-            )
 
 
 def _head(dim: int, activation: nn.Module, pixels: int) -> nn.Sequential:

@@ -136,11 +136,6 @@ def available_backends() -> dict[str, str | None]:
     return {name: None if (error := _probe(name)) is None else _reason(error) for name in BACKENDS}
 
 
-def chosen_backend(device: torch.device | str = "cpu") -> str:
-    """The backend that a float32 call on `device` would take now."""
-    return _choose("auto", torch.device(device).type, torch.float32)
-
-
 # --- choice ---------------------------------------------------------------------------------------------------------
 
 

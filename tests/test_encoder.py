@@ -11,11 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hear_ssam.blocks import MambaState
 from hear_ssam.config import CONFIGS, SYSTEMS, EncoderConfig, build_config
 from hear_ssam.encoder import Encoder, random_mask, resize_positions, sincos_positions
 from hear_ssam.errors import HearSsamError
-from hear_ssam.scan import available_backends, use_backend
 
 EVERY_SYSTEM = pytest.mark.parametrize("system", SYSTEMS)
 
@@ -39,9 +37,7 @@ def build(config: EncoderConfig) -> Encoder:
 
 
 def spectrogram(config: EncoderConfig, batch: int, slots: int, seed: int = 1) -> Tensor:
-    return torch.randn(
-        batch, slots * config.patch_frames, config.n_mels, generator=torch.Generator().manual_seed(seed)
-    )
+    return torch.randn(batch, slots * config.patch_frames, config.n_mels, generator=torch.Generator().manual_seed(seed))
 
 
 def mask_for(config: EncoderConfig, batch: int, seed: int = 2) -> Tensor:
@@ -116,20 +112,6 @@ def test_configs_survive_a_file(system: str) -> None:
 # ------------------------------------------------------------------------------------------------ properties
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
-@EVERY_SYSTEM
-@torch.no_grad()
-def test_batch_equals_singles(system: str, backend: str) -> None:
-    if (reason := available_backends()[backend]) is not None:
-        pytest.skip(reason)
-    encoder = build(mini(system))
-    spec = spectrogram(encoder.config, 3, 8)
-    with use_backend(backend):
-        together = encoder.tokens(spec)
-        for clip, tokens in zip(spec, together, strict=True):
-            torch.testing.assert_close(encoder.tokens(clip[None])[0], tokens, atol=1e-5, rtol=1e-5)
-
-
 @EVERY_SYSTEM
 def test_gradients_reach_every_trainable_parameter(system: str) -> None:
     encoder = build(mini(system))
@@ -180,44 +162,6 @@ def test_ssam_tokens_depend_on_the_past_only() -> None:
     torch.testing.assert_close(prefix, whole[:, : 1 + 3 * 5], atol=1e-5, rtol=1e-5)
     padded = torch.cat([spec[:, :12], torch.zeros(2, 20, 80)], dim=1)
     torch.testing.assert_close(prefix, encoder.tokens(padded)[:, : 1 + 3 * 5], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("chunks", [[8], [1, 7], [3, 1, 4], [1] * 8])
-@torch.no_grad()
-def test_chunks_equal_the_whole(chunks: list[int]) -> None:
-    encoder = build(mini("ssam"))
-    spec = spectrogram(encoder.config, 2, 8)
-    state, parts = None, []
-    for chunk in spec.split([4 * slots for slots in chunks], dim=1):
-        tokens, state = encoder.stream(chunk, state)
-        parts.append(tokens)
-    torch.testing.assert_close(torch.cat(parts, dim=1), encoder.tokens(spec)[:, 1:], atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_a_stream_can_fork() -> None:
-    encoder = build(mini("ssam"))
-    spec = spectrogram(encoder.config, 1, 8)
-    _, state = encoder.stream(spec[:, :8])
-    once, _ = encoder.stream(spec[:, 8:16], state)
-    encoder.stream(spec[:, 16:24], state)
-    torch.testing.assert_close(encoder.stream(spec[:, 8:16], state)[0], once)
-
-
-@torch.no_grad()
-def test_blocks_run_on_any_length_in_any_chunks() -> None:
-    encoder = build(mini("ssam"))
-    x = torch.randn(1, 700, 48, generator=torch.Generator().manual_seed(0))
-    states = [MambaState() for _ in encoder.blocks]
-    parts = [encoder.run_blocks(part, states) for part in x.split(256, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), encoder.run_blocks(x), atol=1e-4, rtol=1e-5)
-
-
-@pytest.mark.parametrize("system", ["ssast", "axlstm", "ssamba"])
-def test_systems_that_look_ahead_refuse_to_stream(system: str) -> None:
-    encoder = build(mini(system))
-    with pytest.raises(HearSsamError, match=system):
-        encoder.stream(spectrogram(encoder.config, 1, 1))
 
 
 @EVERY_SYSTEM

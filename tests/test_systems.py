@@ -95,12 +95,13 @@ def test_models_list_prints_every_model(capsys: pytest.CaptureFixture[str]) -> N
     for name, row in rows.items():
         (line,) = (line for line in table.splitlines() if line.startswith(name))
         assert f"{row['parameters']:,}" in line and row["licence"] in line
+    assert "10.24 s" in table and "github.com" in table
 
 
 # ------------------------------------------------------------------------------------------------ tiny, in full
 
 
-@pytest.mark.parametrize("seconds", [0.2, 5.3])
+@pytest.mark.parametrize("seconds", [0.2, 1.98, 5.3])
 @EVERY_ORDER
 @EVERY_SYSTEM
 def test_hear_contract(system: str, order: str, seconds: float) -> None:
@@ -152,7 +153,9 @@ def test_nor_does_a_clip_of_several_windows(system: str, order: str) -> None:
 @EVERY_SYSTEM
 def test_gradients_reach_audio_and_weights(system: str, order: str) -> None:
     model, audio = tiny(system, order), noise(1, 0.5).requires_grad_()
-    model(audio).square().sum().backward()
+    rows = model(audio)
+    assert_close(rows.detach(), get_timestamp_embeddings(audio.detach(), model)[0])
+    rows.square().sum().backward()
     assert audio.grad is not None and audio.grad.isfinite().all() and audio.grad.abs().max() > 0
     heads = ("head", "contrast", "generate", "mask_token")
     for name, parameter in model.encoder.named_parameters():
@@ -207,6 +210,8 @@ def test_patch_sizes(system: str, patch: tuple[int, int], tmp_path: Path) -> Non
         assert model.scene_embedding_size == 48 * (1 if (system, order) == ("ssamba", "official") else bands)
         hop = 2500 / times.shape[1] if order == "official" and system != "ssamba" else 10 * patch[0]
         assert ((times.diff() - hop).abs() < 1e-3).all()
+        first = (10 * patch[0] + (15 if system == "ssamba" else -10)) / 2
+        assert times[0, 0] == first or (order == "official" and system != "ssamba" and times[0, 0] == 0)
         assert_close(get_scene_embeddings(audio[1:], model), get_scene_embeddings(audio, model)[1:])
 
 
