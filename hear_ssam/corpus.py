@@ -32,12 +32,7 @@ import numpy as np
 from .audio import SUFFIXES, decode_audio, find_audio, read_audio
 from .errors import HearSsamError
 from .machine import usable_cpus
-from .paths import atomic_write, shipped
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .paths import atomic_write, read_toml, shipped
 
 RATE = 16_000  # Hz
 BANDS = 80
@@ -196,8 +191,7 @@ def _source(named: Path, below: Path) -> str:
 
 def recipe() -> dict[str, Any]:
     """The corpus of the shipped encoders (`checkpoints/corpus.toml`): `package`, `source` and `left_out` tables."""
-    with open(shipped("checkpoints") / "corpus.toml", "rb") as file:
-        return tomllib.load(file)
+    return read_toml(shipped("checkpoints") / "corpus.toml")
 
 
 def _terms(name: str) -> dict[str, str]:

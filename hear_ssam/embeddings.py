@@ -40,7 +40,7 @@ from tqdm import tqdm
 from .audio import read_audio
 from .errors import HearSsamError
 from .paths import atomic_write, sha256
-from .tasks import DONE, METADATA, VOCABULARY, Task, known_tasks, read_task
+from .tasks import DONE, METADATA, VOCABULARY, Task, known_tasks, read_task, require_audio
 
 PROVENANCE = "embeddings.json"
 _FUNCTIONS = ("load_model", "get_scene_embeddings", "get_timestamp_embeddings")
@@ -136,7 +136,7 @@ def embed_task(hear: HearModel, task_dir: Path, out_dir: Path, *, resample: bool
     if not again and is_current(task, out_dir):
         return out_dir
     for split in task.splits:
-        audio_folder(task, split, hear.sample_rate, resample)
+        require_audio(audio_folder(task, split, hear.sample_rate, resample), task.clips(split))
     if out_dir.exists():
         shutil.rmtree(out_dir)
     started = time.time()

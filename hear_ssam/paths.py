@@ -5,11 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import HearSsamError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def shipped(folder: str) -> Path:
@@ -19,6 +26,14 @@ def shipped(folder: str) -> Path:
         if (parent / folder).is_dir():
             return parent / folder
     raise HearSsamError(f"the folder {folder!r} that ships with hear_ssam is missing beside {package}; reinstall.")
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The values of a TOML file. Raises HearSsamError that names a file that cannot be read or is no TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:  # tomllib's and Unicode's errors are ValueErrors
+        raise HearSsamError(f"{path}: cannot be read as TOML: {error}; mend the file.") from error
 
 
 @contextlib.contextmanager

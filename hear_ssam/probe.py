@@ -410,10 +410,6 @@ def run_probe(
 def open_embeddings(folder: Path) -> tuple[Task, dict[str, Rows]]:
     """The task and the rows of every split of an embedding folder; raises HearSsamError where they do not fit."""
     task = read_task(folder)
-    for name in task.scores:
-        if named_score(name).event != task.event:
-            kind = task.metadata["embedding_type"]
-            raise HearSsamError(f"{folder}: the score {name} does not fit the embedding_type {kind!r}.")
     splits = {name: read_rows(task, name) for name in task.splits}
     dims = {rows.x.shape[1] for rows in splits.values()}
     if len(dims) > 1:

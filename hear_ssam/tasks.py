@@ -6,16 +6,18 @@ heareval copies these files into its embedding folders, so `read_task` serves bo
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
+import os
 import random
 import shutil
 import sys
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,7 @@ from typing import Any
 import numpy as np
 
 from .errors import HearSsamError, unknown_name
-from .paths import shipped
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .paths import read_toml, shipped
 
 METADATA = "task_metadata.json"
 VOCABULARY = "labelvocabulary.csv"
@@ -37,6 +34,45 @@ _CHOICES = {
     "embedding_type": ("scene", "event"),
     "prediction_type": ("multiclass", "multilabel"),
     "split_mode": ("trainvaltest", "new_split_kfold", "presplit_kfold"),
+}
+_NEEDED = (*_CHOICES, "splits", "evaluation")
+
+
+def _number(value: object) -> bool:
+    """Whether a JSON value is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _names(value: object) -> bool:
+    """Whether a JSON value lists plain names: no paths, not hidden."""
+    return isinstance(value, list) and all(
+        isinstance(name, str) and name[:1] not in ("", ".") and name == Path(name).name for name in value
+    )
+
+
+def _grid(value: object, kind: Callable[[Any], bool], names: Iterable[str] = ()) -> bool:
+    """Whether a JSON value maps names (exactly `names`, if there are any) to lists of one or more values of a kind."""
+    lists = value.values() if isinstance(value, dict) and set(value) == set(names or value) else [None]
+    return all(isinstance(values, list) and values and all(map(kind, values)) for values in lists)
+
+
+# Keys of the metadata, or of the evaluation_params in it: what they must be and whether they are.
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "task_name": ("text", lambda value: isinstance(value, str)),
+    "version": ("text or a number", lambda value: isinstance(value, str) or _number(value)),
+    "splits": ("a list of names", _names),
+    "evaluation": ("a list of scores", _names),
+    "sample_duration": ("seconds above 0, or null", lambda value: value is None or (_number(value) and value > 0)),
+    "use_scoring_for_early_stopping": ("true or false", lambda value: isinstance(value, bool)),
+    "evaluation_params": ("an object", lambda value: isinstance(value, dict)),
+    "task_specific_param_grid": (
+        "an object of lists of numbers or names",
+        lambda value: _grid(value, lambda one: isinstance(one, str) or _number(one)),
+    ),
+    "event_postprocessing_grid": (
+        "an object of two lists of ms, median_filter_ms and min_duration",
+        lambda value: _grid(value, lambda one: _number(one) and one >= 0, ("median_filter_ms", "min_duration")),
+    ),
 }
 
 
@@ -56,6 +92,7 @@ class Task:
     folder: Path
     metadata: dict[str, Any]
     labels: tuple[str, ...]  # the class with index i is labels[i]
+    _clips: dict[str, dict[str, list[Any]]] = field(default_factory=dict, repr=False, compare=False)  # what was read
 
     @property
     def name(self) -> str:
@@ -68,20 +105,20 @@ class Task:
 
     @property
     def event(self) -> bool:
-        return self.metadata["embedding_type"] == "event"
+        return bool(self.metadata["embedding_type"] == "event")
 
     @property
     def multilabel(self) -> bool:
-        return self.metadata["prediction_type"] == "multilabel"
+        return bool(self.metadata["prediction_type"] == "multilabel")
 
     @property
     def splits(self) -> list[str]:
-        return self.metadata["splits"]
+        return list(self.metadata["splits"])
 
     @property
     def scores(self) -> list[str]:
         """Names of the scores; the first selects heads and makes the headline."""
-        return self.metadata["evaluation"]
+        return list(self.metadata["evaluation"])
 
     @cached_property
     def data_splits(self) -> list[DataSplit]:
@@ -97,18 +134,33 @@ class Task:
     def clips(self, split: str) -> dict[str, list[Any]]:
         """File name → labels (scene) or events `{"label", "start", "end"}` in ms, in the file's order.
 
-        Raises HearSsamError for a missing file and for a label that is not in the vocabulary.
+        Read and checked once; not to be changed. Raises HearSsamError for a missing file, labels of another form or
+        outside the vocabulary, and times that are no numbers, end before they start, or are seconds.
         """
-        path = self.folder / f"{split}.json"
+        if split not in self._clips:
+            self._clips[split] = self._read_clips(self.folder / f"{split}.json")
+        return self._clips[split]
+
+    def _read_clips(self, path: Path) -> dict[str, list[Any]]:
         clips = _read_json(path)
         if not isinstance(clips, dict) or not clips:
-            raise HearSsamError(f"{path} must map at least one file name to its labels.")
+            raise HearSsamError(f"{path}: must map at least one file name to its labels.")
+        ends = {}  # of the last event of each clip, ms
         for name, labels in clips.items():
+            where = f"{path}: {name!r}"
             if not isinstance(labels, list):
-                raise HearSsamError(f"{path}: the labels of {name!r} must be a list.")
-            if not (self.event or self.multilabel or len(labels) == 1):
-                raise HearSsamError(f"{path}: {name!r} has {len(labels)} labels; a multiclass task needs exactly one.")
-            self.class_ids([label["label"] if self.event else label for label in labels], where=f"{path}: {name!r}")
+                raise HearSsamError(f"{where}: its labels must be a list, not {json.dumps(labels)[:80]}.")
+            if self.event:
+                for event in labels:
+                    _check_event(event, where)
+                ends[name] = max((event["end"] for event in labels), default=0)
+            elif not self.multilabel and len(labels) != 1:
+                raise HearSsamError(f"{where} has {len(labels)} labels; a multiclass task needs exactly one.")
+            self.class_ids([label["label"] if self.event else label for label in labels], where)
+        # Modules' timestamps are tested alike. Where the length is not known, 60 ms are too short for a whole split.
+        if self.event and 0 < (last := max(ends.values())) <= (self.metadata.get("sample_duration") or 60):
+            name = max(ends, key=ends.__getitem__)
+            raise HearSsamError(f"{path}: the last event of all is that of {name!r} at {last:g}: seconds? Give ms.")
         return clips
 
     def absent_classes(self) -> dict[str, list[str]]:
@@ -154,72 +206,117 @@ class Task:
 
 
 def read_task(folder: Path) -> Task:
-    """Read and check a task folder (or an embedding folder); HearSsamError names the file that is missing or wrong."""
+    """Read and check a task folder (or an embedding folder); HearSsamError names the file that is missing or wrong.
+
+    Labels are checked when `Task.clips` reads them.
+    """
     path = folder / METADATA
     metadata = _read_json(path)
-    for key in (*_CHOICES, "splits", "evaluation"):
+    if not isinstance(metadata, dict):
+        raise HearSsamError(f"{path}: must be a JSON object with {', '.join(_NEEDED)}.")
+    _check_metadata(metadata, path)
+    return Task(folder, metadata, _read_vocabulary(folder / VOCABULARY))
+
+
+def _check_metadata(metadata: dict[str, Any], path: Path) -> None:
+    from .scores import SCORES  # imports scikit-learn
+
+    for key in _NEEDED:
         if key not in metadata:
-            raise HearSsamError(f"{path} lacks {key!r}.")
+            raise HearSsamError(f"{path}: lacks the key {key!r}.")
     for key, choices in _CHOICES.items():
         if metadata[key] not in choices:
-            raise unknown_name(f"{key} in {path}", metadata[key], choices)
-    splits, needed = metadata["splits"], {"train", "valid", "test"}
+            raise HearSsamError(f"{path}: {unknown_name(key, metadata[key], choices)}")
+    for values in (metadata, metadata.get("evaluation_params", {})):
+        for key, (form, fits) in _TYPES.items():
+            if key in values and not fits(values[key]):
+                raise HearSsamError(f"{path}: {key!r} must be {form}, not {json.dumps(values[key])[:80]}.")
+    splits = metadata["splits"]
     if metadata["split_mode"] == "trainvaltest":
-        if set(splits) != needed:
+        if sorted(splits) != ["test", "train", "valid"]:
             raise HearSsamError(f"{path}: trainvaltest needs the splits train, valid and test, not {splits}.")
     elif len(set(splits)) != len(splits) or len(splits) < 3:
         raise HearSsamError(f"{path}: k folds need at least three different splits, not {splits}.")
     if not metadata["evaluation"]:
         raise HearSsamError(f"{path}: 'evaluation' must name at least one score.")
-    return Task(folder, metadata, _read_vocabulary(folder / VOCABULARY))
+    for name in metadata["evaluation"]:
+        if name not in SCORES:
+            raise HearSsamError(f"{path}: {unknown_name('score', name, SCORES)}")
+        if SCORES[name].event != (metadata["embedding_type"] == "event"):
+            kind = metadata["embedding_type"]
+            raise HearSsamError(f"{path}: the score {name} does not fit the embedding_type {kind!r}; choose another.")
+
+
+def _check_event(event: object, where: str) -> None:
+    if not isinstance(event, dict) or not {"label", "start", "end"} <= set(event):
+        raise HearSsamError(f"{where}: an event needs label, start and end, not {json.dumps(event)[:80]}.")
+    start, end = event["start"], event["end"]
+    if not (_number(start) and _number(end) and 0 <= start <= end):
+        raise HearSsamError(f"{where}: an event from {start!r} to {end!r}; give ms from 0, the later one last.")
+
+
+def require_audio(folder: Path, names: Iterable[str]) -> None:
+    """Raise HearSsamError for a clip that is missing or no regular file: opening a pipe or a device may never end."""
+    for name in names:
+        if not os.path.isfile(folder / name):
+            what = "is no regular file" if os.path.lexists(folder / name) else "is missing"
+            raise HearSsamError(f"{folder / name}: {what}; get the audio of the task again.")
 
 
 def find_tasks(tasks_dir: Path, names: Sequence[str] = (), unpacked: Iterable[Path] = ()) -> dict[str, list[Path]]:
     """Task folders by name, sorted, in `tasks_dir` or in `tasks_dir/…/tasks`, as HEAR's archives unpack.
 
     `unpacked` are further places to look at. A task that is in several of them has several folders, perhaps with other
-    sample rates. `names` selects folders by name; a missing one raises HearSsamError that says where to get it or
-    which name is near.
+    sample rates. Hidden folders (names with a dot in front) are ignored. `names` selects folders by name; a missing one
+    raises HearSsamError that says where to get it or which name is near.
     """
     if not tasks_dir.is_dir():
-        raise HearSsamError(f"no folder {tasks_dir}; --tasks-dir must hold one folder per HEAR task.")
+        raise HearSsamError(f"{tasks_dir}: no such folder; it must hold one folder per HEAR task.")
     folders: dict[str, list[Path]] = {}
     for root in (tasks_dir, *unpacked):
         for pattern in ("*", "tasks/*", "*/tasks/*"):
             for path in sorted(root.glob(f"{pattern}/{METADATA}")):
-                folders.setdefault(path.parent.name, []).append(path.parent)
+                if not any(part.startswith(".") for part in path.relative_to(root).parts):
+                    folders.setdefault(path.parent.name, []).append(path.parent)
     if not folders:
-        raise HearSsamError(f"{tasks_dir} holds no HEAR task (no folder in it has a {METADATA}).")
+        raise HearSsamError(f"{tasks_dir}: holds no HEAR task; put a folder with {METADATA} there.")
     for name in names:
         if name in known_tasks() and name not in folders:
-            raise HearSsamError(f"{tasks_dir} lacks {name}; {known_tasks()[name].source}.")
+            raise HearSsamError(f"{tasks_dir}: lacks {name}; {known_tasks()[name].source}.")
         if name not in folders:
-            raise unknown_name(f"task in {tasks_dir}", name, folders)
+            raise HearSsamError(f"{tasks_dir}: {unknown_name('task', name, folders)}")
     return {name: folders[name] for name in sorted(names or folders)}
 
 
 def find_archives(tasks_dir: Path, names: Sequence[str] = ()) -> list[Path]:
     """Archives in `tasks_dir` (.tar, .tar.gz, .tgz), all or those with one of `names` in their name."""
-    archives = [path for path in sorted(tasks_dir.glob("*")) if path.name.endswith((".tar", ".tar.gz", ".tgz"))]
+    archives = [
+        path
+        for path in sorted(tasks_dir.glob("[!.]*"))
+        if path.name.endswith((".tar", ".tar.gz", ".tgz")) and path.is_file()
+    ]
     return [path for path in archives if not names or any(name in path.name for name in names)]
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack an archive into a folder of its own in `folder`, whole or not at all; a newer archive replaces it."""
-    target = folder / archive.name.partition(".tar")[0].removesuffix(".tgz")
-    if target.is_dir() and target.stat().st_mtime >= archive.stat().st_mtime:
+    """Unpack an archive into a folder of its own in `folder`, named after it, whole or not at all.
+
+    Unpacked again where the archive's time is another than the folder's, which bears the time of its archive.
+    """
+    target, time = folder / archive.name, archive.stat().st_mtime
+    if target.is_dir() and int(target.stat().st_mtime) == int(time):
         return target
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".unpacking-"))
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(scratch, filter="data")  # refuses members that would leave the folder
+        os.utime(scratch, (time, time))
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
-        target.touch()
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         system = getattr(error, "errno", None) is not None  # a full disk, say, and no fault of the archive
-        raise HearSsamError(f"cannot unpack {archive}: {error}{'' if system else '; get it again'}.") from error
+        raise HearSsamError(f"{archive}: cannot be unpacked: {error}{'' if system else '; get it again'}.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
@@ -276,27 +373,42 @@ class TaskCard:
 @cache
 def known_tasks() -> dict[str, TaskCard]:
     """HEAR's own tasks by folder name."""
-    cards = (TaskCard(**tomllib.loads(path.read_text("utf-8"))) for path in shipped("eval_tasks").glob("*.toml"))
+    cards = (TaskCard(**read_toml(path)) for path in shipped("eval_tasks").glob("*.toml"))
     return {card.folder: card for card in sorted(cards, key=lambda card: card.folder)}
+
+
+def _read_text(path: Path) -> str:
+    """A file of a task as text: UTF-8, with a byte order mark or without."""
+    try:
+        if path.exists() and not path.is_file():
+            raise HearSsamError(f"{path}: is no regular file; put a file in its place.")
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise HearSsamError(f"{path}: cannot be read: {error.strerror}; get the task again.") from error
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # as in UTF-16
+        raise HearSsamError(f"{path}: has another encoding than UTF-8; save it as UTF-8.")
+    return text
 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise HearSsamError(f"cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise HearSsamError(f"{path} is not valid JSON: {error}.") from error
+        return json.loads(_read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise HearSsamError(f"{path}: is not valid JSON: {error}; mend it or get the task again.") from error
 
 
 def _read_vocabulary(path: Path) -> tuple[str, ...]:
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            labels = {int(row["idx"]): row["label"] for row in csv.DictReader(file)}
-    except OSError as error:
-        raise HearSsamError(f"cannot read {path}: {error.strerror}.") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise HearSsamError(f"{path} needs the columns idx (0, 1, …) and label.") from error
-    if sorted(labels) != list(range(len(labels))) or not labels:
+        rows = [(int(row["idx"]), row["label"]) for row in csv.DictReader(io.StringIO(_read_text(path), newline=""))]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        if isinstance(error, HearSsamError):
+            raise
+        raise HearSsamError(f"{path}: needs the columns idx (0, 1, …) and label, separated by commas.") from error
+    labels = tuple(label for _, label in sorted(rows))
+    if sorted(index for index, _ in rows) != list(range(len(rows))) or not rows:
         raise HearSsamError(f"{path}: idx must count 0, 1, … without gaps.")
-    return tuple(labels[index] for index in range(len(labels)))
+    if None in labels or len(set(labels)) != len(labels):
+        raise HearSsamError(f"{path}: every row needs a label of its own.")
+    return labels

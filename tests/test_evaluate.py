@@ -208,7 +208,7 @@ def test_two_drivers_on_one_folder(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks-dir", "nowhere"], "no folder nowhere"),
+        (["--tasks-dir", "nowhere"], "nowhere: no such folder"),
         ([], "--tasks-dir"),
         (["--tasks-dir", "nowhere", "--protocol", "sam"], "Did you mean 'ssam'"),
         (["--tasks-dir", "nowhere", "--seeds", "0"], "--seeds must be at least 1"),

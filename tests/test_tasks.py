@@ -1,15 +1,18 @@
 """HEAR task folders are read as heareval reads them, and what is wrong with one is said by name."""
 
+import codecs
 import json
+import os
 import pickle
 import re
 import tarfile
+from pathlib import Path
 
 import pytest
 
 from hear_ssam import HearSsamError
 from hear_ssam.scores import SCORES
-from hear_ssam.tasks import find_archives, find_tasks, known_tasks, read_task, unpack
+from hear_ssam.tasks import find_archives, find_tasks, known_tasks, read_task, require_audio, unpack
 
 from .tiny_tasks import write_task
 
@@ -51,7 +54,7 @@ def test_tasks_are_found_by_name_also_below_an_unpacked_archive(tmp_path):
     assert places == {"tones": [tmp_path / "hear-2021.0.6" / "tasks" / "tones", tmp_path / "elsewhere" / "tones"]}
     with pytest.raises(HearSsamError, match="Did you mean 'tones'"):
         find_tasks(tmp_path, ["tone"])
-    with pytest.raises(HearSsamError, match="no folder"):
+    with pytest.raises(HearSsamError, match="nowhere: no such folder"):
         find_tasks(tmp_path / "nowhere")
 
 
@@ -62,14 +65,97 @@ def test_tasks_are_found_by_name_also_below_an_unpacked_archive(tmp_path):
         ({"splits": ["train", "test"]}, "needs the splits train, valid and test"),
         ({"split_mode": "new_split_kfold", "splits": ["fold00", "fold01"]}, "at least three"),
         ({"evaluation": []}, "at least one score"),
+        ({"evaluation": ["top_acc"]}, "unknown score 'top_acc'. Did you mean 'top1_acc'"),
+        ({"evaluation": ["segment_1s_er"]}, "does not fit the embedding_type 'scene'"),
+        ({"evaluation": "top1_acc"}, "'evaluation' must be a list of scores"),
+        ({"splits": None}, "'splits' must be a list of names, not null"),
+        ({"splits": ["train", "valid", 3]}, "'splits' must be a list of names"),
+        ({"splits": ["train", "valid", "../test"]}, "'splits' must be a list of names"),
+        ({"sample_duration": "2.5"}, "'sample_duration' must be seconds above 0, or null, not \"2.5\""),
+        ({"sample_duration": float("nan")}, "'sample_duration' must be seconds"),
+        ({"sample_duration": True}, "'sample_duration' must be seconds"),
+        ({"task_name": ["tones"]}, "'task_name' must be text"),
+        ({"embedding_type": ["scene"]}, "unknown embedding_type"),
+        ({"use_scoring_for_early_stopping": "no"}, "'use_scoring_for_early_stopping' must be true or false"),
+        ({"evaluation_params": None}, "'evaluation_params' must be an object"),
+        ({"evaluation_params": {"task_specific_param_grid": {"lr": 1e-3}}}, "'task_specific_param_grid' must be"),
+        ({"evaluation_params": {"task_specific_param_grid": {"lr": []}}}, "'task_specific_param_grid' must be"),
+        ({"evaluation_params": {"event_postprocessing_grid": {"min_duration": [1]}}}, "median_filter_ms and min_durat"),
     ],
 )
 def test_contradictory_metadata(tmp_path, change, message):
     folder = write_task(tmp_path / "tones")
     path = folder / "task_metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(HearSsamError, match=message):
+    with pytest.raises(HearSsamError, match=f"^{re.escape(str(path))}: .*{re.escape(message)}"):
         read_task(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"text"', "{", "[" * 100_000])
+def test_metadata_that_is_no_object(tmp_path, content):
+    path = write_task(tmp_path / "tones") / "task_metadata.json"
+    path.write_text(content)
+    with pytest.raises(HearSsamError, match=f"^{re.escape(str(path))}: (must be a JSON object|is not valid JSON)"):
+        read_task(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("idx;label\n0;low\n", "needs the columns"),
+        ("idx,label\nzero,low\n", "needs the columns"),
+        ("idx,label\n1,low\n", "without gaps"),
+        ("idx,label\n0,low\n1,mid\n1,high\n", "without gaps"),
+        ("idx,label\n0,low\n1\n", "a label of its own"),
+        ("idx,label\n0,low\n1,low\n", "a label of its own"),
+    ],
+)
+def test_wrong_vocabulary(tmp_path, content, message):
+    path = write_task(tmp_path / "tones") / "labelvocabulary.csv"
+    path.write_text(content)
+    with pytest.raises(HearSsamError, match=f"^{re.escape(str(path))}: .*{message}"):
+        read_task(path.parent)
+
+
+FILES = ("task_metadata.json", "labelvocabulary.csv", "valid.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_byte_order_mark_changes_nothing(tmp_path, name):
+    path = write_task(tmp_path / "tones") / name
+    plain = read_task(path.parent), read_task(path.parent).clips("valid")
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    assert (read_task(path.parent), read_task(path.parent).clips("valid")) == plain
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+@pytest.mark.parametrize("name", FILES)
+def test_another_encoding_is_called_that(tmp_path, name, encoding):
+    path = write_task(tmp_path / "tones") / name
+    path.write_bytes(path.read_text().replace("low", "gr\u00fcn").replace("task_name", "gr\u00fcn").encode(encoding))
+    with pytest.raises(HearSsamError, match=f"^{re.escape(str(path))}: has another encoding than UTF-8"):
+        read_task(path.parent).clips("valid")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_regular_files_are_opened(tmp_path, name):
+    path = write_task(tmp_path / "tones") / name
+    path.unlink()
+    os.mkfifo(path)  # opening it would wait for a writer for ever
+    with pytest.raises(HearSsamError, match=f"^{re.escape(str(path))}: is no regular file"):
+        read_task(path.parent).clips("valid")
+
+
+def test_audio_that_is_missing_or_no_regular_file_is_named(tmp_path):
+    folder = write_task(tmp_path / "tones") / "16000" / "test"
+    names = [path.name for path in folder.iterdir()]
+    require_audio(folder, names)
+    os.symlink(folder / names[0], folder / "link.wav")
+    require_audio(folder, ["link.wav"])
+    os.mkfifo(folder / "pipe.wav")
+    for name, what in {"pipe.wav": "is no regular file", "absent.wav": "is missing"}.items():
+        with pytest.raises(HearSsamError, match=f"^{re.escape(str(folder / name))}: {what}"):
+            require_audio(folder, [*names, name])
 
 
 @pytest.mark.parametrize("name", ["task_metadata.json", "labelvocabulary.csv"])
@@ -96,6 +182,67 @@ def test_wrong_labels_are_named(tmp_path, content, message):
     with pytest.raises(HearSsamError, match=message) as caught:
         read_task(folder).clips("valid")
     assert "valid.json" in str(caught.value)
+
+
+EVENT = {"label": "low", "start": 100, "end": 500.5}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"end": 99},
+        {"start": float("nan")},
+        {"end": float("inf")},
+        {"start": -1},
+        {"end": "500"},
+        {"start": None},
+        {"end": True},
+        {"end": 10**400},
+    ],
+)
+def test_wrong_times_of_events_are_named(tmp_path, change):
+    folder = write_task(tmp_path / "beeps", embedding_type="event")
+    path = folder / "valid.json"
+    path.write_text(json.dumps({"good.wav": [EVENT], "bad.wav": [EVENT, EVENT | change]}))
+    with pytest.raises(HearSsamError, match=f"^{re.escape(str(path))}: 'bad.wav': an event from .* give ms"):
+        read_task(folder).clips("valid")
+
+
+@pytest.mark.parametrize("event", ["low", None, ["low"], {"label": "low", "start": 100}, {"start": 100, "end": 200}])
+def test_what_is_no_event_is_named(tmp_path, event):
+    folder = write_task(tmp_path / "beeps", embedding_type="event")
+    path = folder / "valid.json"
+    path.write_text(json.dumps({"bad.wav": [EVENT, event]}))
+    with pytest.raises(HearSsamError, match=f"^{re.escape(str(path))}: 'bad.wav': an event needs label, start and end"):
+        read_task(folder).clips("valid")
+
+
+@pytest.mark.parametrize("duration", [120.0, None])
+def test_events_in_seconds_are_named(tmp_path, duration):
+    folder = write_task(tmp_path / "beeps", embedding_type="event", sample_duration=duration)
+    path = folder / "valid.json"
+    clips = {"silent.wav": [], "early.wav": [EVENT | {"start": 0, "end": 1.25}], "late.wav": [EVENT | {"end": 50}]}
+    clips["late.wav"][0]["start"] = 3.5
+    path.write_text(json.dumps(clips))
+    with pytest.raises(HearSsamError, match=f"^{re.escape(str(path))}: .* 'late.wav' at 50: seconds"):
+        read_task(folder).clips("valid")
+    clips["long.wav"] = [EVENT]  # one event in ms tells that a short one is just short
+    path.write_text(json.dumps(clips))
+    assert read_task(folder).clips("valid") == clips
+    path.write_text(json.dumps({"silent.wav": []}))
+    assert read_task(folder).clips("valid") == {"silent.wav": []}
+
+
+def test_a_split_is_parsed_once(tmp_path, monkeypatch):
+    task = read_task(write_task(tmp_path / "tones"))
+    opened = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path.name) or read_bytes(path))
+    for _ in range(2):
+        list(task.shuffled_clips())
+        task.absent_classes()
+        task.clips("train")
+    assert sorted(opened) == ["test.json", "train.json", "valid.json"]
 
 
 def test_missing_split_is_named(tmp_path):
@@ -125,9 +272,38 @@ def test_archives_are_unpacked_once_and_safely(tmp_path):
     half = tmp_path / "tasks" / "half.tar.gz"
     half.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
     for path in (tmp_path / "tasks" / "hostile.tar", half):
-        with pytest.raises(HearSsamError, match=f"cannot unpack .*{path.name}"):
+        with pytest.raises(HearSsamError, match=f"{path.name}: cannot be unpacked"):
             unpack(path, cache)
     assert not (tmp_path / "outside.json").exists() and not list(cache.glob(".unpacking*"))
+
+
+def test_archives_of_one_stem_and_other_versions_of_one_name_are_kept_apart(tmp_path):
+    folders = [write_task(tmp_path / name, clips=count) for name, count in (("tones", 3), ("chords", 4), ("beeps", 5))]
+    names = ("hear.target-a.tar.gz", "hear.target-b.tar.gz", "hear.target-a.tar")
+    for folder, name in zip(folders, names, strict=True):
+        with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w") as tar:
+            tar.add(folder, f"tasks/{folder.name}")
+    unpacked = [unpack(archive, tmp_path / "cache") for archive in find_archives(tmp_path)]
+    (tmp_path / "none").mkdir()
+    assert list(find_tasks(tmp_path / "none", unpacked=unpacked)) == ["beeps", "chords", "tones"]
+
+    archive = tmp_path / names[0]
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folders[1], "tasks/chords")
+    os.utime(archive, (1_000_000_000,) * 2)  # an older release takes the place of a newer one
+    assert list(find_tasks(unpack(archive, tmp_path / "cache"))) == ["chords"]
+
+
+def test_hidden_entries_are_ignored(tmp_path):
+    write_task(tmp_path / "tones")
+    for hidden in (".ipynb_checkpoints", ".trash/tasks/chords", "release/.tasks/chords", "release/tasks/.chords"):
+        write_task(tmp_path / hidden)
+    (tmp_path / "._hear-tones.tar.gz").write_bytes(b"what macOS leaves")
+    (tmp_path / "folder.tar").mkdir()
+    os.mkfifo(tmp_path / "pipe.tar")
+    assert list(find_tasks(tmp_path)) == ["tones"] and find_archives(tmp_path) == []
+    write_task(tmp_path / ".cache" / "chords")  # but who names a hidden folder means it
+    assert list(find_tasks(tmp_path / ".cache")) == ["chords"]
 
 
 def test_cards_describe_hears_nineteen_tasks():
