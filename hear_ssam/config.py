@@ -12,21 +12,25 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import HearSsamError, unknown_name
 
-_CHOICES = {
-    "system": ("ssam", "ssast", "axlstm", "ssamba"),
-    "block": ("mamba", "bimamba", "transformer", "mlstm"),
-    "frontend": ("logmel", "kaldi"),
-    "patch_order": ("time", "frequency"),
-    "positions": ("sincos", "learned"),
-    "norm": ("layernorm", "rmsnorm"),
-    "objective": ("reconstruction", "joint"),
-    "mask_position": ("after", "before"),
-    "token_order": ("time", "official"),
-}
+
+def check_fields(values: Any, kind: str, limits: Mapping[str, tuple[float, float]]) -> None:
+    """Refuse a dataclass with a value of another type than annotated (an int serves as a float), not among the
+    choices of a Literal, or outside `limits` (lowest and highest value, both allowed) with a HearSsamError."""
+    for name, wanted in get_type_hints(type(values)).items():
+        value = getattr(values, name)
+        if get_origin(wanted) is Literal:
+            if value not in get_args(wanted):
+                raise unknown_name(f"{kind} {name}:", value, get_args(wanted))
+        elif type(value) is not wanted and (wanted is not float or type(value) is not int):
+            raise HearSsamError(f"{kind} {name} must be of type {wanted.__name__}, not {value!r}.")
+        lowest, highest = limits.get(name, (None, None))
+        if lowest is not None and highest is not None and not lowest <= value <= highest:
+            between = f"at least {lowest}" if highest == math.inf else f"between {lowest} and {highest}"
+            raise HearSsamError(f"{kind} {name} must be {between}, not {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,13 @@ class EncoderConfig:
     Contradictory values raise HearSsamError with the name of the field.
     """
 
-    system: str
-    block: str
+    system: Literal["ssam", "ssast", "axlstm", "ssamba"]
+    block: Literal["mamba", "bimamba", "transformer", "mlstm"]
     embed_dim: int  # D
     depth: int
     # spectrogram
-    frontend: str = "logmel"  # logmel: 80 HTK bands, per-clip standardisation; kaldi: 128 bands, data-set statistics
+    # logmel: 80 HTK bands, per-clip standardisation; kaldi: 128 bands, data-set statistics
+    frontend: Literal["logmel", "kaldi"] = "logmel"
     n_mels: int = 80
     window_frames: int = 200
     fbank_mean: float = -4.2677393  # kaldi only: (x - mean) / (2 std); AudioSet + LibriSpeech, the pre-training set
@@ -50,37 +55,31 @@ class EncoderConfig:
     # patches and positions
     patch_frames: int = 4
     patch_mels: int = 16
-    patch_order: str = "time"  # the slow index of the sequence: time (token = 5t + f) or frequency (64f + t)
-    positions: str = "sincos"  # stored either way; sincos is frozen
-    mask_position: str = "after"  # positions are added after masking (right) or before (as SSAM was released)
+    # the slow index of the sequence: time (token = 5t + f) or frequency (64f + t)
+    patch_order: Literal["time", "frequency"] = "time"
+    positions: Literal["sincos", "learned"] = "sincos"  # stored either way; sincos is frozen
+    mask_position: Literal["after", "before"] = "after"  # positions added after masking, or before (SSAM's release)
     # blocks
     expand: int = 3  # inner width over D of the recurrent mixers; hidden width over D of the Transformer's MLP
     state_dim: int = 24  # N, Mamba only
     conv_kernel: int = 4  # recurrent mixers
     num_heads: int = 0  # Transformer and mLSTM
-    norm: str = "layernorm"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-6
     paired: bool = False  # bimamba: layers in forward/backward pairs, both residuals added (SSAMBA)
     flip_odd: bool = False  # mlstm: odd blocks read the sequence backwards
     final_norms: int = 1  # SSAMBA applies its final norm twice
     # pre-training
-    objective: str = "reconstruction"  # MSE over all patches; joint: InfoNCE + 10 MSE over masked patches
+    # MSE over all patches; joint: InfoNCE + 10 MSE over masked patches
+    objective: Literal["reconstruction", "joint"] = "reconstruction"
     mask_ratio: float = 0.5
     # default order of embedding rows: time (ours) or official (for compatibility with published probes)
-    token_order: str = "time"
+    token_order: Literal["time", "official"] = "time"
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, wanted = getattr(self, field.name), str(field.type)
-            if type(value).__name__ not in (wanted, "int" if wanted == "float" else wanted):
-                raise HearSsamError(f"config field {field.name} must be of type {wanted}, not {value!r}.")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise unknown_name(f"config value for {name}", getattr(self, name), choices)
-        for name in ("embed_dim", "depth", "n_mels", "window_frames", "patch_frames", "patch_mels", "expand",
-                     "state_dim", "conv_kernel", "final_norms"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise HearSsamError(f"config field {name} must be at least 1, not {getattr(self, name)}.")
+        sizes = ("embed_dim", "depth", "n_mels", "window_frames", "patch_frames", "patch_mels", "expand", "state_dim",
+                 "conv_kernel", "final_norms")  # fmt: skip
+        check_fields(self, "config field", dict.fromkeys(sizes, (1, math.inf)))
         for name in ("norm_eps", "fbank_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise HearSsamError(f"config field {name} must be positive, not {getattr(self, name)}.")

@@ -56,6 +56,7 @@ class Store:
     offsets: np.ndarray
     source: np.ndarray
     info: dict[str, Any]
+    folder: Path = Path("store")
 
     def __len__(self) -> int:
         return len(self.source)
@@ -76,7 +77,7 @@ def open_store(folder: str | os.PathLike[str]) -> Store:
         raise HearSsamError(f"{folder}: no finished store here ({error}); make one with `hear-ssam corpus`.") from error
     if len(frames) != offsets[-1] or len(source) != len(offsets) - 1:
         raise HearSsamError(f"{folder}: frames.f16 and clips.npz do not belong together; build the store again.")
-    return Store(frames, offsets, source, info)
+    return Store(frames, offsets, source, info, folder)
 
 
 def build_store(folder: str | os.PathLike[str], clips: Iterable[Clip], workers: int = 2) -> dict[str, Any]:

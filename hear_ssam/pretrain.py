@@ -7,18 +7,22 @@ SSAM (Yadav & Tan 2024) is 100 epochs of AudioSet at batch 1024; `Recipe` holds 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import platform
-import sys
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
+from .config import CONFIGS, check_fields
 from .errors import HearSsamError, unknown_name
-from .paths import atomic_write
+from .paths import atomic_write, read_toml
 
 if TYPE_CHECKING:
     import torch
@@ -27,18 +31,16 @@ if TYPE_CHECKING:
     from .corpus import Store
     from .encoder import Encoder
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 SILENCE = math.log(2.0**-23)  # log-mel of digital silence
 HELD_OUT = 64  # every 64th clip measures the loss and is never trained on
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run depends on, beside its store. Field names are the keys of a recipe file and the command's options."""
+    """What a run depends on, beside its store. Field names are the keys of a recipe file and the command's options.
+
+    A value of another type, out of its range, or that contradicts another one raises HearSsamError with its field.
+    """
 
     model: str = "ssam_tiny"
     steps: int = 20_000
@@ -47,7 +49,7 @@ class Recipe:
     warmup: float = 0.1  # share of the steps
     weight_decay: float = 0.05  # on tensors of two and more dimensions
     clip_norm: float = 1.0  # of the gradient; 0 switches it off
-    precision: str = "fp32"  # bf16: autocast; the scan's step, transition and state stay float32
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; the scan's step, transition, state stay float32
     min_frames: int = 200  # a step draws clips of one length between these, standardises each as a whole ...
     max_frames: int = 600  # ... and trains on one window of it, as at inference
     mix: float = 0.5  # share of clips to which another one is added, at -10 to 10 dB
@@ -56,16 +58,34 @@ class Recipe:
     init: str = ""  # a checkpoint file whose weights the run starts from; empty: random ones
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "min_frames"):
-            if getattr(self, name) < 1:
-                raise HearSsamError(f"recipe: {name} must be at least 1, not {getattr(self, name)}.")
-        if self.precision not in ("fp32", "bf16"):
-            raise unknown_name("precision", self.precision, ("fp32", "bf16"))
+        check_fields(self, "recipe field", LIMITS)
+        if self.model not in CONFIGS:
+            raise unknown_name("recipe field model:", self.model, CONFIGS)
+        window = CONFIGS[self.model].window_frames
+        if CONFIGS[self.model].frontend != "logmel":
+            raise HearSsamError(
+                f"recipe field model={self.model!r} reads Kaldi filterbanks, a store holds log-mel clips; "
+                "name a model of another system."
+            )
+        if self.min_frames < window:
+            raise HearSsamError(
+                f"recipe field min_frames={self.min_frames} is below the window of {self.model}; set at least {window}."
+            )
         if self.max_frames < self.min_frames:
-            raise HearSsamError(f"recipe: max_frames={self.max_frames} is below min_frames={self.min_frames}.")
+            raise HearSsamError(
+                f"recipe field max_frames={self.max_frames} is below min_frames={self.min_frames}; raise it."
+            )
 
 
-class Windows:
+# Lowest and highest value of the recipe's numbers.
+LIMITS = {
+    "steps": (1, math.inf), "batch_size": (1, math.inf), "learning_rate": (0, 1), "warmup": (0, 1),
+    "weight_decay": (0, 1), "clip_norm": (0, 1e9), "min_frames": (1, math.inf), "max_frames": (1, math.inf),
+    "mix": (0, 1), "pad": (0, 1), "seed": (0, 2**63 - 1),
+}  # fmt: skip
+
+
+class WindowSampler:
     """Draws training windows from a store, on any device; the frames lie on that device.
 
     A source is drawn with probability ∝ √hours (small, diverse ones count for more than their size), a clip of it
@@ -76,14 +96,14 @@ class Windows:
         import numpy as np
         import torch
 
-        if recipe.min_frames < window:
-            raise HearSsamError(f"recipe: min_frames={recipe.min_frames} is below the encoder's window of {window}.")
         lengths = np.diff(store.offsets)
         mine = (np.arange(len(store)) % HELD_OUT == 0) == held_out
         hours = np.bincount(store.source, weights=lengths)
         weights = lengths * mine / np.sqrt(hours)[store.source]
         if not weights.any():
-            raise HearSsamError(f"the store's {len(store)} clips are too few: every {HELD_OUT}th is held out.")
+            raise HearSsamError(
+                f"{store.folder}: {len(store)} clips are too few, as every {HELD_OUT}th is held out; add audio."
+            )
         self.recipe, self.window, self.device = recipe, window, device
         self.frames = torch.from_numpy(store.frames).to(device)  # (all frames, 80) float16; mapped, on a CPU
         self.offsets = torch.from_numpy(store.offsets[:-1]).to(device)
@@ -121,21 +141,17 @@ def pretrain(
 ) -> Path:
     """Train `recipe.model` on a store, in the folder `out`; returns the path of the checkpoint.
 
-    The state is saved every `save_minutes` and on Ctrl-C; the same call resumes it. Written when the last step is
-    done: MODEL.safetensors, its card MODEL.md, and log.csv (loss by step).
+    The state is saved every `save_minutes` and when a signal (Ctrl-C, SIGTERM) stops the run, both between two steps;
+    the same call resumes it exactly. Written when the last step is done: MODEL.safetensors, its card MODEL.md, and
+    log.csv (loss by step). A loss that is not finite raises HearSsamError and keeps the state saved last.
     """
     import torch
     from tqdm import tqdm
 
-    from .config import CONFIGS
     from .corpus import open_store
     from .encoder import Encoder, random_mask
 
-    if recipe.model not in CONFIGS:
-        raise unknown_name("model", recipe.model, CONFIGS)
     config = CONFIGS[recipe.model]
-    if config.frontend != "logmel":
-        raise HearSsamError(f"{recipe.model} reads Kaldi filterbanks; a store holds log-mel clips for other systems.")
     store, folder, place = open_store(store_path), Path(out), torch.device(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -144,21 +160,23 @@ def pretrain(
     encoder.to(place)
     optimizer = _optimizer(encoder, recipe)
     generator = torch.Generator(place).manual_seed(recipe.seed)
-    windows = Windows(store, recipe, config.window_frames, place)
-    held_out = Windows(store, recipe, config.window_frames, place, held_out=True)
+    windows = WindowSampler(store, recipe, config.window_frames, place)
+    held_out = WindowSampler(store, recipe, config.window_frames, place, held_out=True)
     run = _Run(folder, recipe, encoder, optimizer, generator)
     autocast = torch.autocast(place.type, torch.bfloat16, enabled=recipe.precision == "bf16")
     bar = tqdm(total=recipe.steps, initial=run.step, unit="step", desc=recipe.model)
     losses: list[Tensor] = []
     began = saved = time.monotonic()
-    try:
-        while run.step < recipe.steps:
+    with contextlib.closing(bar), _noted_signals() as noted:
+        stop = False
+        while run.step < recipe.steps and not stop:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * _schedule(run.step / recipe.steps, recipe.warmup)
             spec = windows.draw(recipe.batch_size, generator)
             mask = random_mask(recipe.batch_size, config, generator)
             with autocast:
                 loss = encoder(spec, mask).loss
+            run.require_finite(loss.item())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if recipe.clip_norm:
@@ -167,22 +185,46 @@ def pretrain(
             run.step += 1
             losses.append(loss.detach())
             bar.update()
-            now = time.monotonic()
-            if run.step == recipe.steps or now - saved > 60 * save_minutes:
+            stop, now = bool(noted), time.monotonic()  # looked at once a step: here nothing is half done
+            if run.step == recipe.steps or stop or now - saved > 60 * save_minutes:
                 run.seconds += now - began
                 began = saved = now
                 with autocast:
                     check = _held_out_loss(encoder, held_out)
+                run.require_finite(check)
                 run.save(torch.stack(losses).mean().item(), check)
                 bar.set_postfix(loss=f"{run.log[-1]['loss']:.4f}", held_out=f"{check:.4f}")
                 losses.clear()
-    except KeyboardInterrupt:
-        run.seconds += time.monotonic() - began
-        run.save(torch.stack(losses).mean().item() if losses else math.nan, math.nan)
-        raise
-    finally:
-        bar.close()
     return _finish(run, store, earlier)
+
+
+@contextlib.contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are put into the list instead of striking wherever the program is; at the end of the block
+    the first of them takes its usual course. A second one does so at once."""
+    noted: list[int] = []
+    handlers: dict[int, Any] = {}
+
+    def note(number: int, _: object) -> None:
+        noted.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    if threading.current_thread() is threading.main_thread():  # Python lets no other one set handlers
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}  # None: not set by Python
+        for number in handlers:
+            signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        restore()
+    if noted:
+        signal.raise_signal(noted[0])
+        raise KeyboardInterrupt  # where a handler of the caller's returns
 
 
 class _Run:
@@ -202,22 +244,33 @@ class _Run:
         self.optimizer, self.generator = optimizer, generator
         self.step, self.seconds = 0, 0.0
         self.log: list[dict[str, float]] = []
-        if not (folder / "state.pt").exists():
+        self.saved = 0  # the step of the state on disk
+        path = folder / "state.pt"
+        if not path.exists():
             return
         try:
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            differing = {k: v for k, v in state["recipe"].items() if v != getattr(recipe, k)}
+            if not differing:
+                encoder.load_state_dict(state["encoder"])
+                optimizer.load_state_dict(state["optimizer"])
+                generator.set_state(state["generator"])
+                self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
+                self.saved = self.step
         except Exception as error:  # torch raises many kinds for a damaged file
-            raise HearSsamError(f"{folder / 'state.pt'}: cannot be resumed ({error}); delete it.") from error
-        for name, value in state["recipe"].items():
-            if value != getattr(recipe, name):
-                raise HearSsamError(
-                    f"{folder} holds a run with {name}={value!r}, not {getattr(recipe, name)!r}; "
-                    "repeat its recipe to resume it, or choose another folder."
-                )
-        encoder.load_state_dict(state["encoder"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
+            raise HearSsamError(f"{path}: cannot be resumed ({error}); delete it to start anew.") from error
+        for name, value in differing.items():
+            raise HearSsamError(
+                f"{path}: holds a run with {name}={value!r}, not {getattr(recipe, name)!r}; "
+                "repeat its recipe to resume it, or choose another folder."
+            )
+
+    def require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise HearSsamError(
+                f"{self.folder}: the loss became {loss} at step {self.step}; the state of step {self.saved} is kept. "
+                "Start again in another folder with a lower learning_rate, or with precision fp32."
+            )
 
     def save(self, loss: float, held_out: float) -> None:
         import torch
@@ -233,6 +286,7 @@ class _Run:
         with atomic_write(self.folder / "log.csv") as path:
             rows = [",".join(self.log[0]), *(",".join(map(str, row.values())) for row in self.log)]
             path.write_text("\n".join(rows) + "\n")
+        self.saved = self.step
 
 
 def _start_from(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:
@@ -268,7 +322,7 @@ def _schedule(done: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
-def _held_out_loss(encoder: Encoder, windows: Windows) -> float:
+def _held_out_loss(encoder: Encoder, windows: WindowSampler) -> float:
     """Loss on held-out windows: the same windows and masks at every call."""
     import torch
 
@@ -278,7 +332,7 @@ def _held_out_loss(encoder: Encoder, windows: Windows) -> float:
     batch = windows.recipe.batch_size
     with torch.no_grad():
         spec = windows.draw(batch, generator)
-        return encoder(spec, random_mask(batch, encoder.config, generator)).loss.item()
+        return float(encoder(spec, random_mask(batch, encoder.config, generator)).loss)
 
 
 def _finish(run: _Run, store: Store, earlier: dict[str, Any]) -> Path:
@@ -370,17 +424,18 @@ def _as_options(recipe: dict[str, Any]) -> str:
     return " ".join(f"--{k.replace('_', '-')} {v}" for k, v in recipe.items() if v != default[k])
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The values of a TOML recipe file; unknown names raise HearSsamError."""
-    try:
-        values = tomllib.loads(Path(path).read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise HearSsamError(f"{path}: cannot be read as a recipe: {error}.") from error
+def read_recipe(path: str | Path, **options: Any) -> Recipe:
+    """The recipe of a TOML file, in which `options` win; HearSsamError names the file and the field."""
+    values = read_toml(path)
     names = [field.name for field in dataclasses.fields(Recipe)]
-    for name in values:
-        if name not in names:
-            raise unknown_name(f"key in {path}", name, names)
-    return values
+    where = " ".join([str(path), *(f"--{name.replace('_', '-')} {value}" for name, value in options.items())])
+    try:
+        for name in values:
+            if name not in names:
+                raise unknown_name("recipe field", name, names)
+        return Recipe(**values | options)
+    except HearSsamError as error:
+        raise HearSsamError(f"{where}: {error}") from error
 
 
 def add_parser(subparsers: Any) -> None:
@@ -402,16 +457,19 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--recipe", metavar="FILE", help="TOML file with values for the options below")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     for name, kind in get_type_hints(Recipe).items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=kind, metavar=kind.__name__.upper(), help=f"default {getattr(Recipe, name)}")
+        option, default = f"--{name.replace('_', '-')}", f"default {getattr(Recipe, name)}"
+        if choices := get_args(kind):
+            parser.add_argument(option, choices=choices, help=default)
+        else:
+            parser.add_argument(option, type=kind, metavar=kind.__name__.upper(), help=default)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """`hear-ssam pretrain`."""
-    values = read_recipe(args.recipe) if args.recipe else {}
-    given = {name: getattr(args, name) for name in get_type_hints(Recipe)}
-    values |= {name: value for name, value in given.items() if value is not None}
-    path = pretrain(args.store, args.out, Recipe(**values), args.device)
+    options = {name: getattr(args, name) for name in get_type_hints(Recipe)}
+    options = {name: value for name, value in options.items() if value is not None}
+    recipe = read_recipe(args.recipe, **options) if args.recipe else Recipe(**options)
+    path = pretrain(args.store, args.out, recipe, args.device)
     print(f"wrote {path} and {path.with_suffix('.md')}")
     return 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import signal
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ import torch
 from hear_ssam import checkpoint, config, pretrain
 from hear_ssam.cli import main
 from hear_ssam.corpus import Store, open_store
+from hear_ssam.encoder import Encoder, random_mask
 from hear_ssam.errors import HearSsamError
-from hear_ssam.pretrain import SILENCE, Recipe, Windows
+from hear_ssam.pretrain import SILENCE, Recipe, WindowSampler
 
 SMALL = Recipe(steps=3, batch_size=2, min_frames=200, max_frames=260)
 
@@ -42,7 +45,7 @@ def store(tmp_path):
 
 
 def test_windows_are_standardised_and_repeatable(store):
-    windows = Windows(open_store(store), dataclasses.replace(SMALL, max_frames=200), 200, torch.device("cpu"))
+    windows = WindowSampler(open_store(store), dataclasses.replace(SMALL, max_frames=200), 200, torch.device("cpu"))
     spec = windows.draw(8, torch.Generator().manual_seed(0))
     assert spec.shape == (8, 200, 80) and spec.dtype == torch.float32
     assert spec.mean((1, 2)).abs().max() < 1e-4
@@ -53,8 +56,8 @@ def test_windows_are_standardised_and_repeatable(store):
 
 def test_held_out_clips_are_never_trained_on(store):
     opened = open_store(store)
-    train = Windows(opened, SMALL, 200, torch.device("cpu"))
-    check = Windows(opened, SMALL, 200, torch.device("cpu"), held_out=True)
+    train = WindowSampler(opened, SMALL, 200, torch.device("cpu"))
+    check = WindowSampler(opened, SMALL, 200, torch.device("cpu"), held_out=True)
     assert not ((train.weights > 0) & (check.weights > 0)).any()
     assert ((train.weights > 0) | (check.weights > 0)).all()
 
@@ -65,7 +68,7 @@ def test_short_clips_are_repeated_or_padded_with_silence(monkeypatch):
     monkeypatch.setattr("hear_ssam.frontend.standardize", lambda spec: spec)
     for pad in (0.0, 1.0):
         recipe = Recipe(min_frames=200, max_frames=200, mix=0, pad=pad)
-        spec = Windows(store, recipe, 200, torch.device("cpu")).draw(1, torch.Generator().manual_seed(0))[0, :, 0]
+        spec = WindowSampler(store, recipe, 200, torch.device("cpu")).draw(1, torch.Generator().manual_seed(0))[0, :, 0]
         assert torch.equal(spec[:50], torch.from_numpy(clip[:, 0]).float())
         want = torch.full((150,), SILENCE) if pad else spec[:50].repeat(3)
         torch.testing.assert_close(spec[50:], want)
@@ -83,27 +86,137 @@ def test_training_lowers_the_loss_and_writes_a_loadable_checkpoint(store, tmp_pa
     assert log[0] == "step,loss,held_out_loss,seconds" and log[-1].startswith("25,")
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["after the draw", "in the forward pass", "after the optimiser"])
+def test_a_run_stopped_anywhere_ends_with_the_same_weights(store, tmp_path, monkeypatch, where, number):
     recipe = dataclasses.replace(SMALL, steps=6)
     whole = pretrain.pretrain(store, tmp_path / "whole", recipe)
-    draw, calls = Windows.draw, []
+    of, name = {
+        "after the draw": (WindowSampler, "draw"),
+        "in the forward pass": (Encoder, "embed"),
+        "after the optimiser": (torch.optim.AdamW, "step"),
+    }[where]
+    method, calls = getattr(of, name), []
 
-    def interrupted(self, batch, generator):
-        calls.append(batch)
+    def stopped(self, *args, **options):
+        result = method(self, *args, **options)
+        calls.append(where)
         if len(calls) == 4:
-            raise KeyboardInterrupt
-        return draw(self, batch, generator)
+            signal.raise_signal(number)
+        return result
 
-    monkeypatch.setattr(Windows, "draw", interrupted)
-    assert main(["pretrain", str(store), str(tmp_path / "run"), *options(recipe)]) == 130
-    monkeypatch.setattr(Windows, "draw", draw)
+    earlier = signal.signal(number, signal.default_int_handler)  # a job in the background would ignore Ctrl-C
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(of, name, stopped)
+            assert main(["pretrain", str(store), str(tmp_path / "run"), *options(recipe)]) == 130
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, earlier)
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 4
     assert main(["pretrain", str(store), str(tmp_path / "run"), *options(recipe)]) == 0
-    assert len(calls) == 4
     _, want, _ = checkpoint.load_checkpoint(whole)
     _, got, _ = checkpoint.load_checkpoint(tmp_path / "run" / "ssam_tiny.safetensors")
     assert all(torch.equal(got[name], want[name]) for name in want)
-    with pytest.raises(HearSsamError, match="holds a run with steps=6"):
+    with pytest.raises(HearSsamError, match=r"state\.pt: holds a run with steps=6"):
         pretrain.pretrain(store, tmp_path / "run", dataclasses.replace(recipe, steps=7))
+
+
+def test_a_second_signal_ends_the_run_at_once(store, tmp_path, monkeypatch):
+    def impatient(self, batch, generator):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError
+
+    monkeypatch.setattr(WindowSampler, "draw", impatient)
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.pretrain(store, tmp_path / "run", SMALL)
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+    assert not (tmp_path / "run").exists()
+
+
+def test_three_steps_equal_a_plain_loop(store, tmp_path):
+    recipe = dataclasses.replace(SMALL, warmup=0.5, weight_decay=0.3, clip_norm=0.1, learning_rate=1e-2)
+    pretrain.pretrain(store, tmp_path / "run", recipe)
+    got = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["encoder"]
+
+    model = config.CONFIGS["ssam_tiny"]
+    torch.manual_seed(recipe.seed)
+    encoder = Encoder(model)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    sampler = WindowSampler(open_store(store), recipe, model.window_frames, torch.device("cpu"))
+    weights = [p for p in encoder.parameters() if p.requires_grad]
+    mean, square, norms = [torch.zeros_like(p) for p in weights], [torch.zeros_like(p) for p in weights], []
+    for step, rate in enumerate([0, 2 / 3, (1 + math.cos(math.pi / 3)) / 2], 1):  # half of the steps warm up
+        spec = sampler.draw(recipe.batch_size, generator)
+        mask = random_mask(recipe.batch_size, model, generator)
+        grads = torch.autograd.grad(encoder(spec, mask).loss, weights)
+        norms.append(float(torch.cat([g.flatten() for g in grads]).norm()))
+        for p, g, m, v in zip(weights, grads, mean, square, strict=True):
+            g = g * min(1, 0.1 / norms[-1])
+            m += (g - m) * (1 - 0.9)
+            v += (g * g - v) * (1 - 0.95)
+            with torch.no_grad():
+                p *= 1 - 1e-2 * rate * (0.3 if p.dim() > 1 else 0)
+                p -= 1e-2 * rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+    assert min(norms) > 0.1  # clipping had something to do
+    for name, want in encoder.state_dict().items():
+        torch.testing.assert_close(got[name], want, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_sources_count_by_the_square_root_of_their_hours():
+    lengths = np.concatenate([[300], np.full(4, 250), np.full(54, 2000)])  # clip 0 is held out
+    source = np.array([0] * 5 + [1] * 54)  # 1,300 and 108,000 frames
+    values = source.astype(np.float16) + 1  # tells the sources apart
+    frames = np.repeat(values, lengths)[:, None].repeat(80, 1) + np.linspace(0, 1, 80, dtype=np.float16)
+    store = Store(frames, np.concatenate([[0], np.cumsum(lengths)]), source, {})
+    recipe = Recipe(min_frames=200, max_frames=200, mix=0, pad=0)
+    sampler = WindowSampler(store, recipe, 200, torch.device("cpu"))
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hear_ssam.frontend.standardize", lambda spec: spec)
+        for seed in range(8):
+            drawn.append(sampler.draw(500, torch.Generator().manual_seed(seed))[:, 0, 0])
+    share = (torch.cat(drawn) > 1.5).float().mean().item()
+    want = math.sqrt(108_000) / (math.sqrt(108_000) + 1_000 / math.sqrt(1_300))
+    assert abs(share - want) < 0.02
+
+
+def test_other_clips_are_added_within_ten_decibels(monkeypatch):
+    """A clip that sounds in the low bands and one in the high bands: what is added shows in the other's bands."""
+    monkeypatch.setattr("hear_ssam.frontend.standardize", lambda spec: spec)
+    low, high = np.full((200, 80), -30, np.float16), np.full((200, 80), -30, np.float16)
+    low[:, :40], high[:, 40:] = 0, 0
+    store = Store(np.concatenate([low, low, high]), np.array([0, 200, 400, 600]), np.array([0, 0, 1]), {})
+    recipe = Recipe(min_frames=200, max_frames=200, mix=0.5)
+    spec = WindowSampler(store, recipe, 200, torch.device("cpu")).draw(4000, torch.Generator().manual_seed(0))
+    own, other = spec[:, 0, :40].mean(1), spec[:, 0, 40:].mean(1)
+    both = (own > -20) & (other > -20)
+    assert abs(both.float().mean() - 0.25) < 0.03  # half of the clips, half of those with their like
+    gain = 10 / math.log(10) * (own - other)[both]  # dB
+    assert -10.1 < gain.min() < -9.5 and 9.5 < gain.max() < 10.1 and abs(gain.mean()) < 0.5
+
+
+@pytest.mark.parametrize(("broken", "step"), [(3, 1), (4, 2)])  # the loss of the second step, or the one held out
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(
+    store, tmp_path, monkeypatch, broken, step
+):
+    recipe, draw, calls = dataclasses.replace(SMALL, steps=3), WindowSampler.draw, []
+
+    def draw_broken(self, batch, generator):
+        calls.append(batch)
+        return draw(self, batch, generator) * (math.nan if len(calls) == broken else 1)
+
+    monkeypatch.setattr(WindowSampler, "draw", draw_broken)
+    with pytest.raises(HearSsamError, match=rf"run: the loss became nan at step {step}; the state of step 1 is kept"):
+        pretrain.pretrain(store, tmp_path / "run", recipe, save_minutes=0)  # saves after every step
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["step"] == 1 and all(tensor.isfinite().all() for tensor in state["encoder"].values())
+    monkeypatch.setattr(WindowSampler, "draw", draw)
+    pretrain.pretrain(store, tmp_path / "run", recipe)  # goes on from there
 
 
 def test_a_run_can_start_from_the_weights_of_another(store, tmp_path):
@@ -124,25 +237,63 @@ def options(recipe: Recipe) -> list[str]:
     return [word for k, v in dataclasses.asdict(recipe).items() for word in (f"--{k.replace('_', '-')}", str(v))]
 
 
-def test_bad_recipes_are_named(store, tmp_path):
-    with pytest.raises(HearSsamError, match="Did you mean 'ssam_tiny'"):
-        pretrain.pretrain(store, tmp_path / "run", dataclasses.replace(SMALL, model="ssam_tyni"))
-    with pytest.raises(HearSsamError, match="Kaldi"):
-        pretrain.pretrain(store, tmp_path / "run", dataclasses.replace(SMALL, model="ssamba_tiny"))
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('steps = "100"', "steps must be of type int, not '100'"),
+        ("steps = 2.5", "steps must be of type int, not 2.5"),
+        ("steps = true", "steps must be of type int, not True"),
+        ("steps = 0", "steps must be at least 1, not 0"),
+        ("model = 3", "model must be of type str"),
+        ("mix = 7", "mix must be between 0 and 1, not 7"),
+        ("pad = -0.1", "pad must be between 0 and 1"),
+        ("warmup = 1.5", "warmup must be between 0 and 1"),
+        ("learning_rate = nan", "learning_rate must be between 0 and 1, not nan"),
+        ("seed = -1", "seed must be between 0"),
+        ('precision = "fp16"', "precision: 'fp16'. Did you mean 'bf16'"),
+        ("precision = [16]", r"precision: \[16\]"),
+        ("max_frames = 250\nmin_frames = 300", "max_frames=250 is below min_frames=300; raise it"),
+        ("min_frames = 100", "min_frames=100 is below the window of ssam_tiny; set at least 200"),
+        ('model = "ssam_tyni"', "Did you mean 'ssam_tiny'"),
+        ('model = "ssamba_tiny"', "Kaldi"),
+        ("stepz = 3", "Did you mean 'steps'"),
+        ("steps: 3", "cannot be read as TOML"),
+    ],
+)
+def test_a_bad_recipe_names_the_file_and_the_field(tmp_path, capsys, line, message):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(line + "\n")
+    with pytest.raises(HearSsamError, match=rf"^{recipe}: .*{message}"):
+        pretrain.read_recipe(recipe)
+    assert main(["pretrain", "no-store", "no-run", "--recipe", str(recipe)]) == 2
+    assert str(recipe) in capsys.readouterr().err
+
+
+def test_a_recipe_file_and_options_are_checked_together(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_bytes(b"\xef\xbb\xbf" + b'model = "ssam_base"\nsteps = 200_000\nmax_frames = 700\nmix = 1\n')
+    assert pretrain.read_recipe(recipe) == Recipe("ssam_base", steps=200_000, max_frames=700, mix=1)
+    assert pretrain.read_recipe(recipe, steps=3).steps == 3
+    with pytest.raises(HearSsamError, match=r"toml --min-frames 800: recipe field max_frames=700 is below"):
+        pretrain.read_recipe(recipe, min_frames=800)
+    recipe.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(HearSsamError, match=r"recipe\.toml: cannot be read"):
+        pretrain.read_recipe(recipe)
+
+
+def test_a_missing_or_small_store_is_named(store, tmp_path):
     with pytest.raises(HearSsamError, match="no finished store"):
         pretrain.pretrain(tmp_path / "nowhere", tmp_path / "run", SMALL)
-    with pytest.raises(HearSsamError, match="min_frames=100"):
-        pretrain.pretrain(store, tmp_path / "run", dataclasses.replace(SMALL, min_frames=100))
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text("stepz = 3\n")
-    with pytest.raises(HearSsamError, match="Did you mean 'steps'"):
-        pretrain.read_recipe(recipe)
-    recipe.write_text('model = "ssam_base"\nsteps = 200_000\n')
-    assert Recipe(**pretrain.read_recipe(recipe)).steps == 200_000
+    np.savez(store / "clips.npz", offsets=np.array([0, 300]), source=np.array([0]))
+    np.zeros((300, 80), np.float16).tofile(store / "frames.f16")
+    with pytest.raises(HearSsamError, match=rf"^{store}: 1 clips are too few"):
+        pretrain.pretrain(store, tmp_path / "run", SMALL)
 
 
-def test_a_damaged_state_is_refused(store, tmp_path):
+@pytest.mark.parametrize("content", [b"half a file", {"step": 3}, ["no", "state"]])
+def test_a_damaged_state_is_refused(store, tmp_path, content):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "state.pt").write_bytes(b"half a file")
-    with pytest.raises(HearSsamError, match="cannot be resumed"):
+    path = tmp_path / "run" / "state.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(HearSsamError, match=rf"^{path}: cannot be resumed .*; delete it"):
         pretrain.pretrain(store, tmp_path / "run", SMALL)
