@@ -1,9 +1,11 @@
-"""`hear-ssam`: one subcommand per room; a room is imported only when its command is asked for."""
+"""`hear-ssam`: one subcommand per module; a module is imported only when its command is asked for."""
 
 from __future__ import annotations
 
 import argparse
+import codecs
 import importlib
+import io
 import os
 import signal
 import sys
@@ -13,7 +15,7 @@ from . import __version__
 from .errors import HearSsamError
 
 # Command -> the module with its add_parser(subparsers); in the order of the help page.
-ROOMS = {
+COMMANDS = {
     "demo": "demo",
     "embed": "extract",
     "evaluate": "evaluate",
@@ -26,6 +28,9 @@ ROOMS = {
     "heareval": "hear_tools",
     "doctor": "doctor",
 }
+
+# Stand-ins for the signs that our texts hold.
+PLAIN = {"─": "-", "–": "-", "−": "-", "±": "+-", "≈": "~", "×": "x", "→": "->", "…": "...", "†": "+"}
 
 EXAMPLES = """examples:
   hear-ssam demo                                    the whole path on a small task that ships with the package
@@ -45,20 +50,32 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hear-ssam {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    modules = [ROOMS[command]] if command else dict.fromkeys(ROOMS.values())
+    modules = [COMMANDS[command]] if command else dict.fromkeys(COMMANDS.values())
     for module in modules:
         importlib.import_module(f"hear_ssam.{module}").add_parser(subparsers)
     return parser
 
 
+def _in_plain(error: UnicodeError) -> tuple[str, int]:
+    """Codec error handler for terminals that lack a sign: ours have stand-ins, others are escaped."""
+    assert isinstance(error, UnicodeEncodeError)
+    lacking = error.object[error.start : error.end]
+    return "".join(PLAIN.get(x) or x.encode("ascii", "backslashreplace").decode() for x in lacking), error.end
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done; 1 done, but something was skipped; 2 wrong input; 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if argv is None:  # a batch system that asks a job to end gets what Ctrl-C gets: a saved state, no leftovers
+    if argv is None:
+        codecs.register_error("hear_ssam", _in_plain)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="hear_ssam")
+        # A batch system that asks a job to end gets what Ctrl-C gets: a saved state, no leftovers.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    args = build_parser(arguments[0] if arguments and arguments[0] in ROOMS else None).parse_args(arguments)
+    args = build_parser(arguments[0] if arguments and arguments[0] in COMMANDS else None).parse_args(arguments)
     try:
-        code = args.run(args)
+        code: int = args.run(args)
         sys.stdout.flush()
         return code
     except HearSsamError as error:

@@ -110,7 +110,9 @@ def page(records: list[Record], options: Options, results_dir: Path) -> str:
         parts += [f"<p>{_text(caption(table, options))}</p>"]
         for task, metric in table.tasks.items():
             words = f"{metric}: mean, 95 % interval and single seeds"
-            parts += [f"<h2>{_text(task)}</h2>", f'<div class="wide">{_figure(_intervals(table, task), words)}</div>']
+            parts += [f"<h2>{_text(task)}</h2>"]
+            if any(at[0] == task for at in table.cells):
+                parts += [f'<div class="wide">{_figure(_intervals(table, task), words)}</div>']
             parts += _models(table, task, results_dir)
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>HEAR scores</title>'

@@ -13,6 +13,7 @@ import csv
 import io
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -41,13 +42,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Primary scores of one protocol and probe. `records` are those of the cells, one per task, model and seed."""
+    """Primary scores of one protocol and probe. `records` has one per task, model and seed, undefined scores too."""
 
     protocol: str
     probe: str
     tasks: dict[str, str]  # task → primary metric
     models: list[str]
-    cells: dict[tuple[str, str], Cell]  # (task, model); missing where there is no result
+    cells: dict[tuple[str, str], Cell]  # (task, model); missing where there is no result, or none that is defined
     maximize: dict[str, bool]  # task → direction
     records: list[Record]
 
@@ -103,8 +104,11 @@ def interval(values: Sequence[float]) -> float | None:
 
 
 def tables(records: Iterable[Record]) -> list[Table]:
-    """One table per protocol and probe; models with the same name and different checkpoints are told apart."""
-    chosen = [r for r in records if r["fold"] is None and r["primary"] and r["score"] is not None]
+    """One table per protocol and probe; models with the same name and different checkpoints are told apart.
+
+    A score that is undefined counts in no mean, but its task and model are in the table.
+    """
+    chosen = [r for r in records if r["fold"] is None and r["primary"]]
     digests: dict[str, set[str]] = {}
     for record in chosen:
         digests.setdefault(record["model"], set()).add(record["checkpoint_sha256"])
@@ -118,7 +122,8 @@ def tables(records: Iterable[Record]) -> list[Table]:
         rows = [r for r in chosen if (r["protocol"], r["probe"]) == (protocol, probe)]
         scores: dict[tuple[str, str], list[float]] = {}
         for row in rows:
-            scores.setdefault((row["task"], label(row)), []).append(row["score"])
+            if row["score"] is not None:
+                scores.setdefault((row["task"], label(row)), []).append(row["score"])
         made.append(
             Table(
                 protocol,
@@ -198,11 +203,13 @@ def _published(table: Table) -> dict[str, dict[str, float]]:
 
 def caption(table: Table, options: Options) -> str:
     """Protocol, seeds, and what the marks and aggregates mean."""
-    seeds = sorted({len(cell.scores) for cell in table.cells.values()})
+    seeds = sorted(set(Counter((record["task"], record["label"]) for record in table.records).values()))
     count = "–".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
     text = f"Protocol {table.protocol}, probe {table.probe}, {count} seed{'s' * (count != '1')}; scores in %"
     if seeds[-1] > 1:
         text += ", mean ± 95 % t-interval over seeds; ≈ not significantly worse than the best (Welch, 5 %)"
+    if any(record["score"] is None for record in table.records):
+        text += "; scores that are not finite are left out"
     below = aggregates(table, options)
     if "s(m)" in below:
         text += (

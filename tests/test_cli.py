@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -37,11 +38,11 @@ def commands(parser: argparse.ArgumentParser, prefix: str = "") -> dict[str, arg
 COMMANDS = commands(cli.build_parser())
 
 
-def test_every_room_is_there() -> None:
-    assert {name.split()[0] for name in COMMANDS} == set(cli.ROOMS)
+def test_every_command_is_there() -> None:
+    assert {name.split()[0] for name in COMMANDS} == set(cli.COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["", *cli.ROOMS])
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
 def test_help_needs_no_heavy_import(command: str) -> None:
     done = call(
         "import sys\n"
@@ -98,6 +99,32 @@ def test_what_ends_a_command(
     monkeypatch.setattr("hear_ssam.doctor.run", run)
     assert cli.main(["doctor"]) == code
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_any_terminal_shows_tables_and_names(tmp_path: Path, encoding: str) -> None:
+    """Their own signs have plain stand-ins; what else a terminal cannot show is escaped and ends nothing."""
+    scores = {"model": (0.8, 0.84), "\u6a21\u578b": (0.81, 0.82)}
+    key = {"checkpoint_sha256": "", "task": "birds", "version": "1", "protocol": "ssam", "probe": "exact", "fold": None}
+    lines = [
+        json.dumps({**key, "model": m, "seed": seed, "metric": "mAP", "score": s, "primary": True, "maximize": True})
+        for m, row in scores.items()
+        for seed, s in enumerate(row)
+    ]
+    (tmp_path / "records.jsonl").write_text("\n".join(lines))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    report = [sys.executable, "-m", "hear_ssam", "report", tmp_path]
+    done = subprocess.run(report, env=environment, capture_output=True)
+    text = done.stdout.decode(encoding)
+    assert done.returncode == 0 and done.stderr == b""
+    expected = {
+        "ascii": ("82.0 +- 25.4", "~ 81.5", "\\u6a21\\u578b", "-----"),
+        "cp1252": ("82.0 ± 25.4", "~ 81.5", "\\u6a21\\u578b", "-----"),
+        "utf-8": ("82.0 ± 25.4", "≈ 81.5", "\u6a21\u578b", "─────"),
+    }
+    assert all(part in text for part in expected[encoding])
+    strange = subprocess.run([*report[:-1], b"\xff\xe4"], env=environment, capture_output=True)  # no text at all
+    assert strange.returncode == 2 and b"cannot read results from" in strange.stderr
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:

@@ -89,6 +89,38 @@ def test_aggregates_follow_their_definitions():
         aggregates(table, Options(baseline="c"))
 
 
+def test_equal_means_share_their_mean_rank():
+    scores = {"a": (0.5, 0.2), "b": (0.9, 0.2), "c": (0.5, 0.2), "d": (0.1, 0.7)}
+    (table,) = tables([record(m, f"t{i}", 0, s) for m, row in scores.items() for i, s in enumerate(row)])
+    # b, then a and c on places 2 and 3, then d; and d, then three on places 2 to 4
+    assert aggregates(table, Options())["rank"] == [(2.5 + 3) / 2, (1 + 3) / 2, (2.5 + 3) / 2, (4 + 1) / 2]
+
+
+UNDEFINED = [record(model, "birds", seed, None) for model in ("ours", "theirs") for seed in (0, 1)]
+
+
+@pytest.mark.parametrize("render", [terminal, markdown, latex])
+def test_a_table_of_undefined_scores_is_shown(render):
+    text = render(UNDEFINED, Options())
+    (row,) = (line for line in text.splitlines() if "birds" in line)
+    assert row.count("--" if render is latex else "–") == 2
+    assert "2 seeds" in text and "scores that are not finite are left out" in text and "rank" not in text
+
+
+def test_an_undefined_task_stands_beside_the_others_and_counts_in_no_aggregate():
+    waves = [record("ours", "waves", 0, None), record("theirs", "waves", 0, 0.3)]
+    text = markdown([RECORDS[0], RECORDS[7], *waves], Options())
+    assert "| waves | top1_acc | – | 30.0 |" in text and "| rank | 1 task | 1.0 | 2.0 |" in text
+
+
+def test_the_command_shows_undefined_scores(tmp_path, capsys):
+    append(tmp_path / "records.jsonl", UNDEFINED)
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert "birds" in capsys.readouterr().out
+    assert cli.main(["report", str(tmp_path), "--format", "html", "-o", str(tmp_path / "page.html")]) == 0
+    assert "birds" in (tmp_path / "page.html").read_text()
+
+
 def test_aggregates_count_only_tasks_that_every_model_has():
     (table,) = tables([record("logmel", "t0", 0, 0.5), record("a", "t0", 0, 0.6), record("a", "t1", 0, 0.9)])
     assert table.common_tasks == ["t0"]
