@@ -85,9 +85,7 @@ def test_compiled_ahead_of_time(arch, tmp_path, monkeypatch):
             signature[name] = "constexpr" if name in constants else kind
             if name not in constants and name not in ("length", "channels", "blocks"):
                 aligned[(i,)] = [["tt.divisibility", 16]]
-        source = ASTSource(
-            kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned
-        )
+        source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 1})
         cubin = tmp_path / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
