@@ -60,16 +60,29 @@ class Checks:
     def noise(self, clips: int, seconds: float) -> Tensor:
         """Uniform noise in ±0.5: (clips, samples) float32, the same at every call."""
         generator = self.torch.Generator().manual_seed(0)
-        samples = round(seconds * self.hear.sample_rate)
-        return (self.torch.rand(clips, samples, generator=generator) - 0.5).to(self.hear.device)
+        shape = clips, round(seconds * self.hear.sample_rate)
+        noise = self.torch.rand(shape, generator=generator, dtype=self.torch.float32, device="cpu")
+        return (noise - 0.5).to(self.hear.device)
 
     def scene(self, audio: Tensor) -> Tensor:
         with self.torch.no_grad():
-            return self.hear.module.get_scene_embeddings(audio, self.hear.model)
+            return self.tensor("get_scene_embeddings", self.hear.module.get_scene_embeddings(audio, self.hear.model))
 
     def timestamps(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         with self.torch.no_grad():
-            return self.hear.module.get_timestamp_embeddings(audio, self.hear.model)
+            returned = self.hear.module.get_timestamp_embeddings(audio, self.hear.model)
+        if not isinstance(returned, tuple | list) or len(returned) != 2:
+            raise HearSsamError("get_timestamp_embeddings must return a pair, embeddings and timestamps.")
+        embedding, times = (self.tensor("get_timestamp_embeddings", part) for part in returned)
+        return embedding, times
+
+    def size(self, kind: str) -> int:
+        return int(getattr(self.hear.model, f"{kind}_embedding_size"))
+
+    def tensor(self, function: str, returned: object) -> Tensor:
+        if not isinstance(returned, self.torch.Tensor):
+            raise HearSsamError(f"{function} returned a {type(returned).__name__}; HEAR wants a torch.Tensor.")
+        return returned
 
     # hear-validator's
 
@@ -81,7 +94,7 @@ class Checks:
 
     def scene_embeddings(self) -> str:
         embedding = self.scene(self.noise(4, 2.74))
-        expected = (4, self.hear.model.scene_embedding_size)
+        expected = (4, self.size("scene"))
         if tuple(embedding.shape) != expected or embedding.dtype != self.torch.float32:
             raise HearSsamError(f"4 clips gave {_describe(embedding)}; expected float32 {expected}.")
         if not self.torch.isfinite(embedding).all():
@@ -92,7 +105,7 @@ class Checks:
         warnings = []
         for seconds in (1.07, 1.98, 4.0):
             embedding, times = self.timestamps(self.noise(2, seconds))
-            expected = (2, times.shape[-1], self.hear.model.timestamp_embedding_size)
+            expected = (2, times.shape[-1], self.size("timestamp"))
             if tuple(embedding.shape) != expected or tuple(times.shape) != expected[:2]:
                 raise HearSsamError(f"{seconds} s gave {_describe(embedding)} and timestamps {_describe(times)}.")
             if {embedding.dtype, times.dtype} != {self.torch.float32}:
@@ -133,7 +146,9 @@ class Checks:
         return "the same audio gives the same embedding"
 
     def batch_independence(self) -> str:
-        audio = self.noise(4, 2.0) * self.torch.tensor([[1.0], [0.1], [0.01], [1.0]], device=self.hear.device)
+        audio = self.noise(4, 2.0)
+        audio[1] *= 0.1
+        audio[2] *= 0.01
         worst = 0.0
         for function in (self.scene, lambda clip: self.timestamps(clip)[0]):
             together = function(audio)
@@ -186,7 +201,7 @@ class Checks:
         return found
 
     def silence(self) -> str:
-        silent = self.torch.zeros(1, 2 * self.hear.sample_rate, device=self.hear.device)
+        silent = self.torch.zeros_like(self.noise(1, 2))
         if not all(self.torch.isfinite(e).all() for e in (self.scene(silent), self.timestamps(silent)[0])):
             raise HearSsamError("digital silence gives NaN or infinite embeddings.")
         return "digital silence gives finite embeddings"
@@ -196,7 +211,7 @@ class Checks:
             try:
                 frames = self.timestamps(self.noise(1, seconds))[1].shape[1]
                 finite = self.torch.isfinite(self.scene(self.noise(1, seconds))).all() and frames > 0
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 message = f"{seconds} s of audio raises {type(error).__name__}: {error}"
                 if seconds == 0.3:
                     raise HearSsamError(f"{message}.") from error
@@ -231,7 +246,7 @@ def check_model(hear: HearModel, long_seconds: float = LONG_SECONDS) -> Iterator
             level, text = "warning", str(warning)
         except HearSsamError as error:
             level, text = "error", str(error)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             level, text = "error", f"{type(error).__name__}: {error}"
         yield Finding(name, level, text, validator, why)
 

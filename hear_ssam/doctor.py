@@ -83,7 +83,7 @@ def _version(distribution: str) -> str:
 def _libsndfile() -> str:
     import soundfile
 
-    return soundfile.__libsndfile_version__
+    return str(soundfile.__libsndfile_version__)
 
 
 def _cpu() -> dict[str, Any]:

@@ -103,7 +103,7 @@ def active_frames(probability: np.ndarray, timestamps: np.ndarray, median_filter
         return active
     padded = np.pad(active, ((width // 2, width - 1 - width // 2), (0, 0)), "symmetric")
     sums = np.concatenate([np.zeros((1, active.shape[1]), np.int64), np.cumsum(padded, axis=0)])
-    return sums[width:] - sums[:-width] >= width - width // 2
+    return np.asarray(sums[width:] - sums[:-width] >= width - width // 2)
 
 
 def decode_events(active: np.ndarray, timestamps: np.ndarray, min_duration: float) -> Events:
@@ -248,7 +248,8 @@ class EventJudge:
         }
 
     def _score(self, name: str, events: EventsByFile) -> dict[str, float]:
-        return named_score(name).compute(events, self.reference, self.classes)
+        parts: dict[str, float] = named_score(name).compute(events, self.reference, self.classes)
+        return parts
 
     def validate(self, probability: np.ndarray) -> tuple[float, dict[str, float]]:
         """The leading score with the postprocessing that makes it largest (ties: the larger values), and that one."""

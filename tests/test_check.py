@@ -1,8 +1,10 @@
 """`hear-ssam check` passes a sound module and finds each fault, those that hear-validator lets pass too."""
 
 import json
+import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ def findings(broken=""):
 
 def test_a_sound_module_passes():
     found = findings()
-    assert [found[name].check for name, *_ in CHECKS] == [name for name, *_ in CHECKS]
+    assert list(found) == [name for name, *_ in CHECKS]
     assert {finding.level for finding in found.values()} <= {"ok", "warning"}
     assert found["drift"].level == found["batch independence"].level == "ok"
 
@@ -57,6 +59,56 @@ def test_steps_of_any_length_do_not_pass_for_drift(rate, hop):
             Checks(hear, 300).drift()
     else:
         assert "s later" in Checks(hear, 300).drift()
+
+
+def leave(*_):
+    sys.exit("no GPU")
+
+
+@pytest.mark.parametrize(
+    ("scene", "timestamps", "words"),
+    [
+        (lambda *_: None, lambda *_: None, "returned a NoneType; HEAR wants a torch.Tensor"),
+        (lambda *_: np.zeros((4, 40), np.float32), lambda *_: 3, "returned a ndarray; HEAR wants a torch.Tensor"),
+        (lambda *_: "text", lambda *_: (torch.zeros(2, 3, 40), [1, 2, 3]), "returned a str; HEAR wants"),
+        (leave, leave, "SystemExit: no GPU"),
+        (lambda *_: 1 / 0, lambda *_: 1 / 0, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_nonsense_is_named_and_ends_nothing(scene, timestamps, words):
+    sound = load_hear_model("tests.tiny_hear")
+    module = SimpleNamespace(get_scene_embeddings=scene, get_timestamp_embeddings=timestamps)
+    hear = SimpleNamespace(module=module, model=sound.model, sample_rate=16000, device="cpu")
+    found = {finding.check: finding for finding in check_model(hear, long_seconds=300)}
+    assert list(found) == [name for name, *_ in CHECKS]
+    assert words in found["scene embeddings"].text
+    assert {found[name].level for name in ("scene embeddings", "timestamp embeddings", "drift")} == {"error"}
+
+
+def test_audio_is_float32_on_the_models_device_whatever_torchs_defaults():
+    sound = load_hear_model("tests.tiny_hear")
+    seen = []
+
+    def scene(audio, model):
+        seen.append((audio.dtype, audio.device.type))
+        return sound.module.get_scene_embeddings(audio, model)
+
+    def timestamps(audio, model):
+        seen.append((audio.dtype, audio.device.type))
+        return sound.module.get_timestamp_embeddings(audio, model)
+
+    module = SimpleNamespace(get_scene_embeddings=scene, get_timestamp_embeddings=timestamps)
+    hear = SimpleNamespace(module=module, model=sound.model, sample_rate=16000, device="cpu")
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        found = {finding.check: finding.level for finding in check_model(hear, long_seconds=300)}
+    finally:
+        torch.set_default_dtype(default)
+        torch.set_default_device(None)
+    assert set(seen) == {(torch.float32, "cpu")}
+    assert found["scene embeddings"] == found["batch independence"] == "ok"
 
 
 def test_short_audio_that_only_tiny_clips_break_is_a_warning():
