@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 TASK = "sound_kinds-v1.0-full"
 RECORDING = "loop_amen_full"  # its clips are consecutive seconds of a drum break
-COMPONENTS = 3
-COLOURS = ("#0072B2", "#D55E00", "#009E73")  # told apart by colour-blind readers too
+COLOURS = ("#0072B2", "#D55E00", "#009E73")  # of the components; told apart by colour-blind readers too
 INK, PAPER = "#1f2933", "white"
 
 
@@ -62,6 +61,7 @@ def run_demo(out: Path, model_options: Mapping[str, Any] | None = None) -> tuple
     from .evaluate import run_evaluation
     from .hear import load_model
     from .records import predictions_file
+    from .report import confusion_matrix, read_predictions
     from .tables import Options, terminal
     from .tasks import read_task
 
@@ -72,7 +72,7 @@ def run_demo(out: Path, model_options: Mapping[str, Any] | None = None) -> tuple
         raise HearSsamError(f"the demo failed: {'; '.join(evaluation.failures.values())}")
     records = sorted(evaluation.records, key=lambda record: record["model"] == "logmel")  # the baseline last
     task = read_task(tasks_dir / TASK)
-    confusion = confusion_matrix(task, predictions_file(results, records[0]))
+    confusion = confusion_matrix(read_predictions(predictions_file(results, records[0])))
     audio = read_recording(task, RECORDING)
     picture = out / "demo.png"
     draw(picture, audio, load_model(**dict(model_options or {})), confusion, task.labels, records)
@@ -89,30 +89,6 @@ def read_recording(task: Task, name: str) -> np.ndarray:
     if not clips:
         raise HearSsamError(f"{task.folder} holds no clip of {name}; reinstall.")
     return np.concatenate([read_audio(clip, 16_000) for clip in clips])
-
-
-def confusion_matrix(task: Task, predictions: Path) -> np.ndarray:
-    """Number of clips (true class, predicted class), summed over the test folds."""
-    import numpy as np
-
-    counts = np.zeros((len(task.labels),) * 2, int)
-    with np.load(predictions) as arrays:
-        for fold in task.splits:
-            np.add.at(counts, (arrays[f"{fold}/target"].argmax(1), arrays[f"{fold}/prediction"].argmax(1)), 1)
-    return counts
-
-
-def principal_components(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first components of embedding rows (T, D): projections (T, 3) and their shares of the variance (3,).
-
-    The sign of a component is free; the one that makes its largest projection positive is taken.
-    """
-    import numpy as np
-
-    left, singular, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    projected = left[:, :COMPONENTS] * singular[:COMPONENTS]
-    projected *= np.sign(projected[np.abs(projected).argmax(0), range(projected.shape[1])])
-    return projected, (singular**2 / (singular**2).sum())[:COMPONENTS]
 
 
 def draw(
@@ -154,34 +130,32 @@ def draw(
 def _draw_log_mel(axes: Axes, bar: Axes, log_mel: np.ndarray, title: str) -> None:
     import numpy as np
 
+    from .frontend import mel
+
     decibel = log_mel.T * 10 / np.log(10)
     decibel -= decibel.max()
     edge = len(log_mel) * 0.01 - 0.005  # frame t is centred on 10 t ms
-    extent = (-0.005, edge, _mel(50), _mel(8000))
+    extent = (-0.005, edge, mel(50), mel(8000))
     image = axes.imshow(decibel, origin="lower", aspect="auto", cmap="magma", extent=extent, vmin=-60, vmax=0)
     ticks = [125, 250, 500, 1000, 2000, 4000, 8000]
-    axes.set_yticks([_mel(f) for f in ticks], [f"{f / 1000:g}k" if f >= 1000 else str(f) for f in ticks])
+    axes.set_yticks([mel(f) for f in ticks], [f"{f / 1000:g}k" if f >= 1000 else str(f) for f in ticks])
     axes.set_ylabel("frequency / Hz")
     _title(axes, title)
     axes.figure.colorbar(image, cax=bar, label="power / dB re loudest")
 
 
-def _mel(hertz: float) -> float:
-    import math
-
-    return 2595 * math.log10(1 + hertz / 700)
-
-
 def _draw_components(axes: Axes, rows: np.ndarray, times: np.ndarray, title: str) -> None:
-    projected, shares = principal_components(rows)
-    for column, share, colour, number in zip(projected.T, shares, COLOURS, range(1, COMPONENTS + 1), strict=False):
+    from .report import principal_components
+
+    projected, shares = principal_components(rows, len(COLOURS))
+    for number, (column, share, colour) in enumerate(zip(projected.T, shares, COLOURS, strict=True), 1):
         axes.plot(times, column, color=colour, linewidth=1.5, label=f"PC {number} ({share:.0%})")
     axes.set_xlabel("time / s")
     axes.set_ylabel("projection")
     axes.grid(True, color="#d9dee3", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     _title(axes, title)
-    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": COMPONENTS, "borderpad": 0.3}
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(COLOURS), "borderpad": 0.3}
     axes.legend(**place, frameon=False, fontsize=9, handlelength=1.2, columnspacing=1.2)
 
 

@@ -24,6 +24,11 @@ EPSILON = 2.0**-23  # float32 machine epsilon, the floor under every logarithm
 BLOCK = 1 << 15  # frames whose spectra are in memory at the same time, some 100 MB
 
 
+def mel(hertz: float) -> float:
+    """A frequency on the HTK mel scale."""
+    return 2595 * math.log10(1 + hertz / 700)
+
+
 class LogMel(nn.Module):
     """Log-mel spectrogram: waveform (B, samples) → (B, 1 + samples // 160, n_mels), not yet standardised.
 
@@ -37,7 +42,7 @@ class LogMel(nn.Module):
 
     def __init__(self, n_mels: int = 80) -> None:
         super().__init__()
-        low, high = (2595 * math.log10(1 + f / 700) for f in (50, SAMPLE_RATE / 2))
+        low, high = mel(50), mel(SAMPLE_RATE / 2)
         edges = 700 * (10 ** (torch.linspace(low, high, n_mels + 2) / 2595) - 1)  # Hz, equidistant in HTK mel
         filters = _triangles(torch.linspace(0, SAMPLE_RATE / 2, WINDOW // 2 + 1), edges)
         self.register_buffer("filters", filters, persistent=False)  # (bins, mels)

@@ -14,12 +14,16 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import HearSsamError
 from .paths import atomic_write
 from .records import Record, embeddings_folder, predictions_file, read
 from .tables import BASELINE, FORMATS, Options, Table, as_text, caption, grid, tables
 from .tasks import DONE
+
+if TYPE_CHECKING:
+    import numpy as np
 
 EXAMPLES = """examples:
   hear-ssam report results
@@ -63,6 +67,57 @@ def run(args: argparse.Namespace) -> int:
         with atomic_write(args.output) as path:
             path.write_text(text, encoding="utf-8")
     return 0
+
+
+# ---- what pictures show ---------------------------------------------------------------------------------------------
+
+
+class Predictions(NamedTuple):
+    """What a job stored of one seed; the arrays are float32 (clips, classes), without clips for event tasks."""
+
+    labels: list[str]
+    histories: list[list[dict[str, float]]]  # the validations of every training
+    target: np.ndarray
+    prediction: np.ndarray
+
+
+def read_predictions(path: Path) -> Predictions:
+    """A file of `predictions_file`, the clips of all test folds joined."""
+    import numpy as np
+
+    with np.load(path) as stored:
+        labels = stored["labels"].tolist()
+        folds = [name.removesuffix("/target") for name in stored.files if name.endswith("/target")]
+        none = [np.zeros((0, len(labels)), np.float32)]
+        target, prediction = (
+            np.concatenate([stored[f"{fold}/{kind}"] for fold in folds] or none) for kind in ("target", "prediction")
+        )
+        return Predictions(labels, json.loads(str(stored["histories"])), target, prediction)
+
+
+def confusion_matrix(predictions: Predictions) -> np.ndarray:
+    """Number of clips (true class, predicted class) of a multiclass task."""
+    import numpy as np
+
+    counts = np.zeros((len(predictions.labels),) * 2, int)
+    np.add.at(counts, (predictions.target.argmax(1), predictions.prediction.argmax(1)), 1)
+    return counts
+
+
+def principal_components(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first components of embedding rows (N, D): projections (N, count) and shares of the variance (count,).
+
+    The sign of a component is free; the one that makes its largest projection positive is taken. Components that the
+    rows do not have are zero.
+    """
+    import numpy as np
+
+    left, singular, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    missing = max(0, count - len(singular))
+    projected = np.pad(left * singular, ((0, 0), (0, missing)))[:, :count]
+    projected *= np.where(projected.max(0) < -projected.min(0), -1, 1)
+    shares = singular**2 / max(float((singular**2).sum()), 1e-30)
+    return projected, np.pad(shares, (0, missing))[:count]
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
@@ -206,19 +261,12 @@ def _models(table: Table, task: str, results_dir: Path) -> Iterable[str]:
 
 
 def _prediction_figures(path: Path) -> list[str]:
-    import numpy as np
-
-    with np.load(path) as stored:
-        labels, histories = stored["labels"].tolist(), json.loads(str(stored["histories"]))
-        folds = [name.removesuffix("/target") for name in stored.files if name.endswith("/target")]
-        target = np.concatenate([stored[f"{fold}/target"] for fold in folds]) if folds else np.zeros((0, len(labels)))
-        predicted = np.concatenate([stored[f"{fold}/prediction"] for fold in folds]) if folds else target
+    predictions = read_predictions(path)
+    labels, histories, target, _ = predictions
     figures = []
     if len(target) and (target.sum(1) == 1).all():
-        counts = np.zeros((len(labels), len(labels)), int)
-        np.add.at(counts, (target.argmax(1), predicted.argmax(1)), 1)
         words = f"confusion matrix, rows are true: {len(target)} clips, seed {path.stem.rpartition('seed')[2]}"
-        figures.append(_figure(_confusion(counts.tolist(), labels), words))
+        figures.append(_figure(_confusion(confusion_matrix(predictions).tolist(), labels), words))
     key = "val_score" if "val_score" in histories[0][0] else "val_loss"
     words = f"{key.replace('val_', 'validation ')} over epochs of all {len(histories)} heads"
     return [*figures, _figure(_curves(histories, key), words)]
@@ -269,9 +317,7 @@ def _embedding_map(folder: Path, most: int = 500) -> tuple[str, str, str]:
     rows = read_rows(task, task.data_splits[0].test)
     chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:most])
     x, target = rows.x.numpy()[chosen], rows.target.numpy()[chosen]
-    x = x - x.mean(0)
-    left, size, _ = np.linalg.svd(x, full_matrices=False)
-    places = np.pad(left[:, :2], ((0, 0), (0, max(0, 2 - left.shape[1]))))  # (rows, 2), each axis by its own range
+    places, shares = principal_components(x, 2)  # (rows, 2), drawn by the range of each
     places = 15 + 270 * (places - places.min(0)) / np.maximum(np.ptp(places, axis=0), 1e-30)
     hues = [f"hsl({360 * index // len(task.labels)} 65% 55%)" for index in range(len(task.labels))]
     shapes = ['<rect class="frame" x="5" y="5" width="290" height="290"/>']
@@ -283,6 +329,6 @@ def _embedding_map(folder: Path, most: int = 500) -> tuple[str, str, str]:
         )
     named = zip(task.labels, hues, strict=True) if len(hues) <= 16 else ()
     key = "".join(f'<span class="key" style="color: {hue}">● {_text(label)}</span>' for label, hue in named)
-    share = 100 * float((size[:2] ** 2).sum() / max(float((size**2).sum()), 1e-30))
-    words = f"{len(chosen)} embeddings of the first test split: two principal components, {share:.0f} % of the variance"
+    share = f"{100 * shares.sum():.0f} % of the variance"
+    words = f"{len(chosen)} embeddings of the first test split: two principal components, {share}"
     return _svg(300, 300, shapes), words, key

@@ -57,32 +57,6 @@ def test_pretraining_leaves_the_task_out() -> None:
         assert not any(Path(row["file"]).match(pattern) for pattern in wanted.get(row["package"], []))
 
 
-def test_principal_components() -> None:
-    rows = np.random.default_rng(0).standard_normal((40, 7)) @ np.diag([9, 5, 3, 1, 1, 0, 0]) + 100
-    projected, shares = demo.principal_components(rows)
-    np.testing.assert_allclose(projected.mean(0), 0, atol=1e-9)
-    variance = rows.var(0, ddof=0).sum()
-    np.testing.assert_allclose(projected.var(0) / variance, shares)
-    np.testing.assert_allclose(np.corrcoef(projected.T), np.eye(3), atol=1e-9)
-    assert (projected.max(0) == np.abs(projected).max(0)).all()
-    again, _ = demo.principal_components(-rows)
-    np.testing.assert_allclose(np.abs(again), np.abs(projected), atol=1e-9)
-
-
-def test_confusion_matrix_counts_every_test_clip(tmp_path: Path) -> None:
-    task = read_task(TASK)
-    generator = np.random.default_rng(0)
-    arrays, expected = {}, np.zeros((len(task.labels),) * 2, int)
-    for fold in task.splits:
-        true, said = generator.integers(0, len(task.labels), (2, 30))
-        arrays[f"{fold}/target"] = np.eye(len(task.labels), dtype=np.float32)[true]
-        arrays[f"{fold}/prediction"] = np.eye(len(task.labels), dtype=np.float32)[said]
-        for t, s in zip(true, said, strict=True):
-            expected[t, s] += 1
-    np.savez(tmp_path / "p.npz", **arrays)
-    np.testing.assert_array_equal(demo.confusion_matrix(task, tmp_path / "p.npz"), expected)
-
-
 def test_recording_is_joined_in_order() -> None:
     task = read_task(TASK)
     audio = demo.read_recording(task, demo.RECORDING)

@@ -14,7 +14,7 @@ import pytest
 
 from hear_ssam import HearSsamError, cli
 from hear_ssam.records import append, embeddings_folder, predictions_file, read
-from hear_ssam.report import page
+from hear_ssam.report import confusion_matrix, page, principal_components, read_predictions
 from hear_ssam.tables import Options, aggregates, comma_separated, interval, latex, markdown, tables, terminal
 
 from .tiny_tasks import write_task
@@ -162,6 +162,41 @@ def test_csv_has_fractions_and_marks_folds():
     assert float(rows[0]["score"]) == 0.8
     assert [row["fold"] for row in rows[2:4]] == ["", "fold00"]
     assert rows[-1]["score"] == ""
+
+
+# ---- what pictures show
+
+
+def test_principal_components():
+    rows = np.random.default_rng(0).standard_normal((40, 7)) @ np.diag([9, 5, 3, 1, 1, 0, 0]) + 100
+    projected, shares = principal_components(rows, 3)
+    np.testing.assert_allclose(projected.mean(0), 0, atol=1e-9)
+    variance = rows.var(0, ddof=0).sum()
+    np.testing.assert_allclose(projected.var(0) / variance, shares)
+    np.testing.assert_allclose(np.corrcoef(projected.T), np.eye(3), atol=1e-9)
+    assert (projected.max(0) == np.abs(projected).max(0)).all()
+    again, _ = principal_components(-rows, 3)
+    np.testing.assert_allclose(np.abs(again), np.abs(projected), atol=1e-9)
+
+
+@pytest.mark.parametrize("rows", [np.ones((5, 4)), np.ones((1, 4)), np.arange(3.0)[:, None]])
+def test_components_that_the_rows_do_not_have_are_zero(rows):
+    projected, shares = principal_components(rows, 3)
+    assert projected.shape == (len(rows), 3) and shares.shape == (3,)
+    assert not projected[:, 1:].any() and not shares[1:].any()
+
+
+def test_the_confusion_matrix_counts_every_test_clip(tmp_path):
+    generator = np.random.default_rng(0)
+    arrays, expected = {"labels": list("abcd"), "histories": "[]"}, np.zeros((4, 4), int)
+    for fold in ("fold0", "fold1"):
+        true, said = generator.integers(0, 4, (2, 30))
+        arrays[f"{fold}/target"] = np.eye(4, dtype=np.float32)[true]
+        arrays[f"{fold}/prediction"] = np.eye(4, dtype=np.float32)[said]
+        for t, s in zip(true, said, strict=True):
+            expected[t, s] += 1
+    np.savez(tmp_path / "p.npz", **arrays)
+    np.testing.assert_array_equal(confusion_matrix(read_predictions(tmp_path / "p.npz")), expected)
 
 
 # ---- the page
