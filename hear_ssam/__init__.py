@@ -14,7 +14,7 @@ Contents, in reading order:
     corpus, pretrain  pre-training data and loop
     tasks, embeddings, probe, fast_probe, probe_cpu, scores, jobs, records, evaluate, tables, report   the HEAR protocol
     check           the HEAR contract, explained, for any module
-    hear_tools      hear-validator and heareval, unmodified, on a current Python
+    heareval        hear-validator and heareval, unmodified, on a current Python
     models, demo, doctor, cli   the commands
     paths, errors, machine   shipped files, atomic writes; the one error class; what the CPU is
 """
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .hear import load_model as load_model
 
 __version__ = "0.1.0"
+BASELINE = "logmel"  # the model without weights that counts as zero in tables
 __all__ = [
     "HearSsamError",
     "available_models",
@@ -38,6 +39,10 @@ __all__ = [
     "get_timestamp_embeddings",
     "load_model",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> object:

@@ -25,7 +25,7 @@ COMMANDS = {
     "convert": "models",
     "corpus": "corpus",
     "pretrain": "pretrain",
-    "heareval": "hear_tools",
+    "heareval": "heareval",
     "doctor": "doctor",
 }
 

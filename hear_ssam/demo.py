@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import BASELINE
 from .errors import HearSsamError
 from .paths import atomic_write, shipped
 
@@ -66,11 +67,11 @@ def run_demo(out: Path, model_options: Mapping[str, Any] | None = None) -> tuple
     from .tasks import read_task
 
     tasks_dir, results = shipped("eval_tasks") / "demo" / "tasks", out / "results"
-    modules = [f"hear_ssam:{json.dumps(options)}" for options in (dict(model_options or {}), {"model": "logmel"})]
+    modules = [f"hear_ssam:{json.dumps(options)}" for options in (dict(model_options or {}), {"model": BASELINE})]
     evaluation = run_evaluation(modules, tasks_dir=tasks_dir, tasks=[TASK], results_dir=results, seeds=1)
     if evaluation.failures:
         raise HearSsamError(f"the demo failed: {'; '.join(evaluation.failures.values())}")
-    records = sorted(evaluation.records, key=lambda record: record["model"] == "logmel")  # the baseline last
+    records = sorted(evaluation.records, key=lambda record: record["model"] == BASELINE)  # the baseline last
     task = read_task(tasks_dir / TASK)
     confusion = confusion_matrix(read_predictions(predictions_file(results, records[0])))
     audio = read_recording(task, RECORDING)

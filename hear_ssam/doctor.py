@@ -121,7 +121,7 @@ def _weights() -> dict[str, str]:
 
 
 def _hear_tools() -> dict[str, str]:
-    from .hear_tools import INSTALL
+    from .heareval import INSTALL
 
     versions = {name: _version(name) for name in HEAR_TOOLS}
     if "not installed" in versions.values():

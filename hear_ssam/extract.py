@@ -172,9 +172,8 @@ def _embed(audio: np.ndarray, model: HearModel, kind: str) -> _Embedded:
     """Embeddings (rows, width) float32 and the times of the rows in ms; the scene comes first and has none."""
     import torch
 
-    device = next(iter([*model.parameters(), *model.buffers()])).device
     with torch.no_grad():
-        scene, rows = model.scene_and_rows(torch.from_numpy(audio)[None].to(device))  # (1, E), (1, T, E)
+        scene, rows = model.scene_and_rows(torch.from_numpy(audio)[None].to(model.device))  # (1, E), (1, T, E)
     embeddings = {"scene": scene, "timestamps": rows[0]}
     times = {"scene": [None], "timestamps": model.timestamps(len(audio)).tolist()}
     return (

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import BASELINE
 from .checkpoint import OFFICIAL, load_checkpoint
 from .config import CONFIGS, EncoderConfig
 from .encoder import Encoder, resize_positions
@@ -37,7 +38,6 @@ from .paths import shipped
 from .scan import available_backends, use_backend
 
 DEFAULT = "ssam_tiny"
-BASELINE = "logmel"
 MILLISECOND = SAMPLE_RATE // 1000  # samples
 # Tokens x width that go through the encoder at once. CPU: what stays near the caches (4 windows of ssam_tiny).
 GROUP = {"cpu": 4 * 251 * 192}
@@ -61,6 +61,10 @@ class HearModel(nn.Module):
         self.name = name
         self.config = config
         self.checkpoint_sha256 = checkpoint_sha256
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter([*self.parameters(), *self.buffers()])).device
 
     def timestamps(self, samples: int) -> Tensor:
         """The time of each row of a clip of `samples` samples, in milliseconds: (T,) float64."""
@@ -100,9 +104,8 @@ class HearModel(nn.Module):
                 f"audio has {audio.shape[1]} samples; {self.name} needs at least {self.min_samples} "
                 f"({1000 * self.min_samples / SAMPLE_RATE:g} ms at 16 kHz)."
             )
-        device = next(iter([*self.parameters(), *self.buffers()])).device
-        if audio.device != device:
-            raise HearSsamError(f"audio is on {audio.device}, the model on {device}; move one with .to().")
+        if audio.device != self.device:
+            raise HearSsamError(f"audio is on {audio.device}, the model on {self.device}; move one with .to().")
         broken = (~torch.isfinite(audio).all(dim=1)).nonzero().flatten().tolist()
         if broken:
             listed = ", ".join(map(str, broken))

@@ -16,10 +16,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from . import BASELINE
 from .errors import HearSsamError
 from .paths import atomic_write
 from .records import Record, embeddings_folder, predictions_file, read
-from .tables import BASELINE, FORMATS, Options, Table, as_text, caption, grid, tables
+from .tables import FORMATS, Options, Table, as_text, caption, grid, tables
 from .tasks import DONE
 
 if TYPE_CHECKING:

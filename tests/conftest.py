@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hear_ssam.hear_tools import INSTALL
+from hear_ssam.heareval import INSTALL
 from hear_ssam.scan import available_backends
 
 ROOT = Path(__file__).resolve().parent.parent

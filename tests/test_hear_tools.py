@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from hear_ssam import cli, hear_tools
-from hear_ssam.hear_tools import INSTALL
+from hear_ssam import cli, heareval
+from hear_ssam.heareval import INSTALL
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 16000
@@ -22,7 +22,7 @@ RATE = 16000
 def test_the_error_without_the_tools_says_how_to_install_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(hear_tools, "installed", lambda name: False)
+    monkeypatch.setattr(heareval, "installed", lambda name: False)
     assert cli.main(["heareval", "validator", "hear_ssam"]) == 2
     assert "--no-deps --ignore-requires-python" in capsys.readouterr().err
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import hear_ssam
 from hear_ssam import __version__
 from hear_ssam.paths import shipped
 
@@ -49,7 +50,7 @@ def test_wheel_has_one_top_level_name_and_carries_the_data(built: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"hear_ssam", f"hear_ssam-{__version__}.dist-info"}
     wanted = {f"hear_ssam/{name}" for folder in FOLDERS for name in below(shipped(folder))}
-    wanted |= {f"hear_ssam/{file.name}" for file in (ROOT / "hear_ssam").glob("*.py")}
+    wanted |= {f"hear_ssam/{file.name}" for file in (ROOT / "hear_ssam").glob("*.py")} | {"hear_ssam/py.typed"}
     assert wanted <= set(names)
 
 
@@ -85,6 +86,11 @@ def test_editable_install_finds_the_shipped_folders(tmp_path: Path) -> None:
     call(env / "bin/python", "-m", "pip", "install", *options, "-e", ROOT, cwd=tmp_path)
     out = call(env / "bin/python", "-c", FIND, cwd=tmp_path)
     assert out.split() == [str(ROOT / folder) for folder in FOLDERS]
+
+
+def test_the_package_root_shows_the_api_and_nothing_else() -> None:
+    assert set(dir(hear_ssam)) == {*hear_ssam.__all__, "__version__"}
+    assert all(callable(getattr(hear_ssam, name)) for name in hear_ssam.__all__)
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:
