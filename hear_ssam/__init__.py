@@ -12,7 +12,7 @@ Contents, in reading order:
     checkpoint      our safetensors and the official files
     audio, extract  reading audio files; audio files → Parquet
     corpus, pretrain  pre-training data and loop
-    tasks, embeddings, probe, fast_probe, probe_cpu, scores, jobs, records, evaluate, tables, report   the HEAR protocol
+    tasks, embeddings, probe, scores, jobs, records, evaluate, tables, report   the HEAR protocol
     check           the HEAR contract, explained, for any module
     heareval        hear-validator and heareval, unmodified, on a current Python
     models, demo, doctor, cli   the commands

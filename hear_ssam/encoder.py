@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .blocks import BLOCKS, Projection, build_norm, xavier_init
 from .config import EncoderConfig
 from .errors import HearSsamError, unknown_name
+from .machine import keep_freed_memory
 
 
 class Pretraining(NamedTuple):
@@ -36,9 +37,7 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        # glibc hands freed memory back to the kernel beyond a threshold that follows the largest block ever freed.
-        # Without this untouched one, each layer faults its activations in anew: a quarter of ssam_tiny's time.
-        torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
+        keep_freed_memory()
         dim, pixels = config.embed_dim, config.patch_dim
         self.patch_embed = nn.Linear(pixels, dim)
         xavier_init(self.patch_embed)

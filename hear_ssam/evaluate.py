@@ -28,12 +28,12 @@ from .tasks import Task, find_archives, find_tasks, known_tasks, read_task, unpa
 if TYPE_CHECKING:
     from .embeddings import HearModel
 
-PROBES = ("exact", "fast")
+PROBES = ("exact", "bf16")
 EXISTING = ("only-missing", "always", "never")
 EXAMPLES = """examples:
   hear-ssam evaluate --tasks-dir tasks --results-dir results
   hear-ssam evaluate --tasks-dir tasks --results-dir results --tasks esc50-v2.0.0-full --protocol ssam
-  hear-ssam evaluate --tasks-dir tasks --results-dir results --protocol ssam --probe fast
+  hear-ssam evaluate --tasks-dir tasks --results-dir results --protocol ssam --probe bf16
   hear-ssam evaluate --model-options '{"model": "logmel"}' --tasks-dir tasks --results-dir results
   hear-ssam evaluate hearbaseline.naive --tasks-dir tasks --results-dir results --resample
   hear-ssam evaluate hear_ssam 'hear_ssam:{"model": "logmel"}' some.module --tasks-dir tasks --results-dir results
@@ -99,14 +99,14 @@ def run_evaluation(
 
     `model` and `model_options` are arguments of every module's `load_model`; a module may carry options of its own,
     as in 'hear_ssam:{"model": "logmel"}'. All are loaded before the work begins, so that a wrong name costs no hours.
-    `probe` is exact (heareval's numbers) or fast (statistically the same, and on a GPU where there is one). `seeds`
-    counts probe seeds (default: the protocol's own). `existing` says what happens to results that are already in
+    `probe` is exact (heareval's numbers) or bf16 (statistically the same, with products in bfloat16). `seeds` counts
+    probe seeds (default: the protocol's own). `existing` says what happens to results that are already in
     `results_dir`: only-missing runs the rest, always runs everything again, never treats them as an error.
     A task that fails is named in `failures` and does not stop the others. Jobs run in spawned processes: a script that
     calls this needs the usual `if __name__ == "__main__"`.
     """
     from .embeddings import load_hear_model
-    from .probe import count_heads, named_protocol
+    from .probe import named_protocol
 
     if existing not in EXISTING:
         raise unknown_name("policy for existing results", existing, EXISTING)
@@ -141,29 +141,17 @@ def run_evaluation(
         kept = [source.label for source, todo in work if len(todo) < count]
         if existing == "never" and kept:
             raise HearSsamError(f"{store} has results of {', '.join(kept)} already (--existing never).")
-        jobs, commit, device = [], git_commit(), _device(probe)
+        jobs, commit = [], git_commit()
         for source, todo in tqdm(work, desc="tasks", unit="task", disable=None, leave=False):
             if todo:
                 with noted(source.label, failures):
                     source.make()
-                    together = [tuple(todo)] if device != "cpu" else [(seed,) for seed in todo]
                     identity = source.identity(protocol, probe)
-                    heads = count_heads(plan, source.task)
-                    jobs += [
-                        Job(source.folder, identity, group, device, results_dir, commit, heads * len(group))
-                        for group in together
-                    ]
+                    jobs += [Job(source.folder, {**identity, "seed": seed}, results_dir, commit) for seed in todo]
         run_jobs(jobs, store, workers, failures)
         wanted = {source.key(protocol, probe, seed)[:7] for source in sources for seed in seed_range}
         records = [r for r in read(store) if key_of(r)[:7] in wanted] if store.exists() else []
     return Evaluation(records, failures)
-
-
-def _device(probe: str) -> str:
-    """Where heads train: the exact probe repeats heareval on a CPU."""
-    import torch
-
-    return "cuda" if probe == "fast" and torch.cuda.is_available() else "cpu"
 
 
 @contextlib.contextmanager
@@ -261,7 +249,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--model", default="", metavar="FILE", help="weights, the first argument of the module's load_model")
     add("--model-options", default="{}", metavar="JSON", help="further arguments of every load_model, a JSON object")
     add("--protocol", default="heareval", help="heareval (8 of 16 grid points, seed 42; default) or ssam (seeds 0-9)")
-    add("--probe", choices=PROBES, default="exact", help="exact: heareval's numbers (default); fast: others like them")
+    add("--probe", choices=PROBES, default="exact", help="exact: heareval's numbers (default); bf16: others like them")
     add("--seeds", type=int, metavar="N", help="number of probe seeds (default: the protocol's own)")
     add("--results-dir", type=Path, required=True, metavar="DIR", help="records, embeddings and predictions go here")
     add("--embeddings-dir", type=Path, metavar="DIR", help="probe finished embedding folders; no model is loaded")

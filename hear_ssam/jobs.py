@@ -6,7 +6,6 @@ Every finished job is appended to the store at once, so that an interruption los
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import json
 import multiprocessing
@@ -18,7 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, MutableSequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .errors import HearSsamError
+from .machine import keep_freed_memory
 from .paths import atomic_write
 from .records import Record, append, finite, predictions_file
 from .tasks import Task, read_task
@@ -39,20 +39,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One task and model, and the seeds to train together: everything that a worker process needs."""
+    """One task, model and seed: everything that a worker process needs."""
 
     source_folder: Path
-    identity: dict[str, Any]  # the fields of a record's key that all seeds share
-    seeds: tuple[int, ...]
-    device: str
+    identity: dict[str, Any]  # the fields of a record's key that all records of the job share
     results_dir: Path
     commit: str | None
-    heads: int = 1  # that it trains, for the progress bar
 
     @property
     def label(self) -> str:
-        seeds = f"seeds {self.seeds[0]}-{self.seeds[-1]}" if len(self.seeds) > 1 else f"seed {self.seeds[0]}"
-        return f"{self.identity['model']}, {self.identity['task']}, {seeds}"
+        return f"{self.identity['model']}, {self.identity['task']}, seed {self.identity['seed']}"
 
     @property
     def size(self) -> int:
@@ -79,12 +75,12 @@ def run_jobs(jobs: list[Job], store: Path, workers: int, failures: dict[str, str
     others go on.
     """
     waiting = deque(sorted(jobs, key=lambda job: -job.size))  # longest first, so that no core waits for one at the end
-    with tqdm(total=sum(job.heads for job in jobs), desc="probe", unit="head", disable=None) as bar:
+    with tqdm(total=len(jobs), desc="probe", unit="job", disable=None) as bar:
         while waiting:
             for job in _run_pool(waiting, store, workers, failures, bar):
                 if _run_pool(deque([job]), store, 1, failures, bar):
                     failures[job.label] = "the process was killed (out of memory?)"
-                    bar.update(job.heads)
+                    bar.update(1)
 
 
 def _run_pool(
@@ -92,25 +88,22 @@ def _run_pool(
 ) -> list[Job]:
     """Run jobs from `waiting` until it is empty or a worker is killed; returns the jobs that died with it."""
     spawn = multiprocessing.get_context("spawn")
-    processes, cores = min(workers, len(waiting)), spawn.Semaphore(workers)
-    trained = spawn.RawArray("i", len(waiting))  # heads of each job
-    shared = (cores, trained)
-    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start_worker, initargs=shared)
-    running: dict[Future[list[Record]], tuple[Job, int]] = {}  # and its place in `trained`
+    processes = min(workers, len(waiting))
+    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start_worker)
+    running: dict[Future[list[Record]], Job] = {}
     died: list[Job] = []
-    started, ended, broken = 0, bar.n, False
+    broken = False
     try:
         while running or (waiting and not broken):
             while waiting and len(running) < processes and not broken:
                 try:
-                    future = pool.submit(_work, waiting[0], workers, started)
+                    future = pool.submit(_work, waiting[0])
                 except BrokenProcessPool:
                     broken = True
                 else:
-                    running[future] = waiting.popleft(), started
-                    started += 1
-            for future in wait(running, None if bar.disable else 1, FIRST_COMPLETED).done:
-                job, _ = running.pop(future)
+                    running[future] = waiting.popleft()
+            for future in wait(running, None, FIRST_COMPLETED).done:
+                job = running.pop(future)
                 if isinstance(future.exception(), BrokenProcessPool):
                     broken = True
                     died.append(job)
@@ -119,10 +112,7 @@ def _run_pool(
                     records = future.result()
                     append(store, records)
                     bar.write(f"{job.label}: {_headline(records)}", file=sys.stderr)
-                ended += job.heads
-            parts = [f"{job.identity['task']} {trained[place]}/{job.heads}" for job, place in running.values()]
-            bar.set_postfix_str(", ".join(parts[:4]) + ", ..." * (len(parts) > 4), refresh=False)
-            bar.update(ended + sum(trained[place] for _, place in running.values()) - bar.n)
+                bar.update(1)
     except BaseException:  # Ctrl-C: what is finished is stored, the rest is dropped at once
         for process in list(pool._processes.values()):
             process.terminate()
@@ -133,24 +123,17 @@ def _run_pool(
 
 
 def _headline(records: list[Record]) -> str:
-    of_seeds = [r for r in records if r["fold"] is None and r["primary"]]
-    scores = ", ".join(str(r["score"]) for r in of_seeds)
-    return f"{of_seeds[0]['metric']} {scores} in {sum(r['seconds'] for r in of_seeds):.0f} s"
+    """The score that leads, and what it took."""
+    last = records[-1]
+    return f"{last['metric']} {last['score']} in {last['seconds']:.0f} s"
 
 
-# of a worker process, shared with the others and with the parent
-_cores: contextlib.AbstractContextManager[Any] | None = None
-_trained: MutableSequence[int] = []
-
-
-def _start_worker(cores: contextlib.AbstractContextManager[Any], trained: MutableSequence[int]) -> None:
+def _start_worker() -> None:
     """One thread per operation; Ctrl-C is the parent's affair; a worker whose parent was killed ends too."""
     import torch
 
-    global _cores, _trained
-    _cores, _trained = cores, trained
     torch.set_num_threads(1)
-    _keep_memory()
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -162,42 +145,15 @@ def _start_worker(cores: contextlib.AbstractContextManager[Any], trained: Mutabl
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _keep_memory() -> None:
-    """Let this process keep what it frees, in one heap: a step of the probe frees and takes megabytes dozens of times.
-
-    glibc would return them to the system, and fetching pages again took a fifth of the time; and it would keep a heap
-    for every thread. A no-op elsewhere.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        set_option = ctypes.CDLL(None).mallopt
-        for option, value in ((-1, 1 << 30), (-3, 1 << 30), (-8, 1)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
-            set_option(option, value)
-
-
-def _work(job: Job, workers: int, place: int) -> list[Record]:
-    """Train the probes of one job; store their predictions; return their records.
-
-    The fast probe trains heads in threads and every head waits for a core, so the last jobs get the cores of others.
-    """
+def _work(job: Job) -> list[Record]:
+    """Train the probes of one job; store their predictions; return their records."""
     import torch
 
     from .embeddings import provenance
+    from .probe import run_probe
 
-    def progress(heads: int) -> None:
-        _trained[place] += heads
-
-    started = time.time()
-    dtype = torch.float32
-    protocol = job.identity["protocol"]
-    if job.identity["probe"] == "exact":
-        from .probe import run_probe
-
-        results = [run_probe(job.source_folder, protocol, seed, progress) for seed in job.seeds]
-    else:
-        from .fast_probe import product_dtype, run_fast_probe
-
-        dtype = product_dtype(torch.device(job.device))
-        results = run_fast_probe(job.source_folder, protocol, job.seeds, job.device, workers, _cores, progress)
+    started, bf16 = time.time(), job.identity["probe"] == "bf16"
+    result = run_probe(job.source_folder, job.identity["protocol"], job.identity["seed"], bf16=bf16)
     task, made_by = read_task(job.source_folder), provenance(job.source_folder)
     how = {
         "clips": sum(len(names) for _, names in task.shuffled_clips()),
@@ -205,19 +161,15 @@ def _work(job: Job, workers: int, place: int) -> list[Record]:
             **{name: made_by.get(name) for name in ("module", "dim", "device", "dtype", "backend", "seconds")},
             "folder": str(job.source_folder.resolve()),
         },
-        "device": job.device,
-        "dtype": str(dtype).removeprefix("torch."),
+        "device": "cpu",
+        "dtype": "bfloat16" if bf16 else "float32",
         "threads": 1,
-        "seconds": round((time.time() - started) / len(results), 3),
+        "seconds": round(time.time() - started, 3),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"hear_ssam": __version__, "python": platform.python_version(), "torch": torch.__version__},
         "commit": job.commit,
     }
-    return [
-        record
-        for seed, result in zip(job.seeds, results, strict=True)
-        for record in _of_seed(task, job.results_dir, {**job.identity, "seed": seed}, result, how)
-    ]
+    return _of_seed(task, job.results_dir, job.identity, result, how)
 
 
 def _of_seed(

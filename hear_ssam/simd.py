@@ -353,23 +353,6 @@ class Kernel:
         unmasked = ir.Constant(_vector, ir.Undefined), ir.Constant(_i16, -1), ir.Constant(_i32, 4)
         return Value(self, b.call(scale, [p.ir, n.ir, *unmasked]))
 
-    def sqrt(self, x: Value) -> Value:
-        return Value(self, self.builder.call(self.intrinsic(f"llvm.sqrt.v{LANES}f32", _vector, _vector), [x.ir]))
-
-    def xorshift(self, x: Value) -> Value:
-        """The bits that follow x, not 0, in Marsaglia's 32-bit generator."""
-        b = self.builder
-        bits = b.bitcast(x.ir, _bits)
-        for shift, count in ((b.shl, 13), (b.lshr, 17), (b.shl, 5)):
-            bits = b.xor(bits, shift(bits, self.bits(count)))
-        return Value(self, b.bitcast(bits, _vector))
-
-    def uniform(self, x: Value) -> Value:
-        """The first 24 bits of x as a number in [0, 1)."""
-        b = self.builder
-        whole = b.sitofp(b.lshr(b.bitcast(x.ir, _bits), self.bits(8)), _vector)
-        return Value(self, whole) * 2.0**-24
-
     def sigmoid(self, x: Value) -> Value:
         return 1.0 / (self.exp2(x * -LOG2E) + 1.0)
 

@@ -64,7 +64,7 @@ def test_one_bad_task_does_not_stop_the_others(tmp_path, capsys):
     assert "--existing never" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("probe", ["exact", "fast"])
+@pytest.mark.parametrize("probe", ["exact", "bf16"])
 def test_event_tasks(tmp_path, probe):
     quick = {"task_specific_param_grid": {"hidden_dim": [64], "max_epochs": [60], "lr": [1e-2], "hidden_layers": [1]}}
     write_task(tmp_path / "tasks" / "beeps", embedding_type="event", clips=12, evaluation_params=quick)
@@ -149,9 +149,9 @@ def test_a_killed_worker_takes_only_its_job_along(tmp_path, monkeypatch):
     write_task(tmp_path / "tasks" / "tones")
     evaluation = run_evaluation([MODULE], tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "a", workers=1)
     (folder,) = (tmp_path / "a" / "embeddings" / MODULE).iterdir()
-    identity = {name: evaluation.records[0][name] for name in KEY[:6]}
-    make = [jobs.Job(folder, identity, (seed,), "cpu", tmp_path / "b", None) for seed in range(6)]
-    make.insert(2, jobs.Job(folder, {**identity, "model": _Killer()}, (0,), "cpu", tmp_path / "b", None))
+    identity = {name: evaluation.records[0][name] for name in KEY[:7]}
+    make = [jobs.Job(folder, {**identity, "seed": seed}, tmp_path / "b", None) for seed in range(6)]
+    make.insert(2, jobs.Job(folder, {**identity, "model": _Killer(), "seed": 0}, tmp_path / "b", None))
     pools, failures, run_pool = [], {}, jobs._run_pool
 
     def watched(waiting, store, workers, *others):

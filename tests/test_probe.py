@@ -249,3 +249,42 @@ def test_multilabel_head_reaches_heareval(golden, tmp_path, one_thread):
     torch.manual_seed(0)
     trained = train_head(task, splits, task.data_splits[0], config)
     assert trained.validation_score == pytest.approx(expected["test"]["validation_score"], abs=0.02)
+
+
+# ---- products in bfloat16
+
+
+def test_bf16_repeats_and_agrees_with_the_exact_probe(tmp_path, one_thread):
+    grid = {"task_specific_param_grid": {"hidden_dim": [256], "max_epochs": [60], "lr": [1e-2]}}
+    folder = write_embeddings(tmp_path / "toy", ["fold00", "fold01", "fold02"], rows=60, evaluation_params=grid)
+    state = torch.get_rng_state()
+    once, again = (run_probe(folder, "ssam", 0, bf16=True) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    exact = run_probe(folder, "ssam", 0)
+    assert once.histories == again.histories != exact.histories
+    assert [fold.fold for fold in once.folds] == [fold.fold for fold in exact.folds]
+    mean, expected = (np.mean([fold.scores["top1_acc"] for fold in result.folds]) for result in (once, exact))
+    assert mean == pytest.approx(expected, abs=0.1)
+
+
+@pytest.mark.parametrize(("layers", "offset"), [(0, 1000.0), (1, 0.0), (1, 1000.0), (2, 0.0)])
+def test_bf16_learns_what_the_exact_probe_learns(tmp_path, one_thread, layers, offset):
+    """Without dropout both take the same steps but for rounding, however far from 0 the rows lie."""
+    folder = write_embeddings(tmp_path / "toy", ["train", "valid", "test"], rows=60, dim=20)
+    for path in folder.glob("*.embeddings.npy"):
+        (np.fromfile(path, np.float32) + np.float32(offset)).tofile(path)
+    task = read_task(folder)
+    splits = {name: read_rows(task, name) for name in task.splits}
+    config = HeadConfig(layers, hidden_dim=64, dropout=0.0, max_epochs=9, check_val_every_n_epoch=1)
+    heads = []
+    for bf16 in (False, True):
+        torch.manual_seed(0)
+        heads.append(train_head(task, splits, task.data_splits[0], config, bf16=bf16))
+    exact, half = heads
+    assert [check["val_loss"] for check in half.history] == pytest.approx(
+        [check["val_loss"] for check in exact.history], rel=0.05
+    )
+    with torch.no_grad():  # the heads take the same rows, as they are on disk
+        x = splits["test"].x
+        found, wanted = (trained.head.eval()(x).softmax(1) for trained in heads)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.05)
