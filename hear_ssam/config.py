@@ -75,6 +75,8 @@ class EncoderConfig:
     mask_ratio: float = 0.5
     # default order of embedding rows: time (ours) or official (for compatibility with published probes)
     token_order: Literal["time", "official"] = "time"
+    # scene embeddings: the mean over time (as published), or mean and standard deviation side by side
+    pooling: Literal["mean", "mean_std"] = "mean"
 
     def __post_init__(self) -> None:
         sizes = ("embed_dim", "depth", "n_mels", "window_frames", "patch_frames", "patch_mels", "expand", "state_dim",
@@ -127,10 +129,15 @@ class EncoderConfig:
 
     @property
     def embedding_dim(self) -> int:
-        """Width of scene and timestamp embeddings: the tokens of all bands side by side (official SSAMBA: D)."""
+        """Width of timestamp embeddings: the tokens of all bands side by side (official SSAMBA: D)."""
         if self.frontend == "kaldi" and self.token_order == "official":
             return self.embed_dim
         return self.embed_dim * self.grid[1]
+
+    @property
+    def scene_dim(self) -> int:
+        """Width of scene embeddings: that of the timestamp embeddings, twice where deviations stand beside means."""
+        return self.embedding_dim * (2 if self.pooling == "mean_std" else 1)
 
     @property
     def inner_dim(self) -> int:
@@ -183,5 +190,7 @@ def build_config(system: str, embed_dim: int, **overrides: Any) -> EncoderConfig
 
 
 CONFIGS: dict[str, EncoderConfig] = {
-    f"{system}_{size}": build_config(system, width) for system in SYSTEMS for size, width in WIDTHS.items()
+    f"{system}_{size}": build_config(system, width, pooling="mean_std")
+    for system in SYSTEMS
+    for size, width in WIDTHS.items()
 }

@@ -127,7 +127,7 @@ class EncoderModel(HearModel):
         self.backend = backend
         self.kaldi = config.frontend == "kaldi"
         self.official = config.token_order == "official"
-        self.scene_embedding_size = self.timestamp_embedding_size = config.embedding_dim
+        self.scene_embedding_size, self.timestamp_embedding_size = config.scene_dim, config.embedding_dim
         if self.kaldi:  # one patch of whole frames
             self.min_samples = WINDOW + (config.patch_frames - 1) * HOP
 
@@ -146,7 +146,8 @@ class EncoderModel(HearModel):
         return (start + patch * HOP * torch.arange(rows, dtype=torch.float64)) / MILLISECOND
 
     def _scene(self, rows: Tensor, computed: Tensor) -> Tensor:
-        return (computed if self.kaldi and self.official else rows).mean(1)
+        rows = computed if self.kaldi and self.official else rows
+        return mean_and_deviation(rows) if self.config.pooling == "mean_std" else rows.mean(1)
 
     def _frames(self, samples: int) -> int:
         return 1 + ((samples - WINDOW) // HOP if self.kaldi else samples // HOP)
@@ -195,6 +196,12 @@ class EncoderModel(HearModel):
         return grid.mean(2) if self.kaldi and self.official else grid.flatten(2)
 
 
+def mean_and_deviation(rows: Tensor) -> Tensor:
+    """Rows (B, T, E) → their mean and (biased) standard deviation over time, side by side (B, 2 E)."""
+    mean = rows.mean(1)
+    return torch.cat([mean, (rows - mean[:, None]).square().mean(1).sqrt()], dim=1)
+
+
 class LogMelModel(HearModel):
     """The baseline without weights: 80 log-mel bands; the scene is their mean and standard deviation over time."""
 
@@ -208,8 +215,7 @@ class LogMelModel(HearModel):
         return torch.arange(1 + samples // HOP, dtype=torch.float64) * HOP / MILLISECOND
 
     def _scene(self, rows: Tensor, computed: Tensor) -> Tensor:
-        mean = rows.mean(1)
-        return torch.cat([mean, (rows - mean[:, None]).square().mean(1).sqrt()], dim=1)
+        return mean_and_deviation(rows)
 
     def _rows(self, audio: Tensor) -> Tensor:
         audio = self._checked(audio)
@@ -228,6 +234,7 @@ def load_model(
     pretrained: bool = True,
     seed: int = 0,
     token_order: str | None = None,
+    pooling: str | None = None,
     backend: str | None = None,
     precision: str = "fp32",
     device: str = "cpu",
@@ -241,6 +248,8 @@ def load_model(
     model            a name, where only options can be passed (`--model-options '{"model": "ssam_base"}'`)
     pretrained       False: random weights drawn from `seed`; needs a name
     token_order      "time" or "official"; default: what the file says (ours: time, official files: official)
+    pooling          scene embeddings: "mean" over time, or "mean_std": mean and standard deviation, twice as wide;
+                     default: what the file says (named models of ours: mean_std, official files: mean)
     backend          of the scan, as `hear-ssam doctor` lists them; it runs or raises. Default: the fastest
     precision        "fp32" or "bf16"
     device           where the weights go; the HEAR tools move the model themselves
@@ -258,18 +267,18 @@ def load_model(
         raise HearSsamError(f"load_model got both model_file_path={path!r} and model={model!r}; give one.")
     name = path or model or DEFAULT
     if name == BASELINE:
-        if token_order or backend or window_frames or precision != "fp32":
+        if token_order or pooling or backend or window_frames or precision != "fp32":
             raise HearSsamError(f"{BASELINE} has no encoder: its only options are model and device.")
         return _move(LogMelModel(), device)
     if name in CONFIGS and not pretrained:
-        config, digest = _with_options(CONFIGS[name], token_order, window_frames), ""
+        config, digest = _with_options(CONFIGS[name], token_order, pooling, window_frames), ""
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
             torch.default_generator.manual_seed(seed)
             encoder = Encoder(config)
     else:
         file = _find_weights(name, pretrained)
         stored, state, info = load_checkpoint(file)
-        config, digest = _with_options(stored, token_order, window_frames), info["sha256"]
+        config, digest = _with_options(stored, token_order, pooling, window_frames), info["sha256"]
         if config.window_frames != stored.window_frames:
             state["pos_embed"] = resize_positions(state["pos_embed"], stored, config.grid[0])
         with torch.device("meta"):  # no random numbers are drawn for weights that are replaced
@@ -325,8 +334,8 @@ def available_models() -> dict[str, ModelRow]:
             licence, source = info.get("licence", ""), info.get("source", "")
         with torch.device("meta"):
             parameters = sum(weight.numel() for weight in Encoder(config).parameters() if weight.requires_grad)
-        width, seconds = config.embedding_dim, config.window_frames / 100
-        rows[name] = ModelRow(config.system, parameters, width, width, seconds, licence, file, source)
+        sizes, seconds = (config.scene_dim, config.embedding_dim), config.window_frames / 100
+        rows[name] = ModelRow(config.system, parameters, *sizes, seconds, licence, file, source)
     baseline = LogMelModel()
     sizes = baseline.scene_embedding_size, baseline.timestamp_embedding_size
     rows[BASELINE] = ModelRow("baseline", 0, *sizes, None, "Apache-2.0", None, "needs no weights")
@@ -368,9 +377,11 @@ def _check_backend(backend: str) -> None:
         raise HearSsamError(f"the backend {backend!r} cannot run here: {backends[backend]}.")
 
 
-def _with_options(config: EncoderConfig, token_order: str | None, window_frames: int | None) -> EncoderConfig:
-    if token_order is not None:
-        config = dataclasses.replace(config, token_order=token_order)
+def _with_options(
+    config: EncoderConfig, token_order: str | None, pooling: str | None, window_frames: int | None
+) -> EncoderConfig:
+    given = {"token_order": token_order, "pooling": pooling}
+    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     if window_frames is not None:
         if config.positions != "learned":
             raise HearSsamError(f"window_frames is an option of SSAMBA; {config.system} has fixed positions for 2 s.")

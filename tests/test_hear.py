@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from torch.nn import functional
 
 import hear_ssam
 from hear_ssam import HearSsamError, get_scene_embeddings, get_timestamp_embeddings, hear, load_model
-from hear_ssam.checkpoint import convert, save_checkpoint
-from hear_ssam.config import CONFIGS, build_config
+from hear_ssam.checkpoint import convert, load_checkpoint, save_checkpoint
+from hear_ssam.config import CONFIGS, EncoderConfig, build_config
 from hear_ssam.encoder import Encoder, resize_positions
 from hear_ssam.hear import EncoderModel, available_models
 from hear_ssam.paths import sha256
@@ -157,6 +158,33 @@ def test_row_t_holds_the_tokens_of_slot_t(system: str, files: dict[str, Path]) -
             token = tokens[f * slots + t if system == "ssamba" else bands * t + f]
             assert_close(rows[0, t, f * width : (f + 1) * width], token)
     assert_close(get_scene_embeddings(audio, model), rows.mean(1))
+
+
+@pytest.mark.parametrize("order", ["time", "official"])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_pooling(files: dict[str, Path], system: str, order: str) -> None:
+    audio = noise(3, 1.7)
+    models = {name: load(files[system], token_order=order, pooling=name) for name in ("mean", "mean_std")}
+    mean, both = (get_scene_embeddings(audio, model) for model in models.values())
+    rows, times = get_timestamp_embeddings(audio, models["mean"])
+    assert both.shape == (3, models["mean_std"].scene_embedding_size) == (3, 2 * mean.shape[1])
+    assert torch.equal(both[:, : mean.shape[1]], mean)
+    if (system, order) != ("ssamba", "official"):  # whose scene counts padding too
+        assert_close(both[:, mean.shape[1] :], rows.std(1, correction=0))
+    again = get_timestamp_embeddings(audio, models["mean_std"])
+    assert torch.equal(again[0], rows) and torch.equal(again[1], times)
+
+
+def test_files_without_a_pooling_keep_the_mean(files: dict[str, Path], tmp_path: Path) -> None:
+    config, state, info = load_checkpoint(files["ssam"])
+    path = tmp_path / "both.safetensors"
+    save_checkpoint(path, dataclasses.replace(config, pooling="mean_std"), state, info)
+    assert load(path).config.pooling == "mean_std"
+    values = config.to_dict()
+    del values["pooling"]
+    assert EncoderConfig.from_dict(values).pooling == "mean"
+    with pytest.raises(HearSsamError, match=r"pooling.*median.*mean_std"):
+        load(files["ssam"], pooling="median")
 
 
 def test_times_follow_the_formula(files: dict[str, Path]) -> None:
@@ -302,8 +330,9 @@ def test_named_models_without_weights(system: str) -> None:
     model, row = load_model(model=name, pretrained=False), available_models()[name]
     rows, _ = get_timestamp_embeddings(noise(1, 0.5), model)
     assert rows.shape[2] == row.timestamp_embedding_size == model.timestamp_embedding_size
-    assert model.scene_embedding_size == row.scene_embedding_size
+    assert model.scene_embedding_size == 2 * row.timestamp_embedding_size  # ours are pooled to mean and deviation
     if row.weights is None:
+        assert model.scene_embedding_size == row.scene_embedding_size
         with pytest.raises(HearSsamError, match=rf"no weights for {name} .*github\.com"):
             load_model(name)
 
@@ -422,7 +451,7 @@ def test_the_table_of_models() -> None:
     rows = available_models()
     assert rows.keys() == {*CONFIGS, "logmel"}
     assert all(row.licence and row.source for row in rows.values())
-    assert (rows["ssamba_base"].window_seconds, rows["ssamba_base"].scene_embedding_size) == (10.24, 6144)
+    assert (rows["ssamba_base"].window_seconds, rows["ssamba_base"].scene_embedding_size) == (10.24, 12288)
     assert rows["logmel"].scene_embedding_size == 160
 
 
