@@ -25,7 +25,7 @@ from hear_ssam.errors import HearSsamError, unknown_name
 from hear_ssam.machine import FEATURES, cpu
 from hear_ssam.paths import atomic_write
 
-from .cpu_process import PEERS, Task, Worker
+from .cpu_process import PEERS, Measurement, Worker
 
 SIZES = ("tiny", "small", "base")
 MODES = ("inference", "training", "long", "start")
@@ -127,7 +127,7 @@ class Row:
     note: str = ""
 
 
-def _tasks(mode: str, size: str, peers: list[str], threads: int) -> list[Task]:
+def _tasks(mode: str, size: str, peers: list[str], threads: int) -> list[Measurement]:
     rows = [("ssam", "cpu", "fp32"), ("ssam", "torch", "fp32")]
     if mode in ("inference", "long"):
         rows.insert(1, ("ssam", "cpu", "bf16"))
@@ -138,15 +138,15 @@ def _tasks(mode: str, size: str, peers: list[str], threads: int) -> list[Task]:
         rows += [("ssast", "sdpa", "fp32"), ("ssast", "naive attention", "fp32")]
     if mode == "training":  # one step of the other peers takes half a minute
         rows += [("ssam", peer, "fp32") for peer in peers if peer == "mambapy"]
-    return [Task(mode, system, size, name, dtype, threads) for system, name, dtype in rows]
+    return [Measurement(mode, system, size, name, dtype, threads) for system, name, dtype in rows]
 
 
-def _take_turns(tasks: list[Task], rounds: int) -> tuple[list[Row], dict[str, float]]:
+def _take_turns(tasks: list[Measurement], rounds: int) -> tuple[list[Row], dict[str, float]]:
     """One process per task, all at once, in turns; their results compared with float64; and the machine's rates."""
     first = tasks[0]
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(task)) for task in tasks]
-        machine = stack.enter_context(Worker(Task("machine", "ssam", first.size, "", "", first.threads)))
+        machine = stack.enter_context(Worker(Measurement("machine", "ssam", first.size, "", "", first.threads)))
         running = [worker for worker in [*workers, machine] if not worker.wait()]
         for _ in range(rounds):
             for worker in running:
@@ -155,14 +155,14 @@ def _take_turns(tasks: list[Task], rounds: int) -> tuple[list[Row], dict[str, fl
         print(f" {first.mode} {first.size}", file=sys.stderr)
         exact = {}
         for system in sorted({task.system for task in tasks}):
-            with Worker(Task(first.mode, system, first.size, "float64", "float64", first.threads)) as worker:
+            with Worker(Measurement(first.mode, system, first.size, "float64", "float64", first.threads)) as worker:
                 worker.wait()
                 exact[system] = worker.ask("output")
         rates = {name: max(result[name] for result in machine.results) for name in machine.results[0]}
         return _compared([_row(worker, exact[worker.task.system], rates) for worker in workers]), rates
 
 
-def _one_by_one(tasks: list[Task]) -> list[Row]:
+def _one_by_one(tasks: list[Measurement]) -> list[Row]:
     """Processes that must have the machine, or its memory, to themselves."""
     rows = []
     for task in tasks:

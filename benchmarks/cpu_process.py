@@ -27,7 +27,7 @@ LONG, CHUNK = 22_001, 1_000  # tokens
 
 
 @dataclass(frozen=True)
-class Task:
+class Measurement:
     """What one process measures."""
 
     mode: str
@@ -41,7 +41,7 @@ class Task:
 class Worker:
     """A process that measures one task on request."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Measurement) -> None:
         self.task, self.results = task, list[dict[str, Any]]()
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
@@ -73,7 +73,7 @@ class Worker:
         self._process.join()
 
 
-def _serve(pipe: Connection, task: Task) -> None:
+def _serve(pipe: Connection, task: Measurement) -> None:
     """The body of a process: prepare, say "" or why not, then answer "turn" and "output"."""
     begin = time.perf_counter()
     try:
@@ -87,7 +87,7 @@ def _serve(pipe: Connection, task: Task) -> None:
             pipe.send(answers[pipe.recv()]())
 
 
-def prepare(task: Task, begin: float) -> dict[str, Callable[[], Any]]:
+def prepare(task: Measurement, begin: float) -> dict[str, Callable[[], Any]]:
     import torch
 
     torch.set_num_threads(task.threads)

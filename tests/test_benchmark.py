@@ -11,7 +11,7 @@ import torch
 from benchmarks import __main__ as benchmarks
 from benchmarks import cpu
 from benchmarks.cpu import Row
-from benchmarks.cpu_process import PEERS, Task, Worker, build_peer, carried, naive_attention
+from benchmarks.cpu_process import PEERS, Measurement, Worker, build_peer, carried, naive_attention
 from hear_ssam.config import CONFIGS, build_config
 from hear_ssam.encoder import Encoder
 
@@ -61,7 +61,7 @@ def test_a_missing_peer_is_a_row_not_an_error(tmp_path: Path, monkeypatch: pytes
     """A real process, in which mambapy cannot be imported."""
     (tmp_path / "mambapy.py").write_text("raise ImportError('No module named mambapy')")
     monkeypatch.syspath_prepend(tmp_path)  # spawned processes inherit it
-    (row,) = cpu._one_by_one([Task("start", "ssam", "tiny", "mambapy", "fp32", 1)])
+    (row,) = cpu._one_by_one([Measurement("start", "ssam", "tiny", "mambapy", "fp32", 1)])
     assert row.implementation == "ssam mambapy" and row.ms is None
     assert row.note == "ImportError: No module named mambapy"
 
@@ -86,7 +86,7 @@ def test_tables(tmp_path):
 
 def test_error_is_against_float64():
     """One real process, taking no turn: its output is compared with the reference in double precision."""
-    with Worker(Task("inference", "ssam", "tiny", "torch", "fp32", 1)) as worker:
+    with Worker(Measurement("inference", "ssam", "tiny", "torch", "fp32", 1)) as worker:
         assert worker.wait() == ""
         got = worker.ask("output")["tokens"]
     torch.manual_seed(0)
