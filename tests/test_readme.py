@@ -1,0 +1,94 @@
+"""README: its Python runs, its commands are today's commands, and those that take a moment run too."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from hear_ssam import cli
+from hear_ssam.records import append
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+# They install, need the network, or are this test command.
+OTHERS = ("python3 -m venv", "pip install", ".venv/bin/pip install", ".venv-test/bin/pip install")
+TESTS = ".venv-test/bin/python -m tests"
+QUICK = ("embed", "report", "models", "doctor", "corpus")
+
+
+def commands() -> list[list[str]]:
+    """Every command of the shell blocks as words, without remarks."""
+    found: list[list[str]] = []
+    for line in "\n".join(text for language, text in BLOCKS if language == "bash").splitlines():
+        found.append([])
+        for word in shlex.split(line, comments=True):
+            if word == "&&":
+                found.append([])
+            else:
+                found[-1].append(word)
+    return [words for words in found if words]
+
+
+OWN = [words[1:] for words in commands() if Path(words[0]).name == "hear-ssam"]
+
+
+def test_blocks_are_python_or_shell() -> None:
+    assert {language for language, _ in BLOCKS} == {"python", "bash"}
+    others = [shlex.join(words) for words in commands() if Path(words[0]).name != "hear-ssam"]
+    assert all(line.startswith(OTHERS) or line == TESTS for line in others), others
+    assert len(OWN) > 15
+
+
+@pytest.mark.parametrize("words", OWN, ids=" ".join)
+def test_every_command_is_parsed(words: list[str]) -> None:
+    assert callable(cli.build_parser().parse_args(words).run)
+
+
+def test_commands_in_the_text_exist() -> None:
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    named = re.findall(r"`hear-ssam ([a-z]+)", text)
+    assert named and set(named) <= set(cli.COMMANDS)
+    scripts = re.findall(r"`python -m benchmarks ([a-z]+)", text)
+    assert all((ROOT / "benchmarks" / f"{name}.py").is_file() for name in scripts)
+
+
+def record(model: str, score: float) -> dict[str, Any]:
+    place = {"model": model, "checkpoint_sha256": "", "task": "birds", "version": "1", "protocol": "heareval"}
+    how = {"probe": "exact", "seed": 42, "fold": None, "metric": "top1_acc"}
+    return {**place, **how, "score": score, "primary": True, "maximize": True}
+
+
+def test_quick_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recordings").mkdir()
+    noise = np.random.default_rng(0).normal(0, 0.1, (44_100, 2))
+    for name in ("a.wav", "b.flac"):
+        soundfile.write(Path("recordings", name), noise, 44_100)
+    append(Path("out/records.jsonl"), [record("ssam_tiny", 0.6), record("logmel", 0.5)])
+    quick = [words for words in OWN if words[0] in QUICK]
+    assert {words[0] for words in quick} == set(QUICK)
+    for words in quick:
+        assert cli.main(words) == 0, words
+    assert Path("embeddings.parquet").is_file() and Path("report.html").is_file() and Path("store").is_dir()
+
+
+def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its remarks on shapes and steps are true."""
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("speech_16k.wav", np.random.default_rng(0).normal(0, 0.1, 40_000), 16_000)
+    (code,) = (text for language, text in BLOCKS if language == "python")
+    values: dict[str, Any] = {}
+    exec(code, values)
+    (width,) = re.findall(r"# \(clips, (\d+)\)$", code, flags=re.MULTILINE)
+    ((row, step),) = re.findall(r"# \(clips, rows, (\d+)\), .* (\d+) ms$", code, flags=re.MULTILINE)
+    assert values["scene"].shape == (1, int(width))
+    assert values["frames"].shape == (1, values["ms"].shape[1], int(row))
+    assert (values["ms"].diff() - int(step)).abs().max() < 1e-3
