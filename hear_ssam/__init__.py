@@ -10,7 +10,7 @@ Contents, in reading order:
     scan            the selective scan and the causal convolution; chooses a backend
     scan_reference  the law: plain loops        scan_torch, scan_cpu (written in simd), scan_triton   its twins
     checkpoint      our safetensors and the official files
-    audio, extract  reading audio files; audio files → Parquet
+    container, audio, extract  how much audio a file holds; reading it; audio files → Parquet
     corpus, pretrain  pre-training data and loop
     tasks, embeddings, probe, scores, jobs, records, evaluate, tables, report   the HEAR protocol
     check           the HEAR contract, explained, for any module

@@ -6,7 +6,10 @@ The HEAR functions never resample; the commands call this module before them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import stat
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,11 +17,14 @@ import numpy as np
 import soundfile
 import soxr
 
+from .container import Stream, streams
 from .errors import HearSsamError
 
 # What soundfile decodes without further parameters, as found in folders (its own list also holds .mat and .raw).
 SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64 .sph".split())
-BLOCK = 1 << 18  # frames decoded at once: an hour of 96 kHz surround needs no more memory than its mono result
+BLOCK = 1 << 18  # samples decoded at once: an hour of 96 kHz surround needs no more memory than its mono result
+RATES = (1_000, 1_000_000)  # Hz; outside, a header is wrong
+MEND = "fetch it again, or save what is there (ffmpeg -i OLD NEW.wav)"
 
 
 def find_audio(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -35,56 +41,105 @@ def find_audio(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 def _audio_below(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
-        raise HearSsamError(f"cannot list the folder {error.filename}: {error.strerror}.") from error
+        raise HearSsamError(f"{error.filename}: cannot be listed: {error.strerror}; mend its permissions.") from error
 
-    files = [
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, onerror=refuse)  # unlike Path.rglob it reports unreadable folders
-        for name in names
-        if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-    ]
+    files: list[Path] = []
+    left_out: Counter[str] = Counter()
+    for parent, folders, names in os.walk(folder, onerror=refuse):  # unlike Path.rglob it reports unreadable folders
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        left_out["linked folders"] += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
+        for path in (Path(parent, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() not in SUFFIXES:
+                left_out[path.suffix.lower() or "without a suffix"] += 1
+            elif path.exists() and not path.is_file():
+                left_out["pipes and devices"] += 1
+            else:
+                files.append(path)
+    rest = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()) if count)
     if not files:
-        raise HearSsamError(f"no audio files below {folder} (looked for {' '.join(sorted(SUFFIXES))}).")
+        raise HearSsamError(
+            f"{folder}: no audio files below it (left out: {rest or 'nothing'}); convert them to one of "
+            f"{' '.join(sorted(SUFFIXES))}."
+        )
+    if rest:
+        warnings.warn(f"{folder}: left out {rest}; convert what is audio, name linked folders yourself.", stacklevel=3)
     return sorted(files)
 
 
 def read_audio(path: str | os.PathLike[str], sample_rate: int) -> np.ndarray:
     """Decode a file of any rate and channel count: the mean of its channels at `sample_rate` Hz.
 
-    Returns float32 (samples,), full scale ±1. Raises HearSsamError that names the file where it is missing, not audio,
-    damaged, empty, or holds NaN or infinite samples.
+    Returns float32 (samples,), full scale ±1; several streams in one file follow one another. Warns where the header
+    counts less audio than is there and was read. Raises HearSsamError that names the file where it is missing, not a
+    regular file, not audio, cut off or damaged, empty, or holds NaN or infinite samples.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
+            raise HearSsamError(f"{path}: is a folder, a pipe or a device; name an audio file.")
         with open(path, "rb") as handle:
             return decode_audio(handle, path, sample_rate)
     except OSError as error:
-        raise HearSsamError(f"{path}: cannot be read as audio: {error.strerror or error}.") from error
+        raise HearSsamError(f"{path}: cannot be read: {error.strerror or error}; name an audio file.") from error
 
 
 def decode_audio(handle: BinaryIO, name: str | os.PathLike[str], sample_rate: int) -> np.ndarray:
     """As `read_audio`, from an open file or a member of an archive that errors shall call `name`."""
-    try:
-        with soundfile.SoundFile(handle) as file:
-            audio = _decode(file, sample_rate)
-    except soundfile.LibsndfileError as error:
-        raise HearSsamError(f"{name}: cannot be read as audio: {str(error.error_string).rstrip('.')}.") from error
+    pieces = [np.zeros(0, np.float32)]
+    for stream in streams(handle):
+        if stream.fault:
+            raise HearSsamError(f"{name}: {stream.fault}; {MEND}.")
+        pieces += _decode(stream, name, sample_rate)
+        if stream.remark:
+            warnings.warn(f"{name}: {stream.remark}; write the file again to be rid of this.", stacklevel=3)
+    audio = np.concatenate(pieces)
     if not len(audio):
-        raise HearSsamError(f"{name}: holds no samples.")
+        raise HearSsamError(f"{name}: holds no samples; leave it out.")
     if not np.isfinite(audio).all():
-        raise HearSsamError(f"{name}: holds NaN or infinite samples.")
+        raise HearSsamError(f"{name}: holds NaN or infinite samples; mend them or leave it out.")
     return audio
 
 
-def _decode(file: soundfile.SoundFile, sample_rate: int) -> np.ndarray:
-    resampler = soxr.ResampleStream(file.samplerate, sample_rate, num_channels=1, dtype="float32", quality="HQ")
-    same_rate = file.samplerate == sample_rate
-    pieces = []
-    while True:
-        block = file.read(BLOCK, dtype="float32", always_2d=True).mean(axis=1)  # (frames, channels) -> (frames,)
-        last = len(block) < BLOCK
-        pieces.append(block if same_rate else resampler.resample_chunk(block, last=last))
-        if last:
-            return np.concatenate(pieces)
+def _decode(stream: Stream, name: str | os.PathLike[str], sample_rate: int) -> Iterator[np.ndarray]:
+    """Blocks of one stream, mono at `sample_rate`."""
+    try:
+        file = soundfile.SoundFile(stream)
+    except soundfile.LibsndfileError as error:
+        raise HearSsamError(f"{name}: cannot be read as audio: {_reason(error)}; name an audio file.") from error
+    with file:
+        file.seekable = lambda: False  # or soundfile seeks after each block, and MP3 loses its bit reservoir
+        rate = file.samplerate
+        if not RATES[0] <= rate <= RATES[1]:
+            raise HearSsamError(f"{name}: its header gives a sample rate of {rate:,} Hz, which is none; correct it.")
+        resampler = soxr.ResampleStream(rate, sample_rate, num_channels=1, dtype="float32", quality="HQ")
+        promised, slack = stream.frames, stream.slack
+        if not promised and file.frames < 2**62:  # libsndfile's own count, which is not exact in every format
+            promised, slack = file.frames, 4096
+        frames, last = 0, False
+        while not last:
+            # not a sample more than promised at first: a decoder that looks ahead stumbles over a tag behind the audio
+            wanted = max(1, BLOCK // file.channels)
+            wanted = min(wanted, promised - frames) if frames < promised else wanted
+            try:
+                block = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1)  # (n, channels) -> (n,)
+            except soundfile.LibsndfileError as error:
+                if not promised or frames < promised:
+                    text = f"{name}: is damaged or cut off after {frames / rate:.2f} s: {_reason(error)}; {MEND}."
+                    raise HearSsamError(text) from error
+                block = np.zeros(0, np.float32)
+            frames += len(block)
+            last = len(block) < wanted
+            yield block if rate == sample_rate else resampler.resample_chunk(block, last=last)
+    if frames + slack < promised:
+        text = f"{frames / rate:.2f} of {promised / rate:.2f} s are there"
+        raise HearSsamError(f"{name}: is cut off or damaged: {text}; {MEND}.")
+    if stream.frames and frames > promised + slack:
+        stream.remark = f"its header counts {promised / rate:.2f} s, {frames / rate:.2f} s are there and were read"
+
+
+def _reason(error: soundfile.LibsndfileError) -> str:
+    if error.code == 24:  # "SF_INFO struct incomplete"
+        return "its header gives a sample rate of 0 Hz"
+    return str(error.error_string).removeprefix("Error : ").rstrip(".") or f"libsndfile's error {error.code}"
 
 
 def resample(audio: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:

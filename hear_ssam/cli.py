@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 
 from . import __version__
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stream.reconfigure(errors="hear_ssam")
         # A batch system that asks a job to end gets what Ctrl-C gets: a saved state, no leftovers.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        warnings.formatwarning = lambda message, *_: f"hear-ssam: warning: {message}\n"
     args = build_parser(arguments[0] if arguments and arguments[0] in COMMANDS else None).parse_args(arguments)
     try:
         code: int = args.run(args)

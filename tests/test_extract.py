@@ -170,7 +170,7 @@ def test_nothing_good_leaves_the_older_output(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no_audio_here", "-o", "out"], "no audio files below no_audio_here"),
+        (["no_audio_here", "-o", "out"], "no_audio_here: no audio files below it"),
         (["a.wav", "-o", "a.wav/out"], "cannot write a.wav/out"),
         (["a.wav", "-o", "no_audio_here"], "cannot write no_audio_here: it is a folder or a device"),
         (["a.wav", "-o", "/dev/null"], "cannot write /dev/null: it is a folder or a device"),
