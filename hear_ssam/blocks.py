@@ -39,7 +39,7 @@ class Projection(nn.Linear):
 
     def _rounded_weight(self) -> Tensor:
         weight, kept = self.weight, self._kept
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or weight.is_inference():  # whose changes nobody counts
             return weight.bfloat16()
         if kept is None or kept[0] is not weight or kept[1] != weight._version or kept[2].device != weight.device:
             self._kept = kept = weight, weight._version, weight.bfloat16()
@@ -93,7 +93,7 @@ class SelectiveSSM(nn.Module):
         with torch.no_grad():  # steps log-uniform in [0.001, 0.1]; the bias is their inverse softplus
             step = torch.empty(inner).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
             self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
-        self.A_log = nn.Parameter(torch.arange(1.0, state + 1).log().repeat(inner, 1))  # (I, N)
+        self.A_log = nn.Parameter(torch.arange(1, state + 1, dtype=torch.float32).log().repeat(inner, 1))  # (I, N)
         self.D = nn.Parameter(torch.ones(inner))
 
     def forward(self, xz: Tensor, reverse: bool = False) -> Tensor:

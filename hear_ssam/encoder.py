@@ -6,11 +6,13 @@ Symbols: B batch, F frames, n patch tokens, D width, P pixels of a patch; T time
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .blocks import BLOCKS, Projection, build_norm, xavier_init
 from .config import EncoderConfig
@@ -28,6 +30,20 @@ class Pretraining(NamedTuple):
     mse: Tensor | None = None
 
 
+class _Float32(TorchFunctionMode):
+    """Inside, this thread's new tensors are float32 where no dtype is given, whatever torch's default is."""
+
+    MAKERS = torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.linspace
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func in self.MAKERS and options.get("dtype") is None:
+            options["dtype"] = torch.float32
+        return func(*args, **options)
+
+
 class Encoder(nn.Module):
     """Spectrogram windows → tokens; see `tokens` (features) and `forward` (pre-training).
 
@@ -38,6 +54,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         keep_freed_memory()
+        with _Float32():
+            self._build(config)
+
+    def _build(self, config: EncoderConfig) -> None:
         dim, pixels = config.embed_dim, config.patch_dim
         self.patch_embed = nn.Linear(pixels, dim)
         xavier_init(self.patch_embed)
@@ -213,7 +233,7 @@ def random_mask(batch: int, config: EncoderConfig, generator: torch.Generator | 
     """
     device = generator.device if generator is not None else torch.device("cpu")
     n = config.num_patches
-    order = torch.rand(batch, n, generator=generator, device=device)  # when a patch is drawn
+    order = torch.rand(batch, n, generator=generator, device=device, dtype=torch.float32)  # when a patch is drawn
     if config.objective == "joint":
         # A patch is hidden when the first cluster that covers it is drawn.
         side = int(torch.randint(3, 6, (), generator=generator, device=device))

@@ -43,10 +43,10 @@ class LogMel(nn.Module):
     def __init__(self, n_mels: int = 80) -> None:
         super().__init__()
         low, high = mel(50), mel(SAMPLE_RATE / 2)
-        edges = 700 * (10 ** (torch.linspace(low, high, n_mels + 2) / 2595) - 1)  # Hz, equidistant in HTK mel
-        filters = _triangles(torch.linspace(0, SAMPLE_RATE / 2, WINDOW // 2 + 1), edges)
+        edges = 700 * (10 ** (_linspace(low, high, n_mels + 2) / 2595) - 1)  # Hz, equidistant in HTK mel
+        filters = _triangles(_linspace(0, SAMPLE_RATE / 2, WINDOW // 2 + 1), edges)
         self.register_buffer("filters", filters, persistent=False)  # (bins, mels)
-        self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
+        self.register_buffer("window", torch.hann_window(WINDOW, dtype=torch.float32), persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
         return _in_blocks(F.pad(waveform[:, None], (WINDOW // 2, WINDOW // 2), mode="reflect")[:, 0], self._frames)
@@ -72,10 +72,10 @@ class KaldiFbank(nn.Module):
     def __init__(self, n_mels: int = 128) -> None:
         super().__init__()
         low, high = (1127 * math.log(1 + f / 700) for f in (20, SAMPLE_RATE / 2))
-        bins = 1127 * torch.log(1 + torch.linspace(0, SAMPLE_RATE / 2, 257) / 700)  # mel
-        filters = _triangles(bins, torch.linspace(low, high, n_mels + 2))
+        bins = 1127 * torch.log(1 + _linspace(0, SAMPLE_RATE / 2, 257) / 700)  # mel
+        filters = _triangles(bins, _linspace(low, high, n_mels + 2))
         self.register_buffer("filters", filters, persistent=False)  # (bins, mels)
-        self.register_buffer("window", torch.hann_window(WINDOW, periodic=False), persistent=False)
+        self.register_buffer("window", torch.hann_window(WINDOW, periodic=False, dtype=torch.float32), persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
         return _in_blocks(waveform - waveform.mean(dim=1, keepdim=True), self._frames)
@@ -122,6 +122,10 @@ def normalize(spec: Tensor, config: EncoderConfig) -> Tensor:
     if config.frontend == "logmel":
         return standardize(spec)
     return (spec - config.fbank_mean) / (2 * config.fbank_std)
+
+
+def _linspace(first: float, last: float, count: int) -> Tensor:
+    return torch.linspace(first, last, count, dtype=torch.float32)
 
 
 def _triangles(points: Tensor, edges: Tensor) -> Tensor:

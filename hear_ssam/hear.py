@@ -106,6 +106,11 @@ class HearModel(nn.Module):
             )
         if audio.device != self.device:
             raise HearSsamError(f"audio is on {audio.device}, the model on {self.device}; move one with .to().")
+        if other := {weight.dtype for weight in [*self.parameters(), *self.buffers()]} - {torch.float32}:
+            raise HearSsamError(
+                f"the model's weights are {other.pop()}; call model.float(), and for half precision use "
+                'load_model(..., precision="bf16"), which keeps the weights in float32.'
+            )
         broken = (~torch.isfinite(audio).all(dim=1)).nonzero().flatten().tolist()
         if broken:
             listed = ", ".join(map(str, broken))
@@ -139,11 +144,11 @@ class EncoderModel(HearModel):
             window, frames = self.config.window_frames, self._frames(samples)
             padding, slots = window - frames % window, window // patch
             rows = (frames + padding) // window * slots - slots * padding // window
-            return torch.arange(rows, dtype=torch.float64) * (samples / MILLISECOND / rows)
+            return torch.arange(rows, dtype=torch.float64, device="cpu") * (samples / MILLISECOND / rows)
         else:  # centred frames: the first is centred at 0
             start = (patch - 1) * HOP / 2
             rows = max(1, math.floor((samples - start) / (patch * HOP)) + 1)
-        return (start + patch * HOP * torch.arange(rows, dtype=torch.float64)) / MILLISECOND
+        return (start + patch * HOP * torch.arange(rows, dtype=torch.float64, device="cpu")) / MILLISECOND
 
     def _scene(self, rows: Tensor, computed: Tensor) -> Tensor:
         rows = computed if self.kaldi and self.official else rows
@@ -212,7 +217,7 @@ class LogMelModel(HearModel):
         self.scene_embedding_size = 2 * self.timestamp_embedding_size
 
     def timestamps(self, samples: int) -> Tensor:
-        return torch.arange(1 + samples // HOP, dtype=torch.float64) * HOP / MILLISECOND
+        return torch.arange(1 + samples // HOP, dtype=torch.float64, device="cpu") * HOP / MILLISECOND
 
     def _scene(self, rows: Tensor, computed: Tensor) -> Tensor:
         return mean_and_deviation(rows)
@@ -266,27 +271,28 @@ def load_model(
     if path and model:
         raise HearSsamError(f"load_model got both model_file_path={path!r} and model={model!r}; give one.")
     name = path or model or DEFAULT
-    if name == BASELINE:
-        if token_order or pooling or backend or window_frames or precision != "fp32":
-            raise HearSsamError(f"{BASELINE} has no encoder: its only options are model and device.")
-        return _move(LogMelModel(), device)
-    if name in CONFIGS and not pretrained:
-        config, digest = _with_options(CONFIGS[name], token_order, pooling, window_frames), ""
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
-            torch.default_generator.manual_seed(seed)
-            encoder = Encoder(config)
-    else:
-        file = _find_weights(name, pretrained)
-        stored, state, info = load_checkpoint(file)
-        config, digest = _with_options(stored, token_order, pooling, window_frames), info["sha256"]
-        if config.window_frames != stored.window_frames:
-            state["pos_embed"] = resize_positions(state["pos_embed"], stored, config.grid[0])
-        with torch.device("meta"):  # no random numbers are drawn for weights that are replaced
-            encoder = Encoder(config)
-        encoder.load_state_dict(state, assign=True)
-        name = name if name in CONFIGS else file.stem
-    encoder.set_precision(precision)
-    return _move(EncoderModel(name, config, encoder, backend, digest), device)
+    if name == BASELINE and (token_order or pooling or backend or window_frames or precision != "fp32"):
+        raise HearSsamError(f"{BASELINE} has no encoder: its only options are model and device.")
+    with torch.device("cpu"), torch.inference_mode(False):  # the same model inside anybody's block
+        if name == BASELINE:
+            return _move(LogMelModel(), device)
+        if name in CONFIGS and not pretrained:
+            config, digest = _with_options(CONFIGS[name], token_order, pooling, window_frames), ""
+            with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+                torch.default_generator.manual_seed(seed)
+                encoder = Encoder(config)
+        else:
+            file = _find_weights(name, pretrained)
+            stored, state, info = load_checkpoint(file)
+            config, digest = _with_options(stored, token_order, pooling, window_frames), info["sha256"]
+            if config.window_frames != stored.window_frames:
+                state["pos_embed"] = resize_positions(state["pos_embed"], stored, config.grid[0])
+            with torch.device("meta"):  # no random numbers are drawn for weights that are replaced
+                encoder = Encoder(config)
+            encoder.load_state_dict(state, assign=True)
+            name = name if name in CONFIGS else file.stem
+        encoder.set_precision(precision)
+        return _move(EncoderModel(name, config, encoder, backend, digest), device)
 
 
 def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:
@@ -363,9 +369,9 @@ def _find_weights(name: str, pretrained: bool) -> Path:
     if not Path(name).exists():
         if Path(name).name == name and not Path(name).suffix:
             raise unknown_name("model", name, [*CONFIGS, BASELINE])
-        raise HearSsamError(f"no such checkpoint: {name}.")
+        raise HearSsamError(f"{name}: no such file or folder; `hear-ssam models list` tells where weights are.")
     if not pretrained:
-        raise HearSsamError(f"pretrained=False needs the name of a model, not the file {name}.")
+        raise HearSsamError(f"{name}: a file has its own weights; pass the name of a model with pretrained=False.")
     return Path(name)
 
 

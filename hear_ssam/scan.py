@@ -30,6 +30,7 @@ from .errors import HearSsamError, unknown_name
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("reference", "torch", "cpu", "triton", "mamba_ssm")
+_MOST = {"cpu": 1024}  # states of a channel, or taps: the kernels keep them on the stack, some 1.2 kB for each
 _PREFERRED = {"cpu": ("cpu", "torch"), "cuda": ("triton", "mamba_ssm", "torch")}
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("hear_ssam_backend", default=None)
 
@@ -61,7 +62,7 @@ def selective_scan(
     Raises HearSsamError for shapes that do not fit and for an explicit backend that cannot run.
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    name = _choose(backend, u.device.type, u.dtype)
+    name = _choose(backend, u.device.type, u.dtype, A.shape[1])
     if name in ("reference", "mamba_ssm"):
         function = scan_reference.selective_scan if name == "reference" else _mamba_ssm_scan
         out, last = function(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse)
@@ -101,7 +102,7 @@ def causal_conv1d(
     before = (x.shape[0], weight.shape[1] - 1, x.shape[2])
     if initial_state is not None and tuple(initial_state.shape) != before:
         raise HearSsamError(f"causal_conv1d: initial_state must have shape {before}, not {tuple(initial_state.shape)}.")
-    name = _choose("torch" if backend == "mamba_ssm" else backend, x.device.type, x.dtype)
+    name = _choose("torch" if backend == "mamba_ssm" else backend, x.device.type, x.dtype, weight.shape[1])
     name = "torch" if name == "mamba_ssm" else name  # the adapter has no convolution
     tensors = (x, weight, bias, initial_state)
     if name == "reference":
@@ -140,32 +141,34 @@ def available_backends() -> dict[str, str | None]:
 
 
 @torch.compiler.assume_constant_result  # the compiler asks once instead of tracing imports and self-checks
-def _choose(backend: str, device: str, dtype: torch.dtype) -> str:
+def _choose(backend: str, device: str, dtype: torch.dtype, size: int) -> str:
     if backend == "auto":
         backend = _chosen.get() or os.environ.get("HEAR_SSAM_BACKEND") or "auto"
     if backend == "auto":
-        return _auto(device, dtype)
+        return _auto(device, dtype, size)
     if backend not in BACKENDS:
         raise unknown_name("scan backend", backend, ("auto", *BACKENDS))
     if (error := _probe(backend)) is not None:
         raise HearSsamError(f"scan backend {backend!r} does not run here: {_reason(error)}.") from error
-    if (why := _refuses(backend, device, dtype)) is not None:
+    if why := _refuses(backend, device, dtype) or _overflows(backend, size):
         raise HearSsamError(f"scan backend {backend!r} {why}; use backend='torch' or 'auto'.")
     return backend
 
 
 @functools.cache
-def _auto(device: str, dtype: torch.dtype) -> str:
-    """Decided, logged and, where it is a fallback, warned about once per device and dtype."""
+def _auto(device: str, dtype: torch.dtype, size: int) -> str:
+    """Decided, logged and, where it is a fallback, warned about once per device, dtype and size."""
     for name in _PREFERRED.get(device, ("torch",)):
         if _refuses(name, device, dtype) is not None:
             continue
-        if (error := _probe(name)) is None:
+        error = _probe(name)
+        why = _overflows(name, size) if error is None else f"does not run here ({_reason(error)})"
+        if why is None:
             logger.info("scan backend for %s on %s: %s", dtype, device, name)
             return name
         if name != "mamba_ssm":  # nobody misses an optional package behind our own kernel
             warnings.warn(
-                f"hear_ssam: scan backend {name!r} does not run here ({_reason(error)}); taking a slower one. "
+                f"hear_ssam: scan backend {name!r} {why}; taking a slower one. "
                 "`hear-ssam doctor` tells more; an explicit backend or HEAR_SSAM_BACKEND=torch silences this.",
                 RuntimeWarning,
                 stacklevel=4,
@@ -183,6 +186,11 @@ def _refuses(name: str, device: str, dtype: torch.dtype) -> str | None:
     if name in ("cpu", "triton", "mamba_ssm") and dtype == torch.float64:
         return "does not compute float64"
     return None
+
+
+def _overflows(name: str, size: int) -> str | None:
+    most = _MOST.get(name, size)
+    return f"holds at most {most} states of a channel (or taps of a convolution), not {size}" if size > most else None
 
 
 @functools.cache

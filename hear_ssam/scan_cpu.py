@@ -105,7 +105,7 @@ def conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool, reverse: bool
 ) -> Tensor:
     inputs, io = _conv_inputs(x, weight, bias, initial_state)
-    out = torch.empty(inputs["x"].shape, dtype=io)
+    out = x.new_empty(inputs["x"].shape, dtype=io)
     width = out.shape[2]
     run(
         build(write_conv_forward, weight.shape[1], io == torch.bfloat16, activation),
@@ -126,8 +126,8 @@ def conv_backward(
     """Gradients of (x, weight, bias, initial_state)."""
     inputs, io = _conv_inputs(x, weight, bias, initial_state)
     channels, kernel, width = *weight.shape, inputs["x"].shape[2]
-    dx, dinitial = torch.empty(inputs["x"].shape, dtype=io), torch.empty(inputs["initial_state"].shape, dtype=io)
-    dweight, dbias = torch.empty(len(x), kernel, width), torch.empty(len(x), width)
+    dx, dinitial = (x.new_empty(inputs[name].shape, dtype=io) for name in ("x", "initial_state"))
+    dweight, dbias = (dx.new_empty(len(x), *shape, dtype=torch.float32) for shape in ((kernel, width), (width,)))
     run(
         build(write_conv_backward, kernel, io == torch.bfloat16, activation),
         _count(len(x), width), reverse, **inputs, dout=_rows(dout, io), dx=dx, dinitial=dinitial,
@@ -146,10 +146,14 @@ def self_check() -> None:
 
     Compiles exactly the forward kernels that an SSAM encoder needs, about 0.2 s.
     """
-    g = torch.Generator().manual_seed(0)
-    u, delta, z = (torch.randn(1, 19, LANES, generator=g) for _ in range(3))
-    A, B, C = -torch.rand(LANES, 24, generator=g) * 9, *(torch.randn(1, 19, 24, generator=g) for _ in range(2))
-    weight, D = torch.randn(LANES, 4, generator=g), torch.randn(LANES, generator=g)
+    g = torch.Generator("cpu").manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float32, device="cpu")
+
+    u, delta, z = (draw(1, 19, LANES) for _ in range(3))
+    A, B, C = -9 * draw(LANES, 24).abs(), draw(1, 19, 24), draw(1, 19, 24)
+    weight, D = draw(LANES, 4), draw(LANES)
     for reverse in (False, True):
         arguments = (u, delta, A, B, C, D, z, D, None, True, reverse)
         conv = (u, weight, D, None, True, reverse)
@@ -180,7 +184,7 @@ def _scan_inputs(
         inputs["z"] = _rows(z, io)
     inputs["A"] = _states(A, A.new_empty(inputs["u"].shape[2], A.shape[1]))
     for name, x in (("D", D), ("delta_bias", delta_bias)):
-        inputs[name] = _rows(torch.zeros(u.shape[2]) if x is None else x)
+        inputs[name] = _rows(u.new_zeros(u.shape[2]) if x is None else x)
     return inputs, io
 
 
@@ -193,7 +197,7 @@ def _conv_inputs(
     return {
         "x": rows,
         "weight": _states(weight, weight.new_empty(rows.shape[2], kernel)),
-        "bias": _rows(torch.zeros(channels) if bias is None else bias),
+        "bias": _rows(x.new_zeros(channels) if bias is None else bias),
         "initial_state": _rows(
             x.new_zeros(batch, kernel - 1, channels) if initial_state is None else initial_state, io
         ),

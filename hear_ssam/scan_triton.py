@@ -518,10 +518,10 @@ def self_check() -> None:
     if not interpreted and not torch.cuda.is_available():
         raise HearSsamError("PyTorch sees no CUDA device (TRITON_INTERPRET=1 interprets the kernels slowly on a CPU)")
     device = "cpu" if interpreted else "cuda"
-    g = torch.Generator().manual_seed(0)
-    u, delta, z = (torch.randn(1, 3, 5, generator=g).to(device) for _ in range(3))
-    B, C = (torch.randn(1, 3, 3, generator=g).to(device) for _ in range(2))
-    A = -torch.rand(5, 3, generator=g).to(device)
+    g = torch.Generator("cpu").manual_seed(0)
+    u, delta, z = (torch.randn(1, 3, 5, generator=g, dtype=torch.float32, device="cpu").to(device) for _ in range(3))
+    B, C = (torch.randn(1, 3, 3, generator=g, dtype=torch.float32, device="cpu").to(device) for _ in range(2))
+    A = -torch.rand(5, 3, generator=g, dtype=torch.float32, device="cpu").to(device)
     tensors = (u, delta, A, B, C, A[:, 0], z, None, None)
     out, last, _ = scan_forward(*tensors, True, False, False)
     want, want_last = scan_reference.selective_scan(*tensors, True, False)

@@ -17,8 +17,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import functools
 import os
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -434,6 +436,16 @@ def _torch_pool() -> Any:
 _parallel_for = _torch_pool()
 
 
+@functools.cache
+def _warn_of_one_thread() -> None:
+    warnings.warn(
+        f"hear_ssam: torch {torch.__version__} offers its threads to no kernel (2.10 does), so that CPU kernels run on "
+        "one; HEAR_SSAM_BACKEND=torch uses them all, torch.set_num_threads(1) silences this.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
 def run(kernel: Compiled, units: int, reverse: bool = False, **arguments: torch.Tensor | int) -> None:
     """Run all units on torch's threads (where torch does not offer them, in the calling thread), without the GIL.
 
@@ -452,6 +464,8 @@ def run(kernel: Compiled, units: int, reverse: bool = False, **arguments: torch.
         values += [pointer, *(stride * size for stride in strides)]
     packed = (ctypes.c_int64 * len(values))(*values)
     if _parallel_for is None:
+        if torch.get_num_threads() > 1:
+            _warn_of_one_thread()
         kernel.function(0, units, packed)
     elif _parallel_for(0, units, 1, kernel.address, packed):
         raise RuntimeError("torch_parallel_for failed")

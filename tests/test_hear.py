@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import hear_ssam
 from hear_ssam import HearSsamError, get_scene_embeddings, get_timestamp_embeddings, hear, load_model
 from hear_ssam.checkpoint import convert, load_checkpoint, save_checkpoint
 from hear_ssam.config import CONFIGS, EncoderConfig, build_config
-from hear_ssam.encoder import Encoder, resize_positions
+from hear_ssam.encoder import Encoder, random_mask, resize_positions
 from hear_ssam.hear import EncoderModel, available_models
 from hear_ssam.paths import sha256
 
@@ -371,7 +373,7 @@ def test_bf16_is_close(files: dict[str, Path]) -> None:
         ({"modell": "ssam_tiny"}, "unknown option of load_model 'modell'. Did you mean 'model'.*window_frames"),
         ({"model": "ssam_tinny", "pretrained": False}, "unknown model 'ssam_tinny'. Did you mean 'ssam_tiny'"),
         ({"model_file_path": "ssam_tiney"}, "unknown model 'ssam_tiney'. Did you mean 'ssam_tiny'"),
-        ({"model_file_path": "folder/weights.pth"}, r"no such checkpoint: folder/weights\.pth"),
+        ({"model_file_path": "folder/weights.pth"}, r"^folder/weights\.pth: no such file or folder"),
         ({"model_file_path": "a.pth", "model": "ssam_tiny"}, "both model_file_path='a.pth' and model='ssam_tiny'"),
         ({"model": "ssam_tiny", "pretrained": False, "backend": "tourch"}, "Did you mean 'torch'"),
         ({"model": "ssam_tiny", "pretrained": False, "precision": "fp16"}, "precision"),
@@ -385,8 +387,94 @@ def test_wrong_options(options: dict[str, Any], reason: str) -> None:
         load_model(**options)
 
 
+@contextlib.contextmanager
+def other_state(name: str) -> Iterator[None]:
+    """A process in which torch's globals are not what they are at its start."""
+    if name == "float64":
+        torch.set_default_dtype(torch.float64)
+    elif name == "deterministic":
+        torch.use_deterministic_algorithms(True)
+    elif name == "device":
+        torch.set_default_device("meta")  # any that is not the CPU
+    else:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(3)
+    try:
+        with torch.inference_mode(name == "inference"):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+        torch.set_default_device(None)
+        if name == "threads":
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("state", ["float64", "deterministic", "device", "threads", "inference"])
+@pytest.mark.parametrize("name", ["logmel", *SYSTEMS])
+def test_no_global_state_of_torch_matters(name: str, state: str, files: dict[str, Path]) -> None:
+    audio = noise(2, 1.5)
+
+    def embed() -> list[Tensor]:
+        loaded = load_model(files.get(name, name))
+        drawn = load_model(f"{name}_tiny", pretrained=False) if name in files else loaded
+        both = [get_scene_embeddings(audio, model) for model in (loaded, drawn)]
+        return [*both, *get_timestamp_embeddings(audio, loaded)]
+
+    expected = embed()
+    with other_state(state):
+        results = embed()
+    for result, want in zip(results, expected, strict=True):
+        assert result.dtype == torch.float32
+        assert_close(result, want)
+    if name in files:
+        with other_state(state):
+            model = load(files[name])
+        model(audio).sum().backward()  # weights as good for training as any
+
+
+@pytest.mark.parametrize("state", ["float64", "deterministic", "threads"])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_nor_in_training(system: str, state: str) -> None:
+    config = build_config(system, 48, depth=2, window_frames=256 if system == "ssamba" else 200)
+
+    def step() -> list[Tensor]:
+        torch.manual_seed(0)
+        encoder = Encoder(config)
+        spec = torch.randn(2, config.window_frames, config.n_mels, dtype=torch.float32)
+        out = encoder(spec, random_mask(2, config, torch.Generator().manual_seed(0)))
+        out.loss.backward()
+        return [out.loss, *(weight.grad for weight in encoder.parameters() if weight.grad is not None)]
+
+    expected = step()
+    with other_state(state):
+        results = step()
+    for result, want in zip(results, expected, strict=True):
+        assert result.dtype == torch.float32
+        assert_close(result, want)
+
+
+def test_bf16_inside_inference_mode(files: dict[str, Path]) -> None:
+    audio = noise(1, 1)
+    expected = get_scene_embeddings(audio, load_model(files["ssam"], precision="bf16"))
+    with torch.inference_mode():
+        inside = load_model(files["ssam"], precision="bf16")
+        assert torch.equal(get_scene_embeddings(audio, inside), expected)
+        moved = load_model(files["ssam"], precision="bf16").to(torch.float64).to(torch.float32)  # new weights, in here
+        assert torch.equal(get_scene_embeddings(audio, moved), expected)
+        assert torch.equal(moved.encoder.patch_embed.weight, inside.encoder.patch_embed.weight)
+    assert torch.equal(get_scene_embeddings(audio, inside), expected)
+
+
+def test_a_halved_model_is_told_of_bf16(any_model: hear.HearModel, files: dict[str, Path]) -> None:
+    model = load_model(files.get(any_model.name, any_model.name)).half()
+    with pytest.raises(HearSsamError, match=r'weights are torch\.float16; call model\.float\(\).*precision="bf16"'):
+        get_scene_embeddings(noise(1, 1), model)
+    get_scene_embeddings(noise(1, 1), model.float())
+
+
 def test_random_weights_need_a_name(files: dict[str, Path]) -> None:
-    with pytest.raises(HearSsamError, match="pretrained=False needs the name of a model"):
+    with pytest.raises(HearSsamError, match=r"ssam\.safetensors: .*pass the name of a model with pretrained=False"):
         load_model(files["ssam"], pretrained=False)
 
 

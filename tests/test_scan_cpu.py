@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from hear_ssam import HearSsamError, scan, scan_cpu
 from hear_ssam.scan import available_backends, causal_conv1d, selective_scan
 
 REASON = available_backends()["cpu"]
@@ -130,7 +131,78 @@ def test_serial_without_torchs_pool(monkeypatch):
 
     want = forward(inputs())
     monkeypatch.setattr(simd, "_parallel_for", None)  # as with torch before 2.10
-    assert torch.equal(forward(inputs()), want)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(forward(inputs()), want)  # without a word: nothing is lost
+        torch.set_num_threads(2)
+        simd._warn_of_one_thread.cache_clear()
+        with pytest.warns(RuntimeWarning, match=r"torch .* so that CPU kernels run on one; HEAR_SSAM_BACKEND=torch"):
+            assert torch.equal(forward(inputs()), want)
+        assert torch.equal(forward(inputs()), want)  # once is enough
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", ["scan", "convolution"])
+def test_more_than_the_stack_holds_is_refused(kind, monkeypatch):
+    """In a process of its own such a scan ended with a segmentation fault."""
+
+    def compute(backend):
+        if kind == "scan":
+            return selective_scan(*inputs(batch=1, length=2, channels=8, state=16_384), True, backend=backend)
+        return causal_conv1d(torch.ones(1, 2, 8), torch.ones(8, 16_384), backend=backend)
+
+    with pytest.raises(HearSsamError, match=r"'cpu' holds at most 1024 states .*, not 16384; use backend='torch'"):
+        compute("cpu")
+    monkeypatch.delenv("HEAR_SSAM_BACKEND", raising=False)
+    scan._auto.cache_clear()  # which warns once per size
+    with pytest.warns(RuntimeWarning, match="'cpu' holds at most 1024 states .* taking a slower one"):
+        out = compute("auto")
+    torch.testing.assert_close(out, compute("reference"), rtol=1e-4, atol=1e-3)
+
+
+def test_the_largest_state_fits_on_the_stack():
+    """Forwards and backwards, in a thread of Python's as well."""
+    tensors = inputs(batch=1, length=3, channels=8, state=1024)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        got = pool.submit(step, tensors).result()
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    out = selective_scan(*leaves, delta_softplus=True, backend="torch")
+    out.sin().sum().backward()
+    for x, y in zip(got, [out.detach(), *(x.grad for x in leaves)], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("function", ["scan_forward", "conv_forward"])
+@pytest.mark.parametrize(("error", "refused"), [(3e-4, True), (1e-7, False)])
+def test_wrong_kernels_are_refused(function, error, refused, monkeypatch):
+    """A kernel that is off by 0.03 % is not taken: an explicit choice raises, auto falls back with a warning."""
+    right = getattr(scan_cpu, function)
+
+    def wrong(*arguments):
+        results = right(*arguments)
+        if isinstance(results, tuple):
+            return results[0] * (1 + error), *results[1:]
+        return results * (1 + error)
+
+    monkeypatch.setattr(scan_cpu, function, wrong)
+    monkeypatch.delenv("HEAR_SSAM_BACKEND", raising=False)
+    scan._probe.cache_clear()
+    scan._auto.cache_clear()
+    try:
+        reason = available_backends()["cpu"]
+        assert (reason is not None) == refused
+        if refused:
+            kind = "scan" if function == "scan_forward" else "convolution"
+            assert f"the compiled {kind} differs from the reference" in reason
+            with pytest.raises(HearSsamError, match=f"the compiled {kind} differs"):
+                forward(inputs())
+            with pytest.warns(RuntimeWarning, match=f"the compiled {kind} differs .* taking a slower one"):
+                selective_scan(*inputs(), delta_softplus=True)
+    finally:
+        scan._probe.cache_clear()
+        scan._auto.cache_clear()
 
 
 def test_carried_states_do_not_keep_the_sequence():
