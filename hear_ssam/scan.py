@@ -19,13 +19,14 @@ import os
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
-from typing import List  # noqa: UP035
+from typing import Any, List  # noqa: UP035
 
 import torch
 from torch import Tensor
 
 from . import scan_reference
 from .errors import HearSsamError, unknown_name
+from .scan_reference import ScanInputs
 
 logger = logging.getLogger(__name__)
 
@@ -61,18 +62,16 @@ def selective_scan(
     Returns out (batch, length, channels) in u's dtype, with `return_last_state` also the last state.
     Raises HearSsamError for shapes that do not fit and for an explicit backend that cannot run.
     """
-    _check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    _check_scan(inputs)
     name = _choose(backend, u.device.type, u.dtype, A.shape[1])
     if name in ("reference", "mamba_ssm"):
         function = scan_reference.selective_scan if name == "reference" else _mamba_ssm_scan
-        out, last = function(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse)
-    else:
-        tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-        save = _needs_grad(tensors)
-        if save or torch.compiler.is_compiling():
-            out, last, _ = _scan_op(*tensors, delta_softplus, reverse, save, name)
-        else:  # the kernel itself: a registered op would cost as much as a small layer's scan
-            out, last, _ = _kernels(name).scan_forward(*tensors, delta_softplus, reverse, False)
+        out, last = function(inputs, delta_softplus, reverse)
+    elif (save := _needs_grad(inputs)) or torch.compiler.is_compiling():
+        out, last, _ = _scan_op(*inputs, delta_softplus, reverse, save, name)
+    else:  # the kernel itself: a registered op would cost as much as a small layer's scan
+        out, last, _ = _kernels(name).scan_forward(inputs, delta_softplus, reverse, False)
     return (out, last) if return_last_state else out
 
 
@@ -208,7 +207,18 @@ def _probe(name: str) -> Exception | None:
 
 
 def _kernels(name: str) -> ModuleType:
-    return importlib.import_module(f".scan_{name}", __package__)
+    """The module of a backend, imported when first used."""
+    if name == "cpu":
+        from . import scan_cpu
+
+        return scan_cpu
+    if name == "triton":
+        from . import scan_triton
+
+        return scan_triton
+    from . import scan_torch
+
+    return scan_torch
 
 
 def _reason(error: Exception) -> str:
@@ -234,17 +244,16 @@ def _scan_op(
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return _kernels(backend).scan_forward(*tensors, delta_softplus, reverse, save)
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return _kernels(backend).scan_forward(inputs, delta_softplus, reverse, save)
 
 
 @_scan_op.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, save, backend):
-    from .scan_torch import SAVE_EVERY
-
+def _(u: Tensor, delta: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    save = rest[-2]
     batch, length, channels = u.shape
     dtype = torch.promote_types(u.dtype, torch.float32)
-    blocks = (length + SAVE_EVERY - 1) // SAVE_EVERY
+    blocks = (length + scan_reference.SAVE_EVERY - 1) // scan_reference.SAVE_EVERY
     saved = (batch, blocks, A.shape[1], channels) if save else (0,)
     return (
         u.new_empty(u.shape),
@@ -271,25 +280,24 @@ def _scan_backward_op(
     reverse: bool,
     backend: str,
 ) -> List[Tensor]:  # noqa: UP006 - torch 2.6 infers no schema from list[Tensor]
-    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    grads = _kernels(backend).scan_backward(dout, dlast, *tensors, saved, delta_softplus, reverse)
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    grads = _kernels(backend).scan_backward(dout, dlast, inputs, saved, delta_softplus, reverse)
     return [u.new_empty(0) if grad is None else grad for grad in grads]
 
 
 @_scan_backward_op.register_fake
-def _(dout, dlast, u, delta, A, B, C, D, z, delta_bias, initial_state, saved, delta_softplus, reverse, backend):
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return [u.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
+def _(dout: Tensor, dlast: Tensor | None, *rest: Any) -> list[Tensor]:
+    return [dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in rest[:9]]
 
 
-def _scan_setup(ctx, inputs, output):
+def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.delta_softplus, ctx.reverse, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)  # as zeros, those of `saved` would be as large as it is
 
 
-def _scan_autograd(ctx, dout, dlast, _):
+def _scan_autograd(ctx: Any, dout: Tensor | None, dlast: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     *tensors, saved = ctx.saved_tensors
     dout = torch.zeros_like(tensors[0]) if dout is None else dout
     grads = _scan_backward_op(dout, dlast, *tensors, saved, ctx.delta_softplus, ctx.reverse, ctx.backend)
@@ -314,7 +322,7 @@ def _conv_op(
 
 
 @_conv_op.register_fake
-def _(x, weight, bias, initial_state, activation, reverse, backend):
+def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -334,16 +342,16 @@ def _conv_backward_op(
 
 
 @_conv_backward_op.register_fake
-def _(dout, x, weight, bias, initial_state, activation, reverse, backend):
-    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, initial_state)]
+def _(dout: Tensor, *rest: Any) -> list[Tensor]:
+    return [dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in rest[:4]]
 
 
-def _conv_setup(ctx, inputs, output):
+def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.activation, ctx.reverse, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _conv_autograd(ctx, dout):
+def _conv_autograd(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     grads = _conv_backward_op(dout, *tensors, ctx.activation, ctx.reverse, ctx.backend)
     given = [None if x is None else grad for x, grad in zip(tensors, grads, strict=True)]
@@ -360,12 +368,13 @@ def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
 # --- the official CUDA kernel ---------------------------------------------------------------------------------------
 
 
-def _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse):
+def _mamba_ssm_scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> tuple[Tensor, Tensor]:
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     if initial_state is not None:
         raise HearSsamError("scan backend 'mamba_ssm' takes no initial_state; use backend='triton' or 'torch'.")
     function = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
 
-    def channel_first(x):
+    def channel_first(x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
         return (x.flip(1) if reverse else x).to(u.dtype).transpose(1, 2).contiguous()
@@ -380,7 +389,8 @@ def _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_so
     return (out.flip(1) if reverse else out), last
 
 
-def _check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:
+def _check_scan(inputs: ScanInputs) -> None:
+    u, A = inputs.u, inputs.A
     if u.dim() != 3 or A.dim() != 2:
         raise HearSsamError(
             f"selective_scan needs u (batch, length, channels) and A (channels, state), "
@@ -388,17 +398,9 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:
         )
     batch, length, channels = u.shape
     state = A.shape[1]
-    wanted = {
-        "delta": (delta, (batch, length, channels)),
-        "A": (A, (channels, state)),
-        "B": (B, (batch, length, state)),
-        "C": (C, (batch, length, state)),
-        "D": (D, (channels,)),
-        "z": (z, (batch, length, channels)),
-        "delta_bias": (delta_bias, (channels,)),
-        "initial_state": (initial_state, (batch, channels, state)),
-    }
-    for name, (tensor, shape) in wanted.items():
+    row, column = (batch, length, channels), (batch, length, state)
+    shapes = (row, row, (channels, state), column, column, (channels,), row, (channels,), (batch, channels, state))
+    for name, tensor, shape in zip(ScanInputs._fields, inputs, shapes, strict=True):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise HearSsamError(f"selective_scan: {name} must have shape {shape}, not {tuple(tensor.shape)}.")
         if tensor is not None and tensor.device != u.device:

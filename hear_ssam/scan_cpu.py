@@ -17,60 +17,36 @@ from .scan_cpu_kernels import (
     write_scan_backward,
     write_scan_forward,
 )
-from .scan_torch import SAVE_EVERY
+from .scan_reference import SAVE_EVERY, ScanInputs
 from .simd import LANES, build, run
 
 
-def scan_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def scan_forward(inputs: ScanInputs, delta_softplus: bool, reverse: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out (B, L, D) in u's dtype, the last state (B, D, N), and saved states (empty unless `save`)."""
-    (batch, length, channels), state = u.shape, A.shape[1]
-    inputs, io = _scan_inputs(u, delta, A, B, C, D, z, delta_bias)
-    width = inputs["u"].shape[2]
+    u, z = inputs.u, inputs.z
+    (batch, length, channels), state = u.shape, inputs.A.shape[1]
+    arguments, io = _scan_arguments(inputs)
+    width = arguments["u"].shape[2]
     out = u.new_empty(batch, length, width, dtype=io)
     last = u.new_empty(batch, width, state, dtype=torch.float32)
     saved = last.new_empty((batch, -(-length // SAVE_EVERY) if save else 0, state, width))
     run(
         build(write_scan_forward, state, io == torch.bfloat16, z is not None, delta_softplus),
-        _count(batch, width), reverse, **inputs, initial_state=_states(initial_state, last), out=out, last=last,
-        saved=saved, save=int(save), length=length, vectors=width // LANES,
+        _count(batch, width), reverse, **arguments, initial_state=_states(inputs.initial_state, last), out=out,
+        last=last, saved=saved, save=int(save), length=length, vectors=width // LANES,
     )  # fmt: skip
     saved = _trim(saved, channels) if save else saved.new_empty(0)
     return _trim(out, channels).to(u.dtype), last if width == channels else last[:, :channels].contiguous(), saved
 
 
 def scan_backward(
-    dout: Tensor,
-    dlast: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    saved: Tensor,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state), each in its input's dtype."""
+    dout: Tensor, dlast: Tensor | None, inputs: ScanInputs, saved: Tensor, delta_softplus: bool, reverse: bool
+) -> ScanInputs:
+    """Gradients of the inputs, each in its dtype; None where there is no input."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     (batch, length, channels), state, blocks = u.shape, A.shape[1], saved.shape[1]
-    inputs, io = _scan_inputs(u, delta, A, B, C, D, z, delta_bias)
-    width = inputs["u"].shape[2]
+    arguments, io = _scan_arguments(inputs)
+    width = arguments["u"].shape[2]
     units = _count(batch, width)
     du, ddelta = (u.new_empty(batch, length, width, dtype=dtype) for dtype in (io, torch.float32))
     dz = None if z is None else torch.empty_like(du)
@@ -79,7 +55,7 @@ def scan_backward(
     dB, dC = (saved.new_empty(units, blocks, state, SAVE_EVERY) for _ in range(2))
     run(
         build(write_scan_backward, state, io == torch.bfloat16, z is not None, delta_softplus),
-        units, reverse, **inputs, dout=_rows(dout, io), saved=_rows(saved, torch.float32),
+        units, reverse, **arguments, dout=_rows(dout, io), saved=_rows(saved, torch.float32),
         dlast=_states(dlast, dinitial), du=du, ddelta=ddelta, dz=du if dz is None else dz, dinitial=dinitial,
         dA=dA, dD=dD, dbias=dbias, dB=dB, dC=dC, length=length, vectors=width // LANES,
     )  # fmt: skip
@@ -88,7 +64,7 @@ def scan_backward(
         x = x.view(batch, _count(1, width), blocks, state, SAVE_EVERY).sum(1).transpose(2, 3).flatten(1, 2)[:, :length]
         return x.flip(1) if reverse else x.contiguous()
 
-    return (
+    return ScanInputs(
         _trim(du, channels).to(u.dtype),
         _trim(ddelta, channels).to(delta.dtype),
         dA.sum(0)[:channels].to(A.dtype),
@@ -155,10 +131,10 @@ def self_check() -> None:
     A, B, C = -9 * draw(LANES, 24).abs(), draw(1, 19, 24), draw(1, 19, 24)
     weight, D = draw(LANES, 4), draw(LANES)
     for reverse in (False, True):
-        arguments = (u, delta, A, B, C, D, z, D, None, True, reverse)
+        scan = ScanInputs(u, delta, A, B, C, D, z, D, None), True, reverse
         conv = (u, weight, D, None, True, reverse)
         pairs = {
-            "scan": (scan_forward(*arguments, False)[:2], scan_reference.selective_scan(*arguments)),
+            "scan": (scan_forward(*scan, False)[:2], scan_reference.selective_scan(*scan)),
             "convolution": ((conv_forward(*conv),), (scan_reference.causal_conv1d(*conv),)),
         }
         for name, (got, want) in pairs.items():
@@ -167,25 +143,17 @@ def self_check() -> None:
                     raise RuntimeError(f"the compiled {name} differs from the reference by {(x - y).abs().max():.2g}")
 
 
-def _scan_inputs(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-) -> tuple[dict[str, Tensor], torch.dtype]:
-    """The kernels' common inputs as they want them, and the dtype of u, z, out and their gradients."""
+def _scan_arguments(inputs: ScanInputs) -> tuple[dict[str, Tensor], torch.dtype]:
+    """The kernels' common arguments as they want them, and the dtype of u, z, out and their gradients."""
+    u, delta, A, B, C, D, z, delta_bias, _ = inputs
     io = torch.bfloat16 if u.dtype == torch.bfloat16 and (z is None or z.dtype == u.dtype) else torch.float32
-    inputs = {"u": _rows(u, io), "delta": _rows(delta), "B": _unit_stride(B.float()), "C": _unit_stride(C.float())}
+    arguments = {"u": _rows(u, io), "delta": _rows(delta), "B": _unit_stride(B.float()), "C": _unit_stride(C.float())}
     if z is not None:
-        inputs["z"] = _rows(z, io)
-    inputs["A"] = _states(A, A.new_empty(inputs["u"].shape[2], A.shape[1]))
+        arguments["z"] = _rows(z, io)
+    arguments["A"] = _states(A, A.new_empty(arguments["u"].shape[2], A.shape[1]))
     for name, x in (("D", D), ("delta_bias", delta_bias)):
-        inputs[name] = _rows(u.new_zeros(u.shape[2]) if x is None else x)
-    return inputs, io
+        arguments[name] = _rows(u.new_zeros(u.shape[2]) if x is None else x)
+    return arguments, io
 
 
 def _conv_inputs(

@@ -14,6 +14,8 @@ Glossary (Gu & Dao 2023, "Mamba", section 3 and algorithm 2)
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,25 +23,28 @@ from torch import Tensor
 SAVE_EVERY = 16  # steps between the states that the fast twins keep for their backward pass
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+class ScanInputs(NamedTuple):
+    """The tensors of a scan, B, L, D, N as above; also their gradients, which have the same shapes."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None  # (D,)
+    initial_state: Tensor | None  # (B, D, N); None: zeros
+
+
+def selective_scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> tuple[Tensor, Tensor]:
     """h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t;  y_t = <h_t, C_t> + D u_t;  out_t = y_t SiLU(z_t).
 
     B enters as delta * B, not as the exact zero-order hold, as in the released Mamba code.
     With `reverse` time runs from the last token to the first. Half-precision inputs are computed in float32.
     Returns out (B, L, D) in u's dtype and the last state (B, D, N).
     """
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     dtype = torch.promote_types(u.dtype, torch.float32)
     u_, delta, A, B, C = (x.to(dtype) for x in (u, delta, A, B, C))
     if delta_bias is not None:

@@ -14,26 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scan_reference import SAVE_EVERY
+from .scan_reference import SAVE_EVERY, ScanInputs
 
 CACHE_BYTES = 1 << 20  # wanted size of one block buffer on a CPU
 
 
-def scan_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def scan_forward(inputs: ScanInputs, delta_softplus: bool, reverse: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out (B, L, D) in u's dtype, the last state (B, D, N), and saved states (empty unless `save`)."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     dtype = torch.promote_types(u.dtype, torch.float32)
     (batch, length, channels), state = u.shape, A.shape[1]
     uf, dt = u.to(dtype), _step_size(delta, delta_bias, delta_softplus, dtype)
@@ -66,22 +54,10 @@ def scan_forward(
 
 
 def scan_backward(
-    dout: Tensor,
-    dlast: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    saved: Tensor,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state), each in its input's dtype."""
+    dout: Tensor, dlast: Tensor | None, inputs: ScanInputs, saved: Tensor, delta_softplus: bool, reverse: bool
+) -> ScanInputs:
+    """Gradients of the inputs, each in its dtype; None where there is no input."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     dtype = saved.dtype
     (batch, length, channels), state = u.shape, A.shape[1]
     uf, dt = u.to(dtype), _step_size(delta, delta_bias, delta_softplus, dtype)
@@ -138,7 +114,9 @@ def scan_backward(
     if initial_state is not None:
         dinitial = dh.transpose(1, 2).to(initial_state.dtype)
     dA = dAt.t().to(A.dtype)
-    return du.to(u.dtype), ddt.to(delta.dtype), dA, dB.to(B.dtype), dC.to(C.dtype), dD, dz, ddelta_bias, dinitial
+    return ScanInputs(
+        du.to(u.dtype), ddt.to(delta.dtype), dA, dB.to(B.dtype), dC.to(C.dtype), dD, dz, ddelta_bias, dinitial
+    )
 
 
 def conv_forward(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import scan_reference
 from .errors import HearSsamError
-from .scan_reference import SAVE_EVERY
+from .scan_reference import SAVE_EVERY, ScanInputs
 
 CHANNELS = 32  # channels of one program
 PIECE = 8  # steps whose states the backward pass recomputes and holds at a time; divides SAVE_EVERY
@@ -382,21 +382,9 @@ def _conv_backward(
 # --- the four functions of a backend --------------------------------------------------------------------------------
 
 
-def scan_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def scan_forward(inputs: ScanInputs, delta_softplus: bool, reverse: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out (B, L, D) in u's dtype, the last state (B, D, N), and saved states (empty unless `save`)."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     (batch, length, channels), state = u.shape, A.shape[1]
     out = u.new_empty(u.shape)
     last = u.new_empty((batch, channels, state), dtype=torch.float32)
@@ -415,24 +403,11 @@ def scan_forward(
 
 
 def scan_backward(
-    dout: Tensor,
-    dlast: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    saved: Tensor,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state), each in its input's dtype."""
+    dout: Tensor, dlast: Tensor | None, inputs: ScanInputs, saved: Tensor, delta_softplus: bool, reverse: bool
+) -> ScanInputs:
+    """Gradients of the inputs, each in its dtype; None where there is no input."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     (batch, length, channels), state = u.shape, A.shape[1]
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     dout, u, delta, z = (_rows(x) for x in (dout, u, delta, z))
     blocks = triton.cdiv(channels, CHANNELS)
 
@@ -457,7 +432,8 @@ def scan_backward(
     dD, dbias = (None if x is None else x.sum(0) for x in (dD, dbias))
     dinitial = None if dinitial is None else dinitial.transpose(1, 2)
     grads = (du, ddelta, dA.sum(0).t(), dB.sum(1), dC.sum(1), dD, dz, dbias, dinitial)
-    return tuple(None if x is None else grad.to(x.dtype) for x, grad in zip(inputs, grads, strict=True))
+    like: list[Any] = [None if x is None else grad.to(x.dtype) for x, grad in zip(inputs, grads, strict=True)]
+    return ScanInputs(*like)
 
 
 def conv_forward(
@@ -522,9 +498,9 @@ def self_check() -> None:
     u, delta, z = (torch.randn(1, 3, 5, generator=g, dtype=torch.float32, device="cpu").to(device) for _ in range(3))
     B, C = (torch.randn(1, 3, 3, generator=g, dtype=torch.float32, device="cpu").to(device) for _ in range(2))
     A = -torch.rand(5, 3, generator=g, dtype=torch.float32, device="cpu").to(device)
-    tensors = (u, delta, A, B, C, A[:, 0], z, None, None)
-    out, last, _ = scan_forward(*tensors, True, False, False)
-    want, want_last = scan_reference.selective_scan(*tensors, True, False)
+    inputs = ScanInputs(u, delta, A, B, C, A[:, 0], z, None, None)
+    out, last, _ = scan_forward(inputs, True, False, False)
+    want, want_last = scan_reference.selective_scan(inputs, True, False)
     error = max((out - want).abs().max().item(), (last - want_last).abs().max().item())
     if not error < 1e-4:
         raise HearSsamError(f"the compiled kernel's self check is off by {error:.1e}")
