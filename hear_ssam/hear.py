@@ -386,7 +386,7 @@ def _check_backend(backend: str) -> None:
 def _with_options(
     config: EncoderConfig, token_order: str | None, pooling: str | None, window_frames: int | None
 ) -> EncoderConfig:
-    given = {"token_order": token_order, "pooling": pooling}
+    given: dict[str, Any] = {"token_order": token_order, "pooling": pooling}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     if window_frames is not None:
         if config.positions != "learned":
