@@ -37,6 +37,7 @@ class LogMel(nn.Module):
     Equal to torchaudio's MelSpectrogram(16000, n_fft=400, hop_length=160, f_min=50, n_mels=80).
     """
 
+    pad = WINDOW // 2  # samples that are mirrored before and after the waveform
     window: Tensor
     filters: Tensor
 
@@ -49,12 +50,13 @@ class LogMel(nn.Module):
         self.register_buffer("window", torch.hann_window(WINDOW, dtype=torch.float32), persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
-        return _in_blocks(F.pad(waveform[:, None], (WINDOW // 2, WINDOW // 2), mode="reflect")[:, 0], self._frames)
+        return _in_blocks(F.pad(waveform[:, None], (self.pad, self.pad), mode="reflect")[:, 0], self.of_frames)
 
-    def _frames(self, padded: Tensor) -> Tensor:
-        spectrum = torch.stft(padded, WINDOW, HOP, window=self.window, center=False, return_complex=True)
-        power = torch.view_as_real(spectrum).square().sum(-1)  # (B, bins, F)
-        return torch.log(power.transpose(1, 2) @ self.filters + EPSILON)
+    def of_frames(self, frames: Tensor) -> Tensor:
+        """Windows of the waveform (..., 400) → (..., n_mels)."""
+        spectrum = torch.fft.rfft(frames * self.window)
+        power = torch.view_as_real(spectrum).square().sum(-1)  # (..., bins)
+        return torch.log(power @ self.filters + EPSILON)
 
 
 class KaldiFbank(nn.Module):
@@ -66,6 +68,7 @@ class KaldiFbank(nn.Module):
     use_energy=False, window_type="hanning", num_mel_bins=128, dither=0, frame_shift=10).
     """
 
+    pad = 0
     window: Tensor
     filters: Tensor
 
@@ -78,23 +81,23 @@ class KaldiFbank(nn.Module):
         self.register_buffer("window", torch.hann_window(WINDOW, periodic=False, dtype=torch.float32), persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
-        return _in_blocks(waveform - waveform.mean(dim=1, keepdim=True), self._frames)
+        return _in_blocks(waveform - waveform.mean(dim=1, keepdim=True), self.of_frames)
 
-    def _frames(self, waveform: Tensor) -> Tensor:
-        frames = waveform.unfold(1, WINDOW, HOP)  # (B, F, 400)
-        frames = frames - frames.mean(dim=2, keepdim=True)
-        previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)  # the first sample precedes itself
+    def of_frames(self, frames: Tensor) -> Tensor:
+        """Windows of the waveform (..., 400) → (..., n_mels)."""
+        frames = frames - frames.mean(dim=-1, keepdim=True)
+        previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)  # the first sample precedes itself
         spectrum = torch.fft.rfft((frames - 0.97 * previous) * self.window, n=512)
-        power = torch.view_as_real(spectrum).square().sum(-1)  # (B, F, bins)
+        power = torch.view_as_real(spectrum).square().sum(-1)  # (..., bins)
         return torch.log((power @ self.filters).clamp(min=EPSILON))
 
 
 def _in_blocks(waveform: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """`function` of (B, samples) gives (B, F, mels), a frame for every whole window; here, BLOCK frames at a time."""
+    """`function` of all whole windows (B, F, 400) of a waveform (B, samples) → (B, F, mels), BLOCK frames at a time."""
     frames = 1 + (waveform.shape[1] - WINDOW) // HOP
     size = max(1, BLOCK // len(waveform))
     parts = [
-        function(waveform[:, first * HOP : (min(first + size, frames) - 1) * HOP + WINDOW])
+        function(waveform[:, first * HOP : (min(first + size, frames) - 1) * HOP + WINDOW].unfold(1, WINDOW, HOP))
         for first in range(0, frames, size)
     ]
     return join(parts, dim=1)

@@ -1,4 +1,4 @@
-"""Masked-spectrogram pre-training: a store of log-mel clips → an encoder's checkpoint and its model card.
+"""Masked-spectrogram pre-training: a store of audio → an encoder's checkpoint and its model card.
 
 One step: draw clips, hide half of their patches, predict the pixels of all patches, AdamW. The published recipe of
 SSAM (Yadav & Tan 2024) is 100 epochs of AudioSet at batch 1024; `Recipe` holds what can differ.
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .corpus import Store
+    from .config import EncoderConfig
     from .encoder import Encoder
+    from .pretraining.store import Store
 
 SILENCE = math.log(2.0**-23)  # log-mel of digital silence
 HELD_OUT = 64  # every 64th clip measures the loss and is never trained on
@@ -62,11 +63,6 @@ class Recipe:
         if self.model not in CONFIGS:
             raise unknown_name("recipe field model:", self.model, CONFIGS)
         window = CONFIGS[self.model].window_frames
-        if CONFIGS[self.model].frontend != "logmel":
-            raise HearSsamError(
-                f"recipe field model={self.model!r} reads Kaldi filterbanks, a store holds log-mel clips; "
-                "name a model of another system."
-            )
         if self.min_frames < window:
             raise HearSsamError(
                 f"recipe field min_frames={self.min_frames} is below the window of {self.model}; set at least {window}."
@@ -92,11 +88,17 @@ class WindowSampler:
     ∝ its length. `held_out` draws from the clips that training never sees.
     """
 
-    def __init__(self, store: Store, recipe: Recipe, window: int, device: torch.device, held_out: bool = False) -> None:
+    def __init__(
+        self, store: Store, recipe: Recipe, config: EncoderConfig, device: torch.device, held_out: bool = False
+    ) -> None:
         import numpy as np
         import torch
 
-        lengths = np.diff(store.offsets)
+        from .pretraining.store import Frames
+
+        self.recipe, self.config, self.device = recipe, config, device
+        self.frames = Frames(store, config, device)
+        lengths = self.frames.lengths.cpu().numpy()
         mine = (np.arange(len(store)) % HELD_OUT == 0) == held_out
         hours = np.bincount(store.source, weights=lengths)
         weights = lengths * mine / np.sqrt(hours)[store.source]
@@ -104,17 +106,13 @@ class WindowSampler:
             raise HearSsamError(
                 f"{store.folder}: {len(store)} clips are too few, as every {HELD_OUT}th is held out; add audio."
             )
-        self.recipe, self.window, self.device = recipe, window, device
-        self.frames = torch.from_numpy(store.frames).to(device)  # (all frames, 80) float16; mapped, on a CPU
-        self.offsets = torch.from_numpy(store.offsets[:-1]).to(device)
-        self.lengths = torch.from_numpy(lengths).to(device)
         self.weights = torch.from_numpy(weights).to(device)
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Standardised windows (batch, window, 80) float32."""
+        """Normalised windows (batch, window_frames, n_mels) float32."""
         import torch
 
-        from .frontend import standardize
+        from .frontend import normalize
 
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator, device=self.device)
@@ -123,17 +121,18 @@ class WindowSampler:
         bounds = recipe.min_frames, recipe.max_frames + 1
         frames = int(torch.randint(*bounds, (), generator=generator, device=self.device))
         clip = torch.multinomial(self.weights, batch, replacement=True, generator=generator)
-        length = self.lengths[clip][:, None]  # (B, 1)
+        length = self.frames.lengths[clip][:, None]  # (B, 1)
         start = (uniform(batch, 1) * (length - frames + 1).clamp(min=1)).long()
         position = start + torch.arange(frames, device=self.device)  # (B, F)
-        spec = self.frames[self.offsets[clip][:, None] + position % length].float()  # (B, F, 80)
+        spec = self.frames(clip, position % length)  # (B, F, mels)
         silent = (position >= length) & (uniform(batch, 1) < recipe.pad)
         spec = spec.masked_fill(silent[..., None], SILENCE)
         gain = (uniform(batch, 1, 1) - 0.5) * (20 / 10 * math.log(10))  # ±10 dB of power, in nepers
         mixed = torch.logaddexp(spec, spec.roll(1, 0) + gain)
         spec = torch.where(uniform(batch, 1, 1) < recipe.mix, mixed, spec)
-        first = int(uniform(1) * (frames - self.window + 1))
-        return standardize(spec)[:, first : first + self.window]
+        window = self.config.window_frames
+        first = int(uniform(1) * (frames - window + 1))
+        return normalize(spec, self.config)[:, first : first + window]
 
 
 def pretrain(
@@ -148,8 +147,8 @@ def pretrain(
     import torch
     from tqdm import tqdm
 
-    from .corpus import open_store
     from .encoder import Encoder, random_mask
+    from .pretraining.store import open_store
 
     config = CONFIGS[recipe.model]
     store, folder, place = open_store(store_path), Path(out), torch.device(device)
@@ -160,8 +159,8 @@ def pretrain(
     encoder.to(place)
     optimizer = _optimizer(encoder, recipe)
     generator = torch.Generator(place).manual_seed(recipe.seed)
-    windows = WindowSampler(store, recipe, config.window_frames, place)
-    held_out = WindowSampler(store, recipe, config.window_frames, place, held_out=True)
+    windows = WindowSampler(store, recipe, config, place)
+    held_out = WindowSampler(store, recipe, config, place, held_out=True)
     run = _Run(folder, recipe, encoder, optimizer, generator)
     autocast = torch.autocast(place.type, torch.bfloat16, enabled=recipe.precision == "bf16")
     bar = tqdm(total=recipe.steps, initial=run.step, unit="step", desc=recipe.model)
@@ -340,11 +339,9 @@ def _finish(run: _Run, store: Store, earlier: dict[str, Any]) -> Path:
 
     from . import __version__
     from .checkpoint import save_checkpoint
-    from .corpus import FRAMES_PER_HOUR
 
     recipe, config = run.recipe, run.encoder.config
     seen = recipe.steps * recipe.batch_size
-    hours = store.info["frames"] / FRAMES_PER_HOUR
     device = next(run.encoder.parameters()).device
     facts = {
         "name": recipe.model,
@@ -352,8 +349,8 @@ def _finish(run: _Run, store: Store, earlier: dict[str, Any]) -> Path:
         "licence": "Apache-2.0",
         "training": {
             "clips_seen": seen,
-            "epochs": round(seen * config.window_frames / store.info["frames"], 1),
-            "hours_of_audio": round(hours, 2),
+            "epochs": round(seen * config.window_frames / 360_000 / store.hours, 1),
+            "hours_of_audio": round(store.hours, 2),
             "loss": round(run.log[-1]["loss"], 4),
             "held_out_loss": round(run.log[-1]["held_out_loss"], 4),
             "wall_minutes": round(run.seconds / 60, 1),
@@ -441,7 +438,7 @@ def read_recipe(path: str | Path, **options: Any) -> Recipe:
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "pretrain",
-        help="a store of log-mel clips -> an encoder",
+        help="a store of audio -> an encoder",
         description="Masked-spectrogram pre-training. Saves its state as it goes; the same command resumes it.",
         epilog="""examples:
   hear-ssam corpus store --audio recordings/        make the store first

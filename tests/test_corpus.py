@@ -1,4 +1,4 @@
-"""The store of log-mel clips, the readers of Debian's audio, and `hear-ssam corpus`."""
+"""The store of clips, the readers of Debian's audio, and `hear-ssam corpus`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 from hear_ssam.cli import main
-from hear_ssam.corpus import audio_clips, build_store, open_store, recipe
+from hear_ssam.corpus import audio_clips, recipe
 from hear_ssam.errors import HearSsamError
-from hear_ssam.frontend import LogMel
 from hear_ssam.paths import shipped
+from hear_ssam.pretraining.store import build_store, open_store
 
 SCRIPT = shipped("checkpoints") / "corpus.py"
 script = runpy.run_path(str(SCRIPT))
@@ -66,22 +65,6 @@ def soundfont(samples: list[tuple[str, np.ndarray, int, int]]) -> bytes:
     return chunk(b"RIFF", b"sfbk" + info + samples_list + chunk(b"LIST", b"pdta" + chunk(b"shdr", heads)))
 
 
-def test_store_holds_the_log_mel_of_every_clip(tmp_path: Path) -> None:
-    folder = tmp_path / "sounds"
-    folder.mkdir()
-    audio = {name: noise(seconds, i) for i, (name, seconds) in enumerate({"a": 0.5, "b": 1.23, "c": 0.02}.items())}
-    for name, samples in audio.items():
-        soundfile.write(folder / f"{name}.wav", samples, 16_000, subtype="FLOAT")
-    info = build_store(tmp_path / "store", audio_clips([folder]))
-    store = open_store(tmp_path / "store")
-    assert len(store) == info["clips"] == 3 and info["frames"] == len(store.frames)
-    for i, samples in enumerate(audio.values()):
-        expected = LogMel()(torch.from_numpy(samples)[None])[0].numpy()
-        assert store[i].shape == expected.shape == (1 + len(samples) // 160, 80)
-        np.testing.assert_allclose(store[i], expected, rtol=2**-11, atol=1e-3)  # half precision has 11 bits
-    assert store.info["sources"] == [{"name": "sounds", "clips": 3, "hours": pytest.approx(0, abs=1e-3)}]
-
-
 def test_folder_tar_and_files_make_the_same_store(tmp_path: Path) -> None:
     folder = tmp_path / "sounds"
     folder.mkdir()
@@ -94,7 +77,7 @@ def test_folder_tar_and_files_make_the_same_store(tmp_path: Path) -> None:
         build_store(tmp_path / name, audio_clips(paths), workers=1 if name == "s1" else 2)
         stores.append(open_store(tmp_path / name))
     for store in stores[1:]:
-        np.testing.assert_array_equal(store.frames, stores[0].frames)
+        np.testing.assert_array_equal(store.data, stores[0].data)
         np.testing.assert_array_equal(store.offsets, stores[0].offsets)
     assert [row["name"] for row in stores[1].info["sources"]] == ["sounds"]  # not "pack"
     assert [row["name"] for row in stores[2].info["sources"]] == [str(i) for i in range(9)]
@@ -105,7 +88,7 @@ def test_sources_are_first_folders_with_their_licence(tmp_path: Path) -> None:
         tmp_path / "pack.tar",
         {"blanket/x/1.wav": wav(noise(1, 0)), "mine/2.wav": wav(noise(2, 1)), "3.wav": wav(noise(3, 2))},
     )
-    build_store(tmp_path / "store", audio_clips([tar]))
+    assert main(["corpus", str(tmp_path / "store"), "--audio", str(tar)]) == 0
     store = open_store(tmp_path / "store")
     rows = store.info["sources"]
     assert [row["name"] for row in rows] == ["blanket", "mine", "pack"]
@@ -113,12 +96,13 @@ def test_sources_are_first_folders_with_their_licence(tmp_path: Path) -> None:
     assert store.source.tolist() == [0, 1, 2] and store.source.dtype == np.int32
 
 
-def test_bad_short_and_repeated_clips(tmp_path: Path) -> None:
+def test_bad_short_silent_and_repeated_clips(tmp_path: Path) -> None:
     clip = wav(noise(1, 0))
-    members = {"s/a.wav": clip, "s/b.wav": b"not audio", "s/c.wav": clip, "s/d.wav": wav(noise(0.0199, 1))}
+    members = {"s/a.wav": clip, "s/b.wav": b"not audio", "s/c.wav": clip, "s/d.wav": wav(noise(0.0249, 1))}
+    members |= {"s/e.wav": wav(np.zeros(16_000)), "s/f.wav": wav(np.full(16_000, 0.25))}  # silence, with an offset too
     tar = write_tar(tmp_path / "pack.tar", members)
     info = build_store(tmp_path / "store", audio_clips([tar]))
-    assert (info["clips"], info["short"], info["repeated"]) == (1, 1, 1)
+    assert (info["clips"], info["short"], info["silent"], info["repeated"]) == (1, 1, 2, 1)
     assert len(info["skipped"]) == 1 and "pack.tar:s/b.wav" in info["skipped"][0]
 
 
@@ -136,17 +120,53 @@ def test_a_store_is_neither_overwritten_nor_read_damaged(tmp_path: Path) -> None
     build_store(tmp_path / "store", audio_clips([tar]))
     with pytest.raises(HearSsamError, match="holds a store already"):
         build_store(tmp_path / "store", audio_clips([tar]))
-    frames = tmp_path / "store" / "frames.f16"
-    frames.write_bytes(frames.read_bytes()[:-160])
-    with pytest.raises(HearSsamError, match="do not belong together"):
+    audio = tmp_path / "store" / "audio.s16"
+    audio.write_bytes(audio.read_bytes()[:-160])
+    with pytest.raises(HearSsamError, match=r"audio\.s16 and clips\.npz do not belong together"):
         open_store(tmp_path / "store")
 
 
-def test_truncated_tar_is_named(tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "pack.tar", {"s/a.wav": wav(noise(1, 0)), "s/b.wav": wav(noise(1, 1))})
-    tar.write_bytes(tar.read_bytes()[:40_000])
-    with pytest.raises(HearSsamError, match=r"pack\.tar"):
-        build_store(tmp_path / "store", audio_clips([tar]))
+def test_shards_in_webdataset_layout_are_one_source(tmp_path: Path) -> None:
+    shards = []
+    for i in range(3):
+        members = {}
+        for key in range(2):
+            members |= {
+                f"{i}{key}.flac": wav(noise(0.3, 2 * i + key)),
+                f"{i}{key}.json": b"{}",
+                f"._{i}{key}.wav": b"\0",
+            }
+        shards.append(write_tar(tmp_path / f"speech-00000{i}.tar", members))
+    packed = tmp_path / "music.tar.gz"
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(shards[0], "a.tar")
+        (tmp_path / "x.wav").write_bytes(wav(noise(0.4, 9)))
+        tar.add(tmp_path / "x.wav", "x.wav")
+    info = build_store(tmp_path / "store", audio_clips([*shards, packed]))
+    assert [(row["name"], row["clips"]) for row in info["sources"]] == [("speech", 6), ("music", 1)]
+    assert not info["skipped"]
+    names = open_store(tmp_path / "store").names
+    assert names is not None and names[0] == f"{shards[0]}:00.flac"
+
+
+def test_damaged_and_empty_shards_are_named_and_the_others_read(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "a-000.tar", {"a.wav": wav(noise(1, 0)), "b.wav": wav(noise(1, 1))})
+    bad = {name: tmp_path / f"{name}-001.tar" for name in ("cut", "empty", "noise", "bare")}
+    bad["cut"].write_bytes(whole.read_bytes()[:40_000])
+    bad["empty"].write_bytes(b"")
+    bad["noise"].write_bytes(np.random.default_rng(0).bytes(2000))
+    write_tar(bad["bare"], {"readme.txt": b"no audio"})
+    packed = tmp_path / "packed.tar.gz"
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(whole, "x.wav")
+    packed.write_bytes(packed.read_bytes()[:20_000])
+    with pytest.raises(HearSsamError, match=r"no usable audio: .*empty-001\.tar: cannot be read to its end"):
+        build_store(tmp_path / "store", audio_clips([bad["empty"]]))
+    info = build_store(tmp_path / "store", audio_clips([*bad.values(), packed, whole]))
+    assert info["clips"] == 2 and info["repeated"] == 1  # the first clip of the tar that was cut
+    assert len(info["skipped"]) == 5
+    for path, reason in zip([*bad.values(), packed], info["skipped"], strict=True):
+        assert reason.startswith(f"{path}: ") and reason.endswith("leave it out.")
 
 
 def packages(*entries: dict) -> list[dict]:
@@ -255,7 +275,7 @@ def test_decoded_packages_make_the_store_of_their_clips(tmp_path: Path, capsys: 
     build_store(tmp_path / "direct", (c for c in debian_clips(tmp_path / "packages", entries) if "a.wav" not in c.name))
     assert main(["corpus", str(tmp_path / "store"), "--audio", str(tmp_path / "decoded")]) == 0
     direct, store = (open_store(tmp_path / name) for name in ("direct", "store"))
-    np.testing.assert_array_equal(store.frames, direct.frames)
+    np.testing.assert_array_equal(store.data, direct.data)
     assert store.info["sources"] == direct.info["sources"]
 
 

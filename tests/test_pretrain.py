@@ -13,11 +13,12 @@ import torch
 
 from hear_ssam import checkpoint, config, pretrain
 from hear_ssam.cli import main
-from hear_ssam.corpus import Store, open_store
 from hear_ssam.encoder import Encoder, random_mask
 from hear_ssam.errors import HearSsamError
 from hear_ssam.pretrain import SILENCE, Recipe, WindowSampler
+from hear_ssam.pretraining.store import Clip, Store, build_store, open_store
 
+SSAM = config.CONFIGS["ssam_tiny"]
 SMALL = Recipe(steps=3, batch_size=2, min_frames=200, max_frames=260)
 
 
@@ -45,7 +46,7 @@ def store(tmp_path):
 
 
 def test_windows_are_standardised_and_repeatable(store):
-    windows = WindowSampler(open_store(store), dataclasses.replace(SMALL, max_frames=200), 200, torch.device("cpu"))
+    windows = WindowSampler(open_store(store), dataclasses.replace(SMALL, max_frames=200), SSAM, torch.device("cpu"))
     spec = windows.draw(8, torch.Generator().manual_seed(0))
     assert spec.shape == (8, 200, 80) and spec.dtype == torch.float32
     assert spec.mean((1, 2)).abs().max() < 1e-4
@@ -56,8 +57,8 @@ def test_windows_are_standardised_and_repeatable(store):
 
 def test_held_out_clips_are_never_trained_on(store):
     opened = open_store(store)
-    train = WindowSampler(opened, SMALL, 200, torch.device("cpu"))
-    check = WindowSampler(opened, SMALL, 200, torch.device("cpu"), held_out=True)
+    train = WindowSampler(opened, SMALL, SSAM, torch.device("cpu"))
+    check = WindowSampler(opened, SMALL, SSAM, torch.device("cpu"), held_out=True)
     assert not ((train.weights > 0) & (check.weights > 0)).any()
     assert ((train.weights > 0) | (check.weights > 0)).all()
 
@@ -65,10 +66,12 @@ def test_held_out_clips_are_never_trained_on(store):
 def test_short_clips_are_repeated_or_padded_with_silence(monkeypatch):
     clip = np.linspace(-3, 0, 50, dtype=np.float16)[:, None].repeat(80, 1)
     store = Store(np.concatenate([clip, clip]), np.array([0, 50, 100]), np.array([0, 0]), {})
-    monkeypatch.setattr("hear_ssam.frontend.standardize", lambda spec: spec)
+    monkeypatch.setattr("hear_ssam.frontend.normalize", lambda spec, config: spec)
     for pad in (0.0, 1.0):
         recipe = Recipe(min_frames=200, max_frames=200, mix=0, pad=pad)
-        spec = WindowSampler(store, recipe, 200, torch.device("cpu")).draw(1, torch.Generator().manual_seed(0))[0, :, 0]
+        spec = WindowSampler(store, recipe, SSAM, torch.device("cpu")).draw(1, torch.Generator().manual_seed(0))[
+            0, :, 0
+        ]
         assert torch.equal(spec[:50], torch.from_numpy(clip[:, 0]).float())
         want = torch.full((150,), SILENCE) if pad else spec[:50].repeat(3)
         torch.testing.assert_close(spec[50:], want)
@@ -84,6 +87,20 @@ def test_training_lowers_the_loss_and_writes_a_loadable_checkpoint(store, tmp_pa
     assert "| source2 | 1 | 1.00 | CC0 | me |" in card and "200 windows" in card
     log = (tmp_path / "run" / "log.csv").read_text().splitlines()
     assert log[0] == "step,loss,held_out_loss,seconds" and log[-1].startswith("25,")
+
+
+@pytest.mark.parametrize("system", ["ssam", "ssast", "axlstm", "ssamba"])
+def test_all_systems_train_from_one_store_of_audio(tmp_path, monkeypatch, system):
+    rng = np.random.default_rng(0)
+    clips = (Clip("s", f"{i}", lambda: rng.normal(0, 0.1, 9_000).astype(np.float32)) for i in range(66))
+    build_store(tmp_path / "store", clips)
+    sizes = {"window_frames": 64} if system == "ssamba" else {}
+    monkeypatch.setitem(config.CONFIGS, f"{system}_tiny", config.build_config(system, 48, depth=2, **sizes))
+    path = pretrain.pretrain(
+        tmp_path / "store", tmp_path / "run", dataclasses.replace(SMALL, model=f"{system}_tiny", steps=1)
+    )
+    stored, _, info = checkpoint.load_checkpoint(path)
+    assert stored.system == system and 0 < info["training"]["held_out_loss"] < 100
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -147,7 +164,7 @@ def test_three_steps_equal_a_plain_loop(store, tmp_path):
     torch.manual_seed(recipe.seed)
     encoder = Encoder(model)
     generator = torch.Generator().manual_seed(recipe.seed)
-    sampler = WindowSampler(open_store(store), recipe, model.window_frames, torch.device("cpu"))
+    sampler = WindowSampler(open_store(store), recipe, model, torch.device("cpu"))
     weights = [p for p in encoder.parameters() if p.requires_grad]
     mean, square, norms = [torch.zeros_like(p) for p in weights], [torch.zeros_like(p) for p in weights], []
     for step, rate in enumerate([0, 2 / 3, (1 + math.cos(math.pi / 3)) / 2], 1):  # half of the steps warm up
@@ -174,10 +191,10 @@ def test_sources_count_by_the_square_root_of_their_hours():
     frames = np.repeat(values, lengths)[:, None].repeat(80, 1) + np.linspace(0, 1, 80, dtype=np.float16)
     store = Store(frames, np.concatenate([[0], np.cumsum(lengths)]), source, {})
     recipe = Recipe(min_frames=200, max_frames=200, mix=0, pad=0)
-    sampler = WindowSampler(store, recipe, 200, torch.device("cpu"))
+    sampler = WindowSampler(store, recipe, SSAM, torch.device("cpu"))
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hear_ssam.frontend.standardize", lambda spec: spec)
+        patch.setattr("hear_ssam.frontend.normalize", lambda spec, config: spec)
         for seed in range(8):
             drawn.append(sampler.draw(500, torch.Generator().manual_seed(seed))[:, 0, 0])
     share = (torch.cat(drawn) > 1.5).float().mean().item()
@@ -187,12 +204,12 @@ def test_sources_count_by_the_square_root_of_their_hours():
 
 def test_other_clips_are_added_within_ten_decibels(monkeypatch):
     """A clip that sounds in the low bands and one in the high bands: what is added shows in the other's bands."""
-    monkeypatch.setattr("hear_ssam.frontend.standardize", lambda spec: spec)
+    monkeypatch.setattr("hear_ssam.frontend.normalize", lambda spec, config: spec)
     low, high = np.full((200, 80), -30, np.float16), np.full((200, 80), -30, np.float16)
     low[:, :40], high[:, 40:] = 0, 0
     store = Store(np.concatenate([low, low, high]), np.array([0, 200, 400, 600]), np.array([0, 0, 1]), {})
     recipe = Recipe(min_frames=200, max_frames=200, mix=0.5)
-    spec = WindowSampler(store, recipe, 200, torch.device("cpu")).draw(4000, torch.Generator().manual_seed(0))
+    spec = WindowSampler(store, recipe, SSAM, torch.device("cpu")).draw(4000, torch.Generator().manual_seed(0))
     own, other = spec[:, 0, :40].mean(1), spec[:, 0, 40:].mean(1)
     both = (own > -20) & (other > -20)
     assert abs(both.float().mean() - 0.25) < 0.03  # half of the clips, half of those with their like
@@ -255,7 +272,7 @@ def options(recipe: Recipe) -> list[str]:
         ("max_frames = 250\nmin_frames = 300", "max_frames=250 is below min_frames=300; raise it"),
         ("min_frames = 100", "min_frames=100 is below the window of ssam_tiny; set at least 200"),
         ('model = "ssam_tyni"', "Did you mean 'ssam_tiny'"),
-        ('model = "ssamba_tiny"', "Kaldi"),
+        ('model = "ssamba_tiny"', "min_frames=200 is below the window of ssamba_tiny; set at least 1024"),
         ("stepz = 3", "Did you mean 'steps'"),
         ("steps: 3", "cannot be read as TOML"),
     ],

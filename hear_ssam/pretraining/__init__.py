@@ -1,0 +1,1 @@
+"""Pre-training: the store of audio, and what is made of it."""

@@ -1,0 +1,244 @@
+"""Pre-training audio on disk, and spectrogram frames of it for any front end.
+
+A store is a folder of three files:
+
+    audio.s16   (samples,) int16 little endian, raw: 16 kHz mono, full scale 32768, clip after clip
+    clips.npz   offsets (clips + 1,) int64 into the samples; source (clips,) int32 into the table of sources;
+                names (clips,) str
+    store.json  sha256 of audio.s16; the table of sources (clips, hours, sha256, licence, attribution); what was
+                skipped; written last
+
+Stores of earlier versions hold log-mel frames instead, frames.f16 (frames, 80) float16, and open as well.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ..errors import HearSsamError
+from ..paths import atomic_write, sha256
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..config import EncoderConfig
+
+RATE = 16_000  # Hz
+BANDS = 80  # of the log-mel frames in earlier stores
+SHORTEST = 400  # samples, 25 ms: one window of the front ends
+
+
+class Clip(NamedTuple):
+    """One piece of audio that has not been decoded yet; decode() gives float32 (samples,) at 16 kHz."""
+
+    source: str
+    name: str
+    decode: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Store:
+    """An open store; `store[i]` is clip i, a view of the mapped file."""
+
+    data: np.ndarray  # (samples,) int16; (frames, 80) float16 in a store of log-mel frames
+    offsets: np.ndarray  # (clips + 1,) int64 into the data
+    source: np.ndarray  # (clips,) into info["sources"]
+    info: dict[str, Any]  # what store.json holds
+    folder: Path = Path("store")
+    names: np.ndarray | None = None  # (clips,) str: where each clip came from
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.data[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def holds_audio(self) -> bool:
+        return self.data.ndim == 1
+
+    @property
+    def hours(self) -> float:
+        return len(self.data) / (3600 * (RATE if self.holds_audio else 100))
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 of the data: tells whether something computed from a store belongs to this one."""
+        return str(self.info.get("sha256") or sha256(self.folder / "frames.f16"))
+
+    def name(self, index: int) -> str:
+        return f"clip {index}" if self.names is None else str(self.names[index])
+
+
+def open_store(folder: str | os.PathLike[str]) -> Store:
+    """Map a store for reading. Raises HearSsamError where it is missing, unfinished or of another size than it says."""
+    folder = Path(folder)
+    file = folder / "audio.s16"
+    try:
+        info = json.loads((folder / "store.json").read_text("utf-8"))
+        with np.load(folder / "clips.npz") as clips:
+            offsets, source, names = clips["offsets"], clips["source"], clips.get("names")
+        data: np.ndarray
+        if file.exists():
+            data = np.memmap(file, "<i2", "c")
+        else:
+            file = folder / "frames.f16"
+            data = np.memmap(file, np.float16, "c").reshape(-1, BANDS)
+    except (OSError, ValueError, KeyError) as error:
+        raise HearSsamError(f"{folder}: no finished store here ({error}); make one with `hear-ssam corpus`.") from error
+    if len(data) != offsets[-1] or len(source) != len(offsets) - 1:
+        raise HearSsamError(f"{folder}: {file.name} and clips.npz do not belong together; build the store again.")
+    return Store(data, offsets, source, info, folder, names)
+
+
+def build_store(
+    folder: str | os.PathLike[str],
+    clips: Iterable[Clip],
+    workers: int = 2,
+    terms: Callable[[str], dict[str, str]] = lambda source: {},
+) -> dict[str, Any]:
+    """Decode clips in `workers` threads and write them, in order, as a store; `terms` gives a source's licence.
+
+    A clip that cannot be decoded is skipped and named; one under 25 ms, without any sound, or with the same samples as
+    an earlier one, is counted and dropped. Returns what store.json holds: samples, clips, sha256, sources, skipped
+    (list of str), short, silent, repeated. Raises HearSsamError where the folder already holds a store, cannot be
+    written, or no clip was left.
+    """
+    folder = Path(folder)
+    if (folder / "store.json").exists():
+        raise HearSsamError(f"{folder}: holds a store already; name another folder or delete this one.")
+    offsets, source, names, skipped = [0], [], [], []
+    sources: dict[str, int] = {}
+    hashes: list[Any] = []
+    whole, seen = hashlib.sha256(), set()
+    dropped = {"short": 0, "silent": 0, "repeated": 0}
+    with atomic_write(folder / "audio.s16") as path, open(path, "wb") as file:
+        for clip, result in _ahead(lambda clip: _pcm16(clip.decode()), clips, workers):
+            try:
+                samples = result.result()
+            except HearSsamError as error:
+                skipped.append(str(error))
+                continue
+            data = samples.tobytes()
+            digest = hashlib.sha1(data, usedforsecurity=False).digest()
+            reason = "short" if len(samples) < SHORTEST else "repeated" if digest in seen else ""
+            if reason or np.ptp(samples) == 0:
+                dropped[reason or "silent"] += 1
+                continue
+            seen.add(digest)
+            file.write(data)
+            offsets.append(offsets[-1] + len(samples))
+            source.append(sources.setdefault(clip.source, len(sources)))
+            names.append(clip.name)
+            if source[-1] == len(hashes):
+                hashes.append(hashlib.sha256())
+            hashes[source[-1]].update(data)
+            whole.update(data)
+        if not source:
+            raise HearSsamError(f"{folder}: no usable audio: {skipped[0] if skipped else 'name longer clips.'}")
+    with atomic_write(folder / "clips.npz") as path, open(path, "wb") as file:
+        np.savez_compressed(file, offsets=np.array(offsets), source=np.array(source, np.int32), names=np.array(names))
+    clips_of, samples_of = np.bincount(source), np.bincount(source, weights=np.diff(offsets))
+    table = [
+        {"name": name, "clips": int(clips_of[i]), "hours": round(samples_of[i] / RATE / 3600, 3),
+         "sha256": hashes[i].hexdigest(), **terms(name)}
+        for name, i in sources.items()
+    ]  # fmt: skip
+    info = {"samples": offsets[-1], "clips": len(source), "sha256": whole.hexdigest(), "sources": table}
+    info |= {"skipped": skipped, **dropped}
+    with atomic_write(folder / "store.json") as path:
+        path.write_text(json.dumps(info, indent=1, ensure_ascii=False), "utf-8")
+    return info
+
+
+def _pcm16(audio: np.ndarray) -> np.ndarray:
+    samples: np.ndarray = np.clip(np.rint(audio * 32768), -32768, 32767).astype("<i2")
+    return samples
+
+
+def _ahead(
+    work: Callable[[Clip], np.ndarray], items: Iterable[Clip], workers: int
+) -> Iterator[tuple[Clip, Future[np.ndarray]]]:
+    """(item, future of work(item)) in order, with a few items under way: memory stays bounded, unlike executor.map."""
+    queue: collections.deque[tuple[Clip, Future[np.ndarray]]] = collections.deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for item in items:
+            queue.append((item, pool.submit(work, item)))
+            if len(queue) > 4 * workers:
+                yield queue.popleft()
+        yield from queue
+
+
+class Frames:
+    """Spectrogram frames of a store's clips by the front end of `config`, computed where and when they are asked for.
+
+    frames(clip, position): clip (B,) int64, position (B, F) int64 counted from each clip's first frame, in any order →
+    (B, F, n_mels) float32 on `device`: rows of what the front end gives for the whole clip, not normalised. Audio lies
+    on the device where it takes less than half of what is free there. Raises HearSsamError where the store holds frames
+    of another front end.
+    """
+
+    lengths: Tensor  # (clips,) int64, on the device: frames of each clip
+
+    def __init__(self, store: Store, config: EncoderConfig, device: torch.device) -> None:
+        import torch
+
+        from ..frontend import HOP, WINDOW, build_frontend
+
+        if not store.holds_audio and (config.frontend, config.n_mels) != ("logmel", BANDS):
+            raise HearSsamError(
+                f"{store.folder}: holds log-mel frames, not what {config.system} reads ({config.frontend}, "
+                f"{config.n_mels} bands); build the store again with this version, which keeps audio."
+            )
+        self.device, self.front_end = device, build_frontend(config).to(device)
+        self.data = torch.from_numpy(store.data)  # mapped
+        if device.type != "cuda" or store.data.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            self.data = self.data.to(device)
+        self.offsets = torch.from_numpy(store.offsets).to(self.data.device)
+        lengths = torch.from_numpy(np.diff(store.offsets)).to(device)
+        if store.holds_audio:
+            lengths = 1 + (lengths + 2 * self.front_end.pad - WINDOW) // HOP
+            self.windows = self.data.unfold(0, WINDOW, 1)  # every window that there is, as a view
+        self.lengths = lengths
+
+    def __call__(self, clip: Tensor, position: Tensor) -> Tensor:
+        import torch
+
+        from ..frontend import BLOCK, HOP, join
+
+        clip, position = clip.to(self.data.device), position.to(self.data.device)
+        if self.data.dim() == 2:
+            return self.data[self.offsets[clip][:, None] + position].float()
+        first = position * HOP - self.front_end.pad  # sample of the clip at which the frame's window starts
+        rows = max(1, BLOCK // position.shape[1])
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            parts = [
+                self.front_end.of_frames(self._windows(c, f).to(self.device).float() / 32768)
+                for c, f in zip(torch.split(clip, rows), torch.split(first, rows), strict=True)
+            ]
+        return join(parts, dim=0)
+
+    def _windows(self, clip: Tensor, first: Tensor) -> Tensor:
+        """int16 (B, F, 400) from the samples `first` (B, F) of clips (B,), mirrored at a clip's ends."""
+        import torch
+
+        size = self.windows.shape[1]
+        start, last = self.offsets[clip][:, None], (self.offsets[clip + 1] - self.offsets[clip] - 1)[:, None]
+        windows = self.windows[(start + first).clamp(0, len(self.windows) - 1)]
+        clip, frame = ((first < 0) | (first + size - 1 > last)).nonzero(as_tuple=True)
+        inside = (first[clip, frame][:, None] + torch.arange(size, device=first.device)).abs()
+        inside = last[clip] - (last[clip] - inside).abs()
+        windows[clip, frame] = self.data[start[clip] + inside]
+        return windows
