@@ -25,7 +25,7 @@ def shipped(folder: str) -> Path:
     for parent in (package, package.parent):  # a wheel carries them inside, a checkout beside
         if (parent / folder).is_dir():
             return parent / folder
-    raise HearSsamError(f"the folder {folder!r} that ships with hear_ssam is missing beside {package}; reinstall.")
+    raise HearSsamError(f"{package}: the folder {folder!r} is missing there and beside it; install hear_ssam again.")
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -44,13 +44,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     if os.path.exists(target) and not os.path.isfile(target):  # a rename would replace even a device
-        raise HearSsamError(f"cannot write {target}: it is a folder or a device.")
+        raise HearSsamError(f"{target}: cannot be written: it is a folder or a device; name a file.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         os.close(handle)
     except OSError as error:
-        raise HearSsamError(f"cannot write {target}: {error.strerror or error}.") from error
+        raise HearSsamError(f"{target}: cannot be written: {error.strerror or error}; make room or choose another place.") from error
     temporary = Path(name)
     try:
         yield temporary
@@ -59,7 +59,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; results are for sharing
         os.replace(temporary, target)
     except OSError as error:
-        raise HearSsamError(f"cannot write {target}: {error.strerror or error}.") from error
+        raise HearSsamError(f"{target}: cannot be written: {error.strerror or error}; make room or choose another place.") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     records = [r for r in read(args.results) if args.protocol in (None, r["protocol"])]
     if not records:
         of_protocol = f" of protocol {args.protocol}" if args.protocol else ""
-        raise HearSsamError(f"{args.results} holds no results{of_protocol}.")
+        raise HearSsamError(f"{args.results}: holds no results{of_protocol}; `hear-ssam evaluate` puts them there.")
     options = Options(args.baseline, args.published)
     if args.format == "html":
         text = page(records, options, args.results if args.results.is_dir() else args.results.parent)

@@ -223,7 +223,7 @@ def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "absent.pth" in capsys.readouterr().err
     assert not (tmp_path / "b.safetensors").exists()
     assert main(["convert", str(source), str(source / "below_a_file.safetensors")]) == 2
-    assert "cannot write" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------- state dicts

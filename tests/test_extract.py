@@ -171,9 +171,9 @@ def test_nothing_good_leaves_the_older_output(
     ("arguments", "message"),
     [
         (["no_audio_here", "-o", "out"], "no_audio_here: no audio files below it"),
-        (["a.wav", "-o", "a.wav/out"], "cannot write a.wav/out"),
-        (["a.wav", "-o", "no_audio_here"], "cannot write no_audio_here: it is a folder or a device"),
-        (["a.wav", "-o", "/dev/null"], "cannot write /dev/null: it is a folder or a device"),
+        (["a.wav", "-o", "a.wav/out"], "a.wav/out: cannot be written"),
+        (["a.wav", "-o", "no_audio_here"], "no_audio_here: cannot be written: it is a folder or a device"),
+        (["a.wav", "-o", "/dev/null"], "/dev/null: cannot be written: it is a folder or a device"),
         (["a.wav", "-o", "out", "--model", "ssam_tny"], "Did you mean 'ssam_tiny'"),
         (["a.wav", "-o", "out", "--model", "logmel"], "--kind scene or --kind timestamps"),
         (["a.wav", "-o", "out", "--workers", "0"], "--workers must be at least 1"),
@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_nothing(recordings: Path, tmp_path: Path) -> None:
 
     process = start(recordings, "-o", tmp_path / "out", "--kind", "timestamps", preexec_fn=small_disk)
     error = process.communicate()[1]
-    assert process.returncode == 2 and f"hear-ssam: error: cannot write {tmp_path / 'out'}: " in error
+    assert process.returncode == 2 and f"hear-ssam: error: {tmp_path / 'out'}: cannot be written: " in error
     assert not list(tmp_path.iterdir())
 
 
