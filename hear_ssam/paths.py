@@ -50,7 +50,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         os.close(handle)
     except OSError as error:
-        raise HearSsamError(f"{target}: cannot be written: {error.strerror or error}; make room or choose another place.") from error
+        raise HearSsamError(f"{target}: cannot be written: {error.strerror or error}; use another place.") from error
     temporary = Path(name)
     try:
         yield temporary
@@ -59,7 +59,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; results are for sharing
         os.replace(temporary, target)
     except OSError as error:
-        raise HearSsamError(f"{target}: cannot be written: {error.strerror or error}; make room or choose another place.") from error
+        raise HearSsamError(f"{target}: cannot be written: {error.strerror or error}; use another place.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
