@@ -22,6 +22,7 @@ from .errors import HearSsamError
 
 # What soundfile decodes without further parameters, as found in folders (its own list also holds .mat and .raw).
 SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64 .sph".split())
+UNREAD = frozenset(".m4a .mp4 .m4b .aac .wma .webm .mka .amr .ac3 .ape .wv .aax .mp2 .3gp .dsf".split())  # also audio
 BLOCK = 1 << 18  # samples decoded at once: an hour of 96 kHz surround needs no more memory than its mono result
 RATES = (1_000, 1_000_000)  # Hz; outside, a header is wrong
 MEND = "fetch it again, or save what is there (ffmpeg -i OLD NEW.wav)"
@@ -55,15 +56,23 @@ def _audio_below(folder: Path) -> list[Path]:
                 left_out["pipes and devices"] += 1
             else:
                 files.append(path)
-    rest = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()) if count)
     if not files:
+        there = _counts(left_out) or "nothing else"
         raise HearSsamError(
-            f"{folder}: no audio files below it (left out: {rest or 'nothing'}); convert them to one of "
-            f"{' '.join(sorted(SUFFIXES))}."
+            f"{folder}: no audio files below it, {there}; convert audio to one of {' '.join(sorted(SUFFIXES))}."
         )
-    if rest:
-        warnings.warn(f"{folder}: left out {rest}; convert what is audio, name linked folders yourself.", stacklevel=3)
+    tell_left_out(folder, left_out)
     return sorted(files)
+
+
+def _counts(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()) if count)
+
+
+def tell_left_out(place: str | os.PathLike[str], kinds: Counter[str]) -> None:
+    """Warn of what of a folder or archive is not read, counted by kind; without any, do nothing."""
+    if counts := _counts(kinds):
+        warnings.warn(f"{place}: left out {counts}; convert what is audio, name linked folders.", stacklevel=4)
 
 
 def read_audio(path: str | os.PathLike[str], sample_rate: int) -> np.ndarray:

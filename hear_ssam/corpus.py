@@ -15,11 +15,12 @@ import re
 import sys
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
-from .audio import SUFFIXES, decode_audio, find_audio, read_audio
+from .audio import SUFFIXES, UNREAD, decode_audio, find_audio, read_audio, tell_left_out
 from .errors import HearSsamError
 from .machine import usable_cpus
 from .paths import read_toml, shipped
@@ -34,7 +35,7 @@ def audio_clips(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Clip]:
     decoded, so that whoever reads them can go on and name it; so does a tar without audio.
     """
     for path in map(Path, paths):
-        if path.is_file() and (tarfile.is_tarfile(path) or TAR.search(path.name)):
+        if path.is_file() and (TAR.search(path.name) or _is_tar(path)):
             yield from _tar_clips(path)
             continue
         for file in find_audio([path]):
@@ -44,22 +45,46 @@ def audio_clips(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Clip]:
 TAR = re.compile(r"([-_.]?\d{3,})?\.(tar|tgz|tar\.\w+)$", re.IGNORECASE)  # with the number of a shard
 
 
+def _is_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path)
+    except Exception:  # a damaged archive raises what its codec does; reading it as audio names it
+        return False
+
+
 def _tar_clips(path: Path) -> Iterator[Clip]:
-    problem = "holds no audio"
+    problem, left_out = "holds no audio", Counter[str]()
     try:
         with tarfile.open(path) as tar:
             for member in tar:
-                inside = Path(member.name)
-                if member.isfile() and inside.suffix.lower() in SUFFIXES and not inside.name.startswith("."):
+                inside = Path(*(part for part in Path(member.name).parts if part not in ("/", "..")))
+                suffix = inside.suffix.lower()
+                if not member.isfile() or any(part.startswith(".") for part in inside.parts):
+                    continue
+                if suffix in SUFFIXES:
                     name, data = f"{path}:{member.name}", io.BytesIO(cast(IO[bytes], tar.extractfile(member)).read())
                     yield Clip(_source(path, inside), name, functools.partial(decode_audio, data, name, RATE))
                     problem = ""
+                left_out[suffix] += suffix in UNREAD  # beside audio, a shard is full of other files
+            problem = problem or _problem_at_end(tar)
+        tell_left_out(path, left_out)
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         problem = f"cannot be read to its end as a tar ({error})"
     if problem:
         yield Clip(
             path.stem, str(path), functools.partial(_refuse, f"{path}: {problem}; get it again or leave it out.")
         )
+
+
+def _problem_at_end(tar: tarfile.TarFile) -> str:
+    """tarfile takes whatever is no header for the end of an archive; zeros until the end of the file are one."""
+    file = cast(IO[bytes], tar.fileobj)
+    file.seek(tar.offset)
+    block = file.read(512)
+    while block and not block.strip(b"\0"):
+        if not (block := file.read(1 << 20)):
+            return ""
+    return f"is cut off, damaged or joined to another tar at byte {tar.offset:,}"
 
 
 def _refuse(message: str) -> NoReturn:

@@ -10,6 +10,13 @@ class HearSsamError(ValueError):
     """A problem that the caller can mend; the message names the file or argument and the mend."""
 
 
+def about(path: object, error: Exception) -> HearSsamError:
+    """Whatever was raised on account of one file, as an error that begins with its path."""
+    if isinstance(error, HearSsamError):
+        return error if str(error).startswith(str(path)) else HearSsamError(f"{path}: {error}")
+    return HearSsamError(f"{path}: {type(error).__name__}: {error}; leave it out, and report this if it is sound.")
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> HearSsamError:
     """An error for a name that is not in a table: lists the table, suggests the nearest entry."""
     names = sorted(known)

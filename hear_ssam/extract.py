@@ -6,13 +6,11 @@ import argparse
 import contextlib
 import os
 import sys
-from collections import deque
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import HearSsamError
+from .errors import HearSsamError, about
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,40 +130,19 @@ def embed_files(
 def _in_order(
     files: Sequence[Path], model: HearModel, kind: str, workers: int
 ) -> Generator[tuple[Path, _Embedded | HearSsamError], None, None]:
-    """Decode and embed in threads; yield each file with its embeddings or its error, in the order of `files`.
-
-    The next files are decoded while the first are embedded; a bounded number is under way.
-    """
+    """Each file with its embeddings or its error, in the order of `files`; the next ones are embedded meanwhile."""
     from .audio import read_audio
+    from .machine import work_ahead
 
-    decoders, embedders = ThreadPoolExecutor(workers), ThreadPoolExecutor(workers)
-    under_way: deque[tuple[Path, Future[_Embedded]]] = deque()
+    def embed(file: Path) -> _Embedded:
+        return _embed(read_audio(file, model.sample_rate), model, kind)
 
-    def embed(file: Path, decoding: Future[np.ndarray]) -> _Embedded:
-        audio = decoding.result()
-        try:
-            return _embed(audio, model, kind)
-        except HearSsamError as error:
-            raise HearSsamError(f"{file}: {error}") from error
-
-    def first() -> tuple[Path, _Embedded | HearSsamError]:
-        file, future = under_way.popleft()
-        try:
-            return file, future.result()
-        except HearSsamError as error:
-            return file, error
-
-    try:
-        for file in files:
-            decoding = decoders.submit(read_audio, file, model.sample_rate)
-            under_way.append((file, embedders.submit(embed, file, decoding)))
-            if len(under_way) == 2 * workers:
-                yield first()
-        while under_way:
-            yield first()
-    finally:  # also after Ctrl-C: what has not begun never begins
-        for pool in (embedders, decoders):
-            pool.shutdown(wait=False, cancel_futures=True)
+    with contextlib.closing(work_ahead(embed, files, workers, 2 * workers)) as outcomes:
+        for file, outcome in outcomes:
+            try:
+                yield file, outcome.result()
+            except Exception as error:  # one file in ten thousand that trips over a defect spoils no other
+                yield file, about(file, error)
 
 
 def _embed(audio: np.ndarray, model: HearModel, kind: str) -> _Embedded:

@@ -1,11 +1,18 @@
-"""What this process has of the machine: which CPU, how many of them, and memory that it keeps."""
+"""What this process has of the machine: which CPU, how many of them, threads that work ahead, memory that it keeps."""
 
 from __future__ import annotations
 
 import functools
 import os
 import platform
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # What decides the speed, in /proc/cpuinfo's words.
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "bf16")
@@ -28,6 +35,27 @@ def usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def work_ahead(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int, depth: int
+) -> Generator[tuple[Item, Future[Result]], None, None]:
+    """Each item with the future of work(item), in the order of `items`, while `workers` threads compute the next ones.
+
+    At most `depth` are under way, so memory is bounded, unlike with Executor.map. When the generator is closed, what
+    has not begun never begins, and what has is not waited for.
+    """
+    pool = ThreadPoolExecutor(workers)
+    under_way: deque[tuple[Item, Future[Result]]] = deque()
+    try:
+        for item in items:
+            under_way.append((item, pool.submit(work, item)))
+            if len(under_way) == depth:
+                yield under_way.popleft()
+        while under_way:
+            yield under_way.popleft()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=bool(under_way))
 
 
 def keep_freed_memory() -> None:

@@ -169,6 +169,33 @@ def test_damaged_and_empty_shards_are_named_and_the_others_read(tmp_path: Path) 
         assert reason.startswith(f"{path}: ") and reason.endswith("leave it out.")
 
 
+def test_tars_that_end_where_they_should_not(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "pack.tar", {"s/a.wav": wav(noise(1, 0)), "s/b.wav": wav(noise(1, 1))})
+    whole = tar.read_bytes()
+    first = 512 + 32_256 + 512  # bytes of the first member and a block; tarfile takes the next four places for the end
+    damaged = {
+        "between members": whole[: first - 512],
+        "in a header": whole[: first - 212],
+        "a header": whole[: first - 512] + b"x" * 512 + whole[first:],
+        "joined": whole + whole,
+    }
+    for i, (where, data) in enumerate(damaged.items()):
+        tar.write_bytes(data)
+        info = build_store(tmp_path / f"store{i}", audio_clips([tar]))
+        assert [reason.split(" at byte ")[0] for reason in info["skipped"]] == [
+            f"{tar}: is cut off, damaged or joined to another tar"
+        ], where
+
+
+def test_what_a_tar_holds_besides_audio(tmp_path: Path) -> None:
+    members = dict.fromkeys(["s/._a.wav", "s/b.m4a", "s/b.json", ".git/c.wav"], b"")
+    members |= {"./s/a.wav": wav(noise(1, 0)), "/t/d.wav": wav(noise(1, 1))}
+    tar = write_tar(tmp_path / "pack.tar", members)
+    with pytest.warns(UserWarning, match=r"pack\.tar: left out 1 \.m4a;"):
+        clips = list(audio_clips([tar]))
+    assert [(clip.source, Path(clip.name).name) for clip in clips] == [("s", "a.wav"), ("t", "d.wav")]
+
+
 def packages(*entries: dict) -> list[dict]:
     return [{"version": "1", **entry} for entry in entries]
 

@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ import soundfile
 import torch
 
 import hear_ssam
-from hear_ssam import audio, cli, extract
+from hear_ssam import cli, extract
 from hear_ssam.audio import read_audio
 from hear_ssam.checkpoint import save_checkpoint
 from hear_ssam.config import build_config
@@ -123,25 +122,6 @@ def test_workers_and_row_groups_change_nothing(
     assert pq.ParquetFile(tmp_path / "three").num_row_groups > 10
 
 
-def test_a_bounded_number_of_files_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = hear_ssam.load_model("logmel")
-    under_way, most, lock = 0, 0, threading.Lock()
-
-    def read(file: Path, rate: int) -> np.ndarray:
-        nonlocal under_way, most
-        with lock:
-            under_way += 1
-            most = max(most, under_way)
-        return np.zeros(400, np.float32)
-
-    monkeypatch.setattr(audio, "read_audio", read)
-    for _ in extract._in_order([Path(str(number)) for number in range(50)], model, "scene", workers=2):
-        with lock:
-            under_way -= 1
-        time.sleep(0.002)  # a slow writer: the readers could run far ahead
-    assert under_way == 0 and 2 <= most <= 4
-
-
 def test_bad_files_are_named_and_skipped(
     with_bad: list[Path], weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,16 +208,52 @@ def test_interrupting_leaves_nothing(recordings: Path, tmp_path: Path, reason: s
     assert not list(tmp_path.iterdir())
 
 
-def test_a_defect_is_not_taken_for_a_bad_file(
-    recordings: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_defect_spoils_one_file_only(
+    recordings: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(model: HearModel, audio: torch.Tensor) -> None:
-        raise RuntimeError("a defect")
+    whole = HearModel.scene_and_rows
+
+    def broken(model: HearModel, audio: torch.Tensor) -> object:
+        if audio.shape[1] == 8000:  # c.wav
+            raise RuntimeError("a defect")
+        return whole(model, audio)
 
     monkeypatch.setattr(HearModel, "scene_and_rows", broken)
-    with pytest.raises(RuntimeError, match="a defect"):
-        embed(recordings, "-o", tmp_path / "out", "--model", weights)
-    assert not list(tmp_path.iterdir())
+    assert embed(recordings, "-o", tmp_path / "out", "--model", weights, "--kind", "scene") == 1
+    assert [Path(path).name for path in columns(tmp_path / "out")["path"]] == ["a.wav", "b.flac", "d.ogg"]
+    assert f"skipped {recordings / 'c.wav'}: RuntimeError: a defect; " in capsys.readouterr().err
+
+
+def test_folders_say_what_was_left_out(recordings: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("b.m4a", "c.m4a", "d.wma"):
+        (tmp_path / "in" / name).touch()
+    soundfile.write(tmp_path / "in" / "a.wav", np.zeros(16000), 16000)
+    process = start(tmp_path / "in", "-o", tmp_path / "out", "--kind", "scene")
+    error = process.communicate()[1]
+    assert process.returncode == 0
+    assert f"hear-ssam: warning: {tmp_path / 'in'}: left out 2 .m4a, 1 .wma; convert" in error
+
+
+@pytest.mark.parametrize("command", ["embed", "corpus"])
+def test_an_interrupted_command_does_not_wait_for_what_it_reads(tmp_path: Path, command: str) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000), 16000)
+    arguments = {
+        "embed": ["embed", tmp_path / "a.wav", "-o", tmp_path / "out", "--model", "logmel", "--kind", "scene"],
+        "corpus": ["corpus", tmp_path / "out", "--audio", tmp_path / "a.wav"],
+    }[command]
+    code = (
+        "import sys, time, hear_ssam.audio, hear_ssam.cli, hear_ssam.corpus\n"
+        "def read(*_): print('reading', flush=True); time.sleep(100)\n"
+        "hear_ssam.audio.read_audio = hear_ssam.corpus.read_audio = read\n"
+        "sys.exit(hear_ssam.cli.main())"
+    )
+    call = [sys.executable, "-c", code, *map(str, arguments)]
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert process.stdout is not None and process.stdout.readline() == b"reading\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 130
+    assert not (tmp_path / "out").is_file() and not list((tmp_path / "out").glob("*"))
 
 
 def test_the_function_behind_the_command(recordings: Path, with_bad: list[Path], tmp_path: Path) -> None:

@@ -100,7 +100,16 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez_compressed", full)
-    with pytest.raises(HearSsamError, match=r"cannot write .*clips\.npz: No space left"):
+    with pytest.raises(HearSsamError, match=r"clips\.npz: cannot be written: No space left"):
         build_store(tmp_path / "s", [Clip("s", "a", lambda: np.ones(999, np.float32) * np.arange(999) / 999)])
     with pytest.raises(HearSsamError, match="no finished store"):
         open_store(tmp_path / "s")
+
+
+def test_a_defect_spoils_one_clip_only(tmp_path: Path) -> None:
+    def broken() -> np.ndarray:
+        raise RuntimeError("a defect")
+
+    clips = [Clip("s", "a", lambda: np.linspace(-0.5, 0.5, 16_000)), Clip("s", "b", broken)]
+    info = build_store(tmp_path / "store", clips)
+    assert info["clips"] == 1 and info["skipped"][0].startswith("b: RuntimeError: a defect; ")

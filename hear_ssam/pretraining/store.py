@@ -13,12 +13,11 @@ Stores of earlier versions hold log-mel frames instead, frames.f16 (frames, 80) 
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +25,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..errors import HearSsamError
+from ..errors import HearSsamError, about
+from ..machine import work_ahead
 from ..paths import atomic_write, sha256
 
 if TYPE_CHECKING:
@@ -124,12 +124,16 @@ def build_store(
     hashes: list[Any] = []
     whole, seen = hashlib.sha256(), set()
     dropped = {"short": 0, "silent": 0, "repeated": 0}
-    with atomic_write(folder / "audio.s16") as path, open(path, "wb") as file:
-        for clip, result in _ahead(lambda clip: _pcm16(clip.decode()), clips, workers):
+    with (
+        atomic_write(folder / "audio.s16") as path,
+        open(path, "wb") as file,
+        contextlib.closing(work_ahead(lambda clip: _pcm16(clip.decode()), clips, workers, 4 * workers)) as ahead,
+    ):
+        for clip, result in ahead:
             try:
                 samples = result.result()
-            except HearSsamError as error:
-                skipped.append(str(error))
+            except Exception as error:  # one clip that trips over a defect spoils no other
+                skipped.append(str(about(clip.name, error)))
                 continue
             data = samples.tobytes()
             digest = hashlib.sha1(data, usedforsecurity=False).digest()
@@ -166,19 +170,6 @@ def build_store(
 def _pcm16(audio: np.ndarray) -> np.ndarray:
     samples: np.ndarray = np.clip(np.rint(audio * 32768), -32768, 32767).astype("<i2")
     return samples
-
-
-def _ahead(
-    work: Callable[[Clip], np.ndarray], items: Iterable[Clip], workers: int
-) -> Iterator[tuple[Clip, Future[np.ndarray]]]:
-    """(item, future of work(item)) in order, with a few items under way: memory stays bounded, unlike executor.map."""
-    queue: collections.deque[tuple[Clip, Future[np.ndarray]]] = collections.deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for item in items:
-            queue.append((item, pool.submit(work, item)))
-            if len(queue) > 4 * workers:
-                yield queue.popleft()
-        yield from queue
 
 
 class Frames:
