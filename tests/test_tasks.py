@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hear_ssam import HearSsamError
+from hear_ssam.evaluate import run_evaluation
 from hear_ssam.scores import SCORES
 from hear_ssam.tasks import find_archives, find_tasks, known_tasks, read_task, require_audio, unpack
 
@@ -243,6 +244,30 @@ def test_a_split_is_parsed_once(tmp_path, monkeypatch):
         task.absent_classes()
         task.clips("train")
     assert sorted(opened) == ["test.json", "train.json", "valid.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("task_metadata.json", {"evaluation": ["segment_1s"]}, "unknown score 'segment_1s'"),
+        ("test.json", {"test-0.wav": [EVENT | {"end": 3}]}, "'test-0.wav': an event from"),
+        ("test.json", {"test-0.wav": [{"label": "low", "start": 0.1, "end": 0.5}]}, "seconds"),
+        ("test.json", {"absent.wav": [EVENT]}, "absent.wav: is missing"),
+    ],
+)
+def test_a_wrong_task_is_refused_before_anything_is_embedded(tmp_path, monkeypatch, name, content, message):
+    folder = write_task(tmp_path / "tasks" / "beeps", embedding_type="event")
+    if name == "task_metadata.json":
+        content = json.loads((folder / name).read_text()) | content
+    (folder / name).write_text(json.dumps(content))
+
+    def embed(audio, model):
+        raise AssertionError("embedded")
+
+    monkeypatch.setattr("tests.tiny_hear.get_timestamp_embeddings", embed)
+    evaluation = run_evaluation(["tests.tiny_hear"], tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "out")
+    (reason,) = evaluation.failures.values()
+    assert message in reason and str(folder) in reason and not evaluation.records
 
 
 def test_missing_split_is_named(tmp_path):
