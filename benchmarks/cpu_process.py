@@ -314,7 +314,7 @@ WITH_AVX512, WITHOUT = 7, 11
 
 @functools.cache
 def _multiply_kernels() -> Any:
-    from hear_ssam.simd import Kernel, build
+    from hear_ssam.scan.simd import Kernel, build
 
     def write(k: Kernel, chains: int) -> None:
         steps, out = k.integer("steps"), k.tensor("out", 1)
@@ -343,7 +343,7 @@ def _machine_rates(size: str, clock: Callable[[], float]) -> dict[str, float]:
             fastest = min(_repeat(functools.partial(F.linear, x, weight), TURN / 4, clock))
             rates[name] = max(rates.get(name, 0.0), 2.0 * len(x) * of * to / fastest)
     with contextlib.suppress(ImportError):  # no llvmlite, no clock
-        from hear_ssam.simd import AVX512, LANES, run
+        from hear_ssam.scan.simd import AVX512, LANES, run
 
         out, steps = torch.zeros(256), 50_000  # a chain of them takes a millisecond
         seconds = [

@@ -14,7 +14,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from hear_ssam.evaluate import PROBES, run_evaluation
+from hear_ssam.evaluation.evaluate import PROBES, run_evaluation
 from hear_ssam.paths import shipped
 
 

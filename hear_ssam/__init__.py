@@ -7,16 +7,16 @@ Contents, in reading order:
     config          what differs between SSAM, SSAMBA, SSAST and AxLSTM, as data
     encoder         patches, positions, masking, blocks, heads: the one encoder
     blocks          Mamba, bidirectional Mamba, Transformer, mLSTM
-    scan            the selective scan and the causal convolution; chooses a backend
-    scan_reference  the law: plain loops        scan_torch, scan_cpu (written in simd), scan_triton   its twins
+    scan/           the selective scan and the causal convolution: the choice of a backend, the reference
+                    implementation, the backends torch, cpu (written in simd) and triton
     checkpoint      our safetensors and the official files
     container, audio, extract  how much audio a file holds; reading it; audio files → Parquet
-    corpus, pretrain  pre-training data and loop
-    tasks, embeddings, probe, scores, jobs, records, evaluate, tables, report   the HEAR protocol
-    check           the HEAR contract, explained, for any module
+    corpus, pretrain, pretraining/  pre-training data and loop
+    evaluation/     the HEAR protocol: tasks, embeddings, probe, scores, jobs, records, evaluate, tables, report;
+                    check, the HEAR contract explained, for any module
     heareval        hear-validator and heareval, unmodified, on a current Python
     models, demo, doctor, cli   the commands
-    paths, errors, machine   shipped files, atomic writes; the one error class; what the CPU is
+    paths, errors, machine   shipped files, atomic writes; the one error class; what this process has of the machine
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from .errors import HearSsamError
 COMMANDS = {
     "demo": "demo",
     "embed": "extract",
-    "evaluate": "evaluate",
-    "report": "report",
-    "check": "check",
+    "evaluate": "evaluation.evaluate",
+    "report": "evaluation.report",
+    "check": "evaluation.check",
     "models": "models",
     "convert": "models",
     "corpus": "corpus",

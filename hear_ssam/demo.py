@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
 
-    from .records import Record
-    from .tasks import Task
+    from .evaluation.records import Record
+    from .evaluation.tasks import Task
 
 TASK = "sound_kinds-v1.0-full"
 RECORDING = "loop_amen_full"  # its clips are consecutive seconds of a drum break
@@ -59,12 +59,12 @@ def run_demo(out: Path, model_options: Mapping[str, Any] | None = None) -> tuple
     Returns the table and the path of the picture. What `out` holds already is not computed again.
     Raises HearSsamError where a part fails or `out` cannot be written.
     """
-    from .evaluate import run_evaluation
+    from .evaluation.evaluate import run_evaluation
+    from .evaluation.records import predictions_file
+    from .evaluation.report import confusion_matrix, read_predictions
+    from .evaluation.tables import Options, terminal
+    from .evaluation.tasks import read_task
     from .hear import load_model
-    from .records import predictions_file
-    from .report import confusion_matrix, read_predictions
-    from .tables import Options, terminal
-    from .tasks import read_task
 
     tasks_dir, results = shipped("eval_tasks") / "demo" / "tasks", out / "results"
     modules = [f"hear_ssam:{json.dumps(options)}" for options in (dict(model_options or {}), {"model": BASELINE})]
@@ -146,7 +146,7 @@ def _draw_log_mel(axes: Axes, bar: Axes, log_mel: np.ndarray, title: str) -> Non
 
 
 def _draw_components(axes: Axes, rows: np.ndarray, times: np.ndarray, title: str) -> None:
-    from .report import principal_components
+    from .evaluation.report import principal_components
 
     projected, shares = principal_components(rows, len(COLOURS))
     for number, (column, share, colour) in enumerate(zip(projected.T, shares, COLOURS, strict=True), 1):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hear_ssam import cli
-from hear_ssam.check import CHECKS, Checks, _Warning, check_model
-from hear_ssam.embeddings import load_hear_model
+from hear_ssam.evaluation.check import CHECKS, Checks, _Warning, check_model
+from hear_ssam.evaluation.embeddings import load_hear_model
 
 
 def findings(broken=""):

@@ -16,8 +16,8 @@ import soundfile
 from hear_ssam import corpus, demo
 from hear_ssam.cli import main
 from hear_ssam.errors import HearSsamError
+from hear_ssam.evaluation.tasks import read_task
 from hear_ssam.paths import shipped
-from hear_ssam.tasks import read_task
 
 TASK = shipped("eval_tasks") / "demo" / "tasks" / demo.TASK
 

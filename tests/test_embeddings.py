@@ -10,8 +10,8 @@ import soundfile
 import torch
 
 from hear_ssam import HearSsamError
-from hear_ssam.embeddings import embed_task, frame_labels, load_hear_model, require_done
-from hear_ssam.tasks import read_task
+from hear_ssam.evaluation.embeddings import embed_task, frame_labels, load_hear_model, require_done
+from hear_ssam.evaluation.tasks import read_task
 
 from . import tiny_hear
 from .tiny_tasks import write_task

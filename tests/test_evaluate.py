@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hear_ssam import HearSsamError, cli, jobs
-from hear_ssam.embeddings import best_folder
-from hear_ssam.evaluate import run_evaluation
-from hear_ssam.records import KEY, STORE, key_of, read
+from hear_ssam import HearSsamError, cli
+from hear_ssam.evaluation import jobs
+from hear_ssam.evaluation.embeddings import best_folder
+from hear_ssam.evaluation.evaluate import run_evaluation
+from hear_ssam.evaluation.records import KEY, STORE, key_of, read
 
 from .tiny_tasks import write_task
 
@@ -224,5 +225,5 @@ def test_wrong_arguments(tmp_path, capsys, arguments, message):
 
 
 def test_help_is_light():
-    code = "import sys, hear_ssam.evaluate, hear_ssam.report; assert 'torch' not in sys.modules"
+    code = "import sys, hear_ssam.evaluation.evaluate, hear_ssam.evaluation.report; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

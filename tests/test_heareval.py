@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from hear_ssam.embeddings import embed_task, load_hear_model
-from hear_ssam.probe import run_probe
-from hear_ssam.tasks import read_task
+from hear_ssam.evaluation.embeddings import embed_task, load_hear_model
+from hear_ssam.evaluation.probe import run_probe
+from hear_ssam.evaluation.tasks import read_task
 
 from .test_hear_tools import call
 from .tiny_tasks import write_task

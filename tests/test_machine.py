@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from hear_ssam import corpus, evaluate
+from hear_ssam import corpus
+from hear_ssam.evaluation import evaluate
 from hear_ssam.machine import usable_cpus, work_ahead
 
 

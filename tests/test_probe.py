@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hear_ssam import HearSsamError
-from hear_ssam.probe import (
+from hear_ssam.evaluation.probe import (
     PROTOCOLS,
     HeadConfig,
     batches,
@@ -23,7 +23,7 @@ from hear_ssam.probe import (
     run_probe,
     train_head,
 )
-from hear_ssam.tasks import read_task
+from hear_ssam.evaluation.tasks import read_task
 
 DIGITS = "spoken_digit__default_t1_torch2.13.0"
 TONES = "multitone__default_t1_torch1.13.1"

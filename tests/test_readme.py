@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from hear_ssam import cli
-from hear_ssam.records import append
+from hear_ssam.evaluation.records import append
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

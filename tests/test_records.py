@@ -6,7 +6,7 @@ import os
 import pytest
 
 from hear_ssam import HearSsamError
-from hear_ssam.records import KEY, STORE, append, finite, read
+from hear_ssam.evaluation.records import KEY, STORE, append, finite, read
 
 
 def record(**values):

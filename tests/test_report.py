@@ -13,9 +13,18 @@ import numpy as np
 import pytest
 
 from hear_ssam import HearSsamError, cli
-from hear_ssam.records import append, embeddings_folder, predictions_file, read
-from hear_ssam.report import confusion_matrix, page, principal_components, read_predictions
-from hear_ssam.tables import Options, aggregates, comma_separated, interval, latex, markdown, tables, terminal
+from hear_ssam.evaluation.records import append, embeddings_folder, predictions_file, read
+from hear_ssam.evaluation.report import confusion_matrix, page, principal_components, read_predictions
+from hear_ssam.evaluation.tables import (
+    Options,
+    aggregates,
+    comma_separated,
+    interval,
+    latex,
+    markdown,
+    tables,
+    terminal,
+)
 
 from .tiny_tasks import write_task
 

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from hear_ssam import HearSsamError, scan, scan_cpu
-from hear_ssam.scan import available_backends, causal_conv1d, selective_scan
+from hear_ssam import HearSsamError, scan
+from hear_ssam.scan import available_backends, causal_conv1d, cpu_backend, selective_scan
 
 REASON = available_backends()["cpu"]
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"cpu backend: {REASON}")
@@ -56,8 +56,8 @@ def test_data_loader_workers_run_the_kernels():
 def test_forked_child_compiles_and_runs():
     code = (
         "import os, torch; torch.set_num_threads(1)\n"
-        "from hear_ssam.scan_cpu import scan_forward\n"
-        "from hear_ssam.scan_reference import ScanInputs\n"
+        "from hear_ssam.scan.cpu_backend import scan_forward\n"
+        "from hear_ssam.scan.reference import ScanInputs\n"
         "def scan(state):\n"
         "    u, A, B = torch.ones(1, 40, 64), -torch.ones(64, state), torch.ones(1, 40, state)\n"
         "    return scan_forward(ScanInputs(u, u, A, B, B, None, None, None, None), True, False, False)[0]\n"
@@ -128,7 +128,7 @@ def test_bfloat16_rounds_to_nearest():
 
 
 def test_serial_without_torchs_pool(monkeypatch):
-    from hear_ssam import simd
+    from hear_ssam.scan import simd
 
     want = forward(inputs())
     monkeypatch.setattr(simd, "_parallel_for", None)  # as with torch before 2.10
@@ -179,7 +179,7 @@ def test_the_largest_state_fits_on_the_stack():
 @pytest.mark.parametrize(("error", "refused"), [(3e-4, True), (1e-7, False)])
 def test_wrong_kernels_are_refused(function, error, refused, monkeypatch):
     """A kernel that is off by 0.03 % is not taken: an explicit choice raises, auto falls back with a warning."""
-    right = getattr(scan_cpu, function)
+    right = getattr(cpu_backend, function)
 
     def wrong(*arguments):
         results = right(*arguments)
@@ -187,7 +187,7 @@ def test_wrong_kernels_are_refused(function, error, refused, monkeypatch):
             return results[0] * (1 + error), *results[1:]
         return results * (1 + error)
 
-    monkeypatch.setattr(scan_cpu, function, wrong)
+    monkeypatch.setattr(cpu_backend, function, wrong)
     monkeypatch.delenv("HEAR_SSAM_BACKEND", raising=False)
     scan._probe.cache_clear()
     scan._auto.cache_clear()

@@ -64,18 +64,18 @@ def test_compiled_ahead_of_time(arch, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hear_ssam import scan_triton
+    from hear_ssam.scan import triton_backend
 
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not cuobjdump.exists():
         pytest.skip(f"this Triton has no {cuobjdump}")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     low = {"u", "z", "out", "dout", "du", "dz"}
-    fixed = {**scan_triton._tiles(24), "EVERY": scan_triton.SAVE_EVERY, "SOFTPLUS": True, "REVERSE": False}
+    fixed = {**triton_backend._tiles(24), "EVERY": triton_backend.SAVE_EVERY, "SOFTPLUS": True, "REVERSE": False}
     for label, kernel, more in (
-        ("forward", scan_triton._scan_forward, {"SAVE": False, "initial": None}),
-        ("forward, saving", scan_triton._scan_forward, {"SAVE": True, "initial": None}),
-        ("backward", scan_triton._scan_backward, {"T": scan_triton.PIECE, "dinitial": None}),
+        ("forward", triton_backend._scan_forward, {"SAVE": False, "initial": None}),
+        ("forward, saving", triton_backend._scan_forward, {"SAVE": True, "initial": None}),
+        ("backward", triton_backend._scan_backward, {"T": triton_backend.PIECE, "dinitial": None}),
     ):
         constants = {**fixed, **more}
         signature, aligned = {}, {}

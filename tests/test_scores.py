@@ -9,7 +9,7 @@ from scipy.ndimage import median_filter
 from sklearn.metrics import average_precision_score
 
 from hear_ssam import HearSsamError
-from hear_ssam.scores import (
+from hear_ssam.evaluation.scores import (
     SCORES,
     EventJudge,
     Events,

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from hear_ssam import HearSsamError
-from hear_ssam.evaluate import run_evaluation
-from hear_ssam.scores import SCORES
-from hear_ssam.tasks import find_archives, find_tasks, known_tasks, read_task, require_audio, unpack
+from hear_ssam.evaluation.evaluate import run_evaluation
+from hear_ssam.evaluation.scores import SCORES
+from hear_ssam.evaluation.tasks import find_archives, find_tasks, known_tasks, read_task, require_audio, unpack
 
 from .tiny_tasks import write_task
 

@@ -5,7 +5,7 @@ stage the block's step sizes and inputs in scratch memory (L1 cache), scan them,
 asks for the rows of the next block, which lie too far apart for the CPU to see a pattern. Steps beyond the end of the
 sequence get the step size 0, which changes no state. Nothing of size length x channels x state exists.
 
-Notation as in scan_reference; N = `state`, the number of states of a channel.
+Notation as in reference; N = `state`, the number of states of a channel.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .scan_torch import SAVE_EVERY
 from .simd import LANES, LOG2E, Argument, Array, Kernel, Operand, Value
+from .torch_backend import SAVE_EVERY
 
 CHANNELS = 32  # of a work unit: two cache lines of float32
 VECTORS = CHANNELS // LANES

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
-from . import __version__
-from .errors import HearSsamError
-from .machine import keep_freed_memory
-from .paths import atomic_write
+from .. import __version__
+from ..errors import HearSsamError
+from ..machine import keep_freed_memory
+from ..paths import atomic_write
 from .records import Record, append, finite, predictions_file
 from .tasks import Task, read_task
 
@@ -217,7 +217,7 @@ def _records(
 
 def git_commit() -> str | None:
     """Commit of the checkout that this package runs from, None for an installed one."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parent.parent.parent
     if not (root / ".git").exists():
         return None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):

@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from . import BASELINE
-from .errors import unknown_name
+from .. import BASELINE
+from ..errors import unknown_name
 from .records import Record
 from .tasks import known_tasks
 

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import BASELINE
-from .errors import HearSsamError
-from .paths import atomic_write
+from .. import BASELINE
+from ..errors import HearSsamError
+from ..paths import atomic_write
 from .records import Record, embeddings_folder, predictions_file, read
 from .tables import FORMATS, Options, Table, as_text, caption, grid, tables
 from .tasks import DONE

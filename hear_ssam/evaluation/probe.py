@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import HearSsamError, unknown_name
+from ..errors import HearSsamError, unknown_name
 from .scores import EventJudge, SceneJudge, named_score, to_events
 from .tasks import DataSplit, Task, read_task
 

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import HearSsamError, unknown_name
-from .paths import read_toml, shipped
+from ..errors import HearSsamError, unknown_name
+from ..paths import read_toml, shipped
 
 METADATA = "task_metadata.json"
 VOCABULARY = "labelvocabulary.csv"

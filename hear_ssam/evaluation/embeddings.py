@@ -37,9 +37,9 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from .audio import read_audio
-from .errors import HearSsamError
-from .paths import atomic_write, sha256
+from ..audio import read_audio
+from ..errors import HearSsamError
+from ..paths import atomic_write, sha256
 from .tasks import DONE, METADATA, VOCABULARY, Task, known_tasks, read_task, require_audio
 
 PROVENANCE = "embeddings.json"

@@ -24,9 +24,9 @@ from typing import Any, List  # noqa: UP035
 import torch
 from torch import Tensor
 
-from . import scan_reference
-from .errors import HearSsamError, unknown_name
-from .scan_reference import ScanInputs
+from ..errors import HearSsamError, unknown_name
+from . import reference
+from .reference import ScanInputs
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def selective_scan(
     _check_scan(inputs)
     name = _choose(backend, u.device.type, u.dtype, A.shape[1])
     if name in ("reference", "mamba_ssm"):
-        function = scan_reference.selective_scan if name == "reference" else _mamba_ssm_scan
+        function = reference.selective_scan if name == "reference" else _mamba_ssm_scan
         out, last = function(inputs, delta_softplus, reverse)
     elif (save := _needs_grad(inputs)) or torch.compiler.is_compiling():
         out, last, _ = _scan_op(*inputs, delta_softplus, reverse, save, name)
@@ -105,7 +105,7 @@ def causal_conv1d(
     name = "torch" if name == "mamba_ssm" else name  # the adapter has no convolution
     tensors = (x, weight, bias, initial_state)
     if name == "reference":
-        out = scan_reference.causal_conv1d(*tensors, activation, reverse)
+        out = reference.causal_conv1d(*tensors, activation, reverse)
     elif _needs_grad(tensors) or torch.compiler.is_compiling():
         out = _conv_op(*tensors, activation, reverse, name)
     else:
@@ -209,16 +209,16 @@ def _probe(name: str) -> Exception | None:
 def _kernels(name: str) -> ModuleType:
     """The module of a backend, imported when first used."""
     if name == "cpu":
-        from . import scan_cpu
+        from . import cpu_backend
 
-        return scan_cpu
+        return cpu_backend
     if name == "triton":
-        from . import scan_triton
+        from . import triton_backend
 
-        return scan_triton
-    from . import scan_torch
+        return triton_backend
+    from . import torch_backend
 
-    return scan_torch
+    return torch_backend
 
 
 def _reason(error: Exception) -> str:
@@ -253,7 +253,7 @@ def _(u: Tensor, delta: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
     save = rest[-2]
     batch, length, channels = u.shape
     dtype = torch.promote_types(u.dtype, torch.float32)
-    blocks = (length + scan_reference.SAVE_EVERY - 1) // scan_reference.SAVE_EVERY
+    blocks = (length + reference.SAVE_EVERY - 1) // reference.SAVE_EVERY
     saved = (batch, blocks, A.shape[1], channels) if save else (0,)
     return (
         u.new_empty(u.shape),

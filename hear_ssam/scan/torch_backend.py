@@ -3,7 +3,7 @@
 Only one block of states, (batch, BLOCK, N, D), exists at a time, so the buffers stay in the CPU's cache and nothing
 of size length x channels x state is ever stored. Autograd through a loop would add a full-size zero tensor per step.
 
-Every kernel backend (this, scan_cpu, scan_triton) offers the same four functions and the same `saved` tensor:
+Every kernel backend (this, cpu_backend, triton_backend) offers the same four functions and the same `saved` tensor:
 the state before every SAVE_EVERY-th step in scan order, float32 (float64 here for float64 input),
 (batch, ceil(length / SAVE_EVERY), state, channels).
 """
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scan_reference import SAVE_EVERY, ScanInputs
+from .reference import SAVE_EVERY, ScanInputs
 
 CACHE_BYTES = 1 << 20  # wanted size of one block buffer on a CPU
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import HearSsamError
+from ..errors import HearSsamError
 
 STORE = "records.jsonl"
 KEY = ("model", "checkpoint_sha256", "task", "version", "protocol", "probe", "seed", "fold", "metric")

@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from scipy.special import ndtri
 from sklearn.metrics import roc_auc_score
 
-from .errors import unknown_name
+from ..errors import unknown_name
 
 
 def top1_accuracy(prediction: np.ndarray, target: np.ndarray) -> float:

@@ -1,6 +1,6 @@
-"""The scan backend for CPUs: kernels in vector registers (scan_cpu_kernels), compiled when first used (simd).
+"""The scan backend for CPUs: kernels in vector registers (cpu_kernels), compiled when first used (simd).
 
-The four functions and the tensor `saved` are those of scan_torch; notation as in scan_reference.
+The four functions and the tensor `saved` are those of torch_backend; notation as in reference.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import scan_reference
-from .scan_cpu_kernels import (
+from . import reference
+from .cpu_kernels import (
     CHANNELS,
     write_conv_backward,
     write_conv_forward,
     write_scan_backward,
     write_scan_forward,
 )
-from .scan_reference import SAVE_EVERY, ScanInputs
+from .reference import SAVE_EVERY, ScanInputs
 from .simd import LANES, build, run
 
 
@@ -134,8 +134,8 @@ def self_check() -> None:
         scan = ScanInputs(u, delta, A, B, C, D, z, D, None), True, reverse
         conv = (u, weight, D, None, True, reverse)
         pairs = {
-            "scan": (scan_forward(*scan, False)[:2], scan_reference.selective_scan(*scan)),
-            "convolution": ((conv_forward(*conv),), (scan_reference.causal_conv1d(*conv),)),
+            "scan": (scan_forward(*scan, False)[:2], reference.selective_scan(*scan)),
+            "convolution": ((conv_forward(*conv),), (reference.causal_conv1d(*conv),)),
         }
         for name, (got, want) in pairs.items():
             for x, y in zip(got, want, strict=True):

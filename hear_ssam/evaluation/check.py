@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import HearSsamError
+from ..errors import HearSsamError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from .errors import HearSsamError, unknown_name
+from ..errors import HearSsamError, unknown_name
+from ..machine import usable_cpus
 from .jobs import Job, git_commit, noted, run_jobs
-from .machine import usable_cpus
 from .records import STORE, Record, embeddings_folder, key_of, read
 from .tables import Options, terminal
 from .tasks import Task, find_archives, find_tasks, known_tasks, read_task, unpack

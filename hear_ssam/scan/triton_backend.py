@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import scan_reference
-from .errors import HearSsamError
-from .scan_reference import SAVE_EVERY, ScanInputs
+from ..errors import HearSsamError
+from . import reference
+from .reference import SAVE_EVERY, ScanInputs
 
 CHANNELS = 32  # channels of one program
 PIECE = 8  # steps whose states the backward pass recomputes and holds at a time; divides SAVE_EVERY
@@ -500,7 +500,7 @@ def self_check() -> None:
     A = -torch.rand(5, 3, generator=g, dtype=torch.float32, device="cpu").to(device)
     inputs = ScanInputs(u, delta, A, B, C, A[:, 0], z, None, None)
     out, last, _ = scan_forward(inputs, True, False, False)
-    want, want_last = scan_reference.selective_scan(inputs, True, False)
+    want, want_last = reference.selective_scan(inputs, True, False)
     error = max((out - want).abs().max().item(), (last - want_last).abs().max().item())
     if not error < 1e-4:
         raise HearSsamError(f"the compiled kernel's self check is off by {error:.1e}")

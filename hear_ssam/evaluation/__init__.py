@@ -1,0 +1,1 @@
+"""The HEAR linear-probe protocol for any HEAR module: it sees encoders only through the HEAR functions."""
