@@ -25,8 +25,8 @@ def main(arguments: list[str]) -> int:
         return 0 if name in ("-h", "--help") else 2
     try:
         return int(importlib.import_module(f"benchmarks.{name}").main(options))
-    except HearSsamError as error:
-        print(f"benchmarks: error: {error}", file=sys.stderr)
+    except (HearSsamError, ModuleNotFoundError) as error:
+        print(f"benchmarks {name}: error: {error}", file=sys.stderr)
         return 2
 
 

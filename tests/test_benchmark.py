@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,13 @@ def test_wrong_words_are_named(capsys):
     assert benchmarks.main(["cpu", "--threads", "0"]) == 2
     assert "--threads must be at least 1, not 0" in capsys.readouterr().err
     assert benchmarks.main(["cpus"]) == 2 and benchmarks.main([]) == 0
+
+
+def test_what_a_benchmark_lacks_is_named(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.gpu", raising=False)
+    assert benchmarks.main(["gpu", "-o", "out"]) == 2
+    assert "benchmarks gpu: error: " in (error := capsys.readouterr().err) and "triton" in error
 
 
 def test_every_benchmark_is_listed_and_described(capsys):
