@@ -124,15 +124,17 @@ def _blamed(what: str) -> Iterator[None]:
         raise HearSsamError(f"{what}: {type(error).__name__}: {error}{where}.") from error
 
 
-def embed_task(hear: HearModel, task_dir: Path, out_dir: Path, *, resample: bool = False, again: bool = False) -> Path:
-    """Embed every clip of a task into `out_dir` and return it.
+def embed_task(
+    hear: HearModel, task: Task | Path, out_dir: Path, *, resample: bool = False, again: bool = False
+) -> Path:
+    """Embed every clip of a task (or of the task in a folder) into `out_dir` and return it.
 
     A finished folder of the same task is kept as it is, unless `again` is set; a half-done one is deleted and made
     again. Audio must have the model's rate unless `resample` is set.
     Raises HearSsamError that names the file or clip: missing or damaged audio, wrong rate, an embedding that is not
     finite or not of the promised shape.
     """
-    task = read_task(task_dir)
+    task = task if isinstance(task, Task) else read_task(task)
     if not again and is_current(task, out_dir):
         return out_dir
     for split in task.splits:
@@ -142,7 +144,7 @@ def embed_task(hear: HearModel, task_dir: Path, out_dir: Path, *, resample: bool
     started = time.time()
     for name in (METADATA, VOCABULARY, *(f"{split}.json" for split in task.splits)):
         with atomic_write(out_dir / name) as path:
-            shutil.copyfile(task_dir / name, path)
+            shutil.copyfile(task.folder / name, path)
     count, dim = 0, 0
     for split, order in task.shuffled_clips():
         dim = _embed_split(hear, task, split, order, out_dir, resample)

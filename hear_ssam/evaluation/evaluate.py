@@ -192,8 +192,9 @@ def _module_sources(
                 _warn(task)
             for hear, folder in zip(models, chosen, strict=True):
                 target = embeddings_folder(results_dir, hear.name, hear.checkpoint_sha256, name)
-                make = functools.partial(embed_task, hear, folder, target, **options)
-                sources.append(Source(read_tasks[folder], hear.name, hear.checkpoint_sha256, target, make))
+                task = read_tasks[folder]
+                make = functools.partial(embed_task, hear, task, target, **options)
+                sources.append(Source(task, hear.name, hear.checkpoint_sha256, target, make))
     return sources
 
 
