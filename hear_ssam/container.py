@@ -36,16 +36,20 @@ class Stream:
 
     @property
     def size(self) -> int:
+        """What it claims to have, in bytes."""
         return len(self.head) + self.stop - self.start + self.pad
 
     def tell(self) -> int:
+        """The position of the next byte."""
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As of any file; before the beginning is the beginning."""
         self._at = max(0, offset + (0, self._at, self.size)[whence])
         return self._at
 
     def read(self, count: int) -> bytes:
+        """Up to `count` bytes; none at the end."""
         data = self.head[self._at : self._at + count]
         position = self.start + self._at + len(data) - len(self.head)
         if len(data) < count and position < self.stop:

@@ -115,6 +115,7 @@ def _terms(name: str) -> dict[str, str]:
 
 
 def add_parser(subparsers: Any) -> None:
+    """Add `hear-ssam corpus`."""
     parser = subparsers.add_parser(
         "corpus",
         help="audio for pre-training -> a store",

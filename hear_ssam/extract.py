@@ -40,6 +40,7 @@ columns of the output, in the order of the input files:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `hear-ssam embed`."""
     parser = subparsers.add_parser(
         "embed",
         help="audio files of any rate and channel count to a Parquet file of embeddings",
@@ -63,6 +64,7 @@ class NothingEmbeddedError(HearSsamError):
 
 
 def run(args: argparse.Namespace) -> int:
+    """`hear-ssam embed`; exit code 1 if a file was skipped."""
     import torch
 
     from .audio import find_audio

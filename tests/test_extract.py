@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -181,6 +180,8 @@ def start(*arguments: str | Path, **options: object) -> subprocess.Popen:
 
 
 def test_a_full_disk_leaves_nothing(recordings: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")  # not on Windows
+
     def small_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import itertools
 import json
 import math
 import pickle
@@ -24,9 +23,7 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +36,7 @@ from tqdm import tqdm
 
 from ..audio import read_audio
 from ..errors import HearSsamError
+from ..machine import work_ahead
 from ..paths import atomic_write, sha256
 from .tasks import DONE, METADATA, VOCABULARY, Task, known_tasks, read_task, require_audio
 
@@ -287,26 +285,13 @@ def _read_batches(
         return read_audio(path, sample_rate)
 
     batch: list[tuple[str, np.ndarray]] = []
-    for name, audio in zip(names, _ahead(read, names, 2 * size), strict=True):
+    for name, reading in work_ahead(read, names, workers=1, depth=2 * size):
+        audio = reading.result()
         if batch and (len(batch) == size or len(audio) != len(batch[0][1])):
             yield [n for n, _ in batch], np.stack([a for _, a in batch])
             batch = []
         batch.append((name, audio))
     yield [n for n, _ in batch], np.stack([a for _, a in batch])
-
-
-def _ahead(function: Callable[[str], np.ndarray], items: Sequence[str], count: int) -> Iterator[np.ndarray]:
-    """`map`, with up to `count` results computed ahead by a thread while the caller is busy with the model."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = deque(pool.submit(function, item) for item in itertools.islice(items, count))
-        try:
-            for item in items[count:]:
-                yield pending.popleft().result()
-                pending.append(pool.submit(function, item))
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _embed_batch(hear: HearModel, task: Task, names: list[str], audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
