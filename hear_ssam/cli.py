@@ -26,6 +26,7 @@ COMMANDS = {
     "models": "models",
     "convert": "models",
     "corpus": "corpus",
+    "codes": "pretrain",
     "pretrain": "pretrain",
     "heareval": "heareval",
     "doctor": "doctor",

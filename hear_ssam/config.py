@@ -25,7 +25,7 @@ def check_fields(values: Any, kind: str, limits: Mapping[str, tuple[float, float
         if get_origin(wanted) is Literal:
             if value not in get_args(wanted):
                 raise unknown_name(f"{kind} {name}:", value, get_args(wanted))
-        elif type(value) is not wanted and (wanted is not float or type(value) is not int):
+        elif type(value) is not (get_origin(wanted) or wanted) and (wanted is not float or type(value) is not int):
             raise HearSsamError(f"{kind} {name} must be of type {wanted.__name__}, not {value!r}.")
         lowest, highest = limits.get(name, (None, None))
         if lowest is not None and highest is not None and not lowest <= value <= highest:

@@ -106,10 +106,15 @@ class Encoder(nn.Module):
         axis = 1 if self.config.patch_order == "time" else 2
         return self.pos_embed[:, 1:].unflatten(1, shape).narrow(axis, 0, slots).flatten(1, 2)
 
-    def embed(self, spec: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Patch tokens before the first block (B, n, D): embedded, masked where `mask` (B, n) is True, positioned."""
-        x = self.patch_embed(self.patchify(spec))
-        positions = self.positions(spec.shape[1] // self.config.patch_frames)
+    def embed(self, spec: Tensor, mask: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+        """Patch tokens before the first block (B, n, D): embedded, masked where `mask` (B, n) is True, positioned.
+
+        With `visible` (B, V) int64 only those patches are embedded, each at its position: (B, V, D).
+        """
+        patches, positions = self.patchify(spec), self.positions(spec.shape[1] // self.config.patch_frames)
+        if visible is not None:
+            return self.patch_embed(pick(patches, visible)) + pick(positions.expand(len(spec), -1, -1), visible)
+        x = self.patch_embed(patches)
         if mask is None:
             return x + positions
         if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
@@ -121,26 +126,32 @@ class Encoder(nn.Module):
             return torch.where(mask, self.mask_token, x) + positions
         return torch.where(mask, self.mask_token, x + positions)  # as SSAM was released: masked tokens know no place
 
-    def run_blocks(self, x: Tensor) -> Tensor:
-        """All blocks on any token sequence (B, L, D), without positions and final norm; L has no limit."""
+    def run_blocks(self, x: Tensor, depth: int | None = None) -> Tensor:
+        """All blocks, or the first `depth`, on any token sequence (B, L, D), without positions and final norm."""
+        blocks = self.blocks[:depth]
         if self.config.paired:
             # Both layers of a pair read the same x, the second one backwards; both residuals are kept, so x doubles.
-            for even, odd in zip(self.blocks[::2], self.blocks[1::2], strict=True):
+            for even, odd in zip(blocks[::2], blocks[1::2], strict=True):
                 x = even(x) + odd(x, reverse=True)
         else:
-            for i, block in enumerate(self.blocks):
+            for i, block in enumerate(blocks):
                 x = block(x, reverse=self.config.flip_odd and i % 2 == 1)
         return x
 
-    def tokens(self, spec: Tensor, mask: Tensor | None = None) -> Tensor:
+    def tokens(
+        self, spec: Tensor, mask: Tensor | None = None, visible: Tensor | None = None, depth: int | None = None
+    ) -> Tensor:
         """Normalised spectrogram (B, F, n_mels) float → tokens (B, 1 + n, D) after the final norm, class token first.
 
         F is any multiple of `patch_frames` up to `window_frames`; a shorter window has fewer tokens, at the positions
-        of the first time slots. No padding is needed, and for a causal system none would matter.
+        of the first time slots. No padding is needed, and for a causal system none would matter. `visible` (B, V) int64
+        reads only these patches, in this order → (B, 1 + V, D). `depth`: stop after so many blocks, without the norm.
         """
-        x = self.embed(spec, mask)
+        x = self.embed(spec, mask, visible)
         first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = self.run_blocks(torch.cat([first, x], dim=1))
+        x = self.run_blocks(torch.cat([first, x], dim=1), depth)
+        if depth is not None:
+            return x
         for _ in range(self.config.final_norms):
             x = self.norm(x)
         return x
@@ -177,6 +188,11 @@ class Encoder(nn.Module):
             if isinstance(module, Projection):
                 module.bf16 = precision == "bf16"
         return self
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """The rows `index` (B, V) int64 of each item of x (B, n, D): (B, V, D)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
 def _head(dim: int, activation: nn.Module, pixels: int) -> nn.Sequential:
@@ -224,21 +240,35 @@ def resize_positions(pos_embed: Tensor, config: EncoderConfig, slots: int) -> Te
     return torch.cat([pos_embed[:, :1], grid.flatten(0, 1)[None]], dim=1)
 
 
-def random_mask(batch: int, config: EncoderConfig, generator: torch.Generator | None = None) -> Tensor:
-    """Which patches to hide: bool (batch, n), exactly round(n * mask_ratio) True per clip, on the generator's device.
+def random_mask(
+    batch: int,
+    config: EncoderConfig,
+    generator: torch.Generator | None = None,
+    kind: str = "published",
+    ratio: float | None = None,
+) -> Tensor:
+    """Which patches to hide: bool (batch, n), exactly round(n * ratio) True per clip, on the generator's device.
 
-    reconstruction: patches drawn uniformly. joint (SSAMBA): square clusters of side 3, 4 or 5 (one side per call) at
-    uniformly drawn corners, until enough patches are covered; never patch 0. A cluster at the window's edge runs on
-    in the next band, as in the released code.
+    random   patches drawn uniformly
+    time     whole time slots, all bands of each: round(slots * ratio) of them
+    cluster  SSAMBA's: squares of side 3, 4 or 5 (one side per call) at uniformly drawn corners, until enough patches
+             are covered; never patch 0. A square at the window's edge runs on in the next band, as released.
+
+    `published` is cluster for the joint objective, else random; the default ratio is the config's `mask_ratio`.
     """
     device = generator.device if generator is not None else torch.device("cpu")
-    n = config.num_patches
+    n, ratio = config.num_patches, config.mask_ratio if ratio is None else ratio
+    if kind == "time":
+        slots, bands = config.grid
+        slot = torch.rand(batch, slots, generator=generator, device=device, dtype=torch.float32).argsort(dim=1)
+        hidden = (slot.argsort(dim=1) < round(slots * ratio))[..., None].expand(-1, -1, bands)
+        return (hidden if config.patch_order == "time" else hidden.transpose(1, 2)).flatten(1)
     order = torch.rand(batch, n, generator=generator, device=device, dtype=torch.float32)  # when a patch is drawn
-    if config.objective == "joint":
+    if kind == "cluster" or (kind == "published" and config.objective == "joint"):
         # A patch is hidden when the first cluster that covers it is drawn.
         side = int(torch.randint(3, 6, (), generator=generator, device=device))
         offsets = [config.grid[0] * i + j for i in range(side) for j in range(side)]
         order = torch.stack([F.pad(order, (o, 0), value=math.inf)[:, :n] for o in offsets]).amin(0)
         order[:, 0] = math.inf
-    hidden = order.argsort(dim=1, stable=True)[:, : round(n * config.mask_ratio)]
+    hidden = order.argsort(dim=1, stable=True)[:, : round(n * ratio)]
     return torch.zeros(batch, n, dtype=torch.bool, device=device).scatter_(1, hidden, True)

@@ -1,0 +1,227 @@
+"""Cluster codes: for every patch of a store, the k-means cluster of what a teacher makes of it. `hear-ssam codes`.
+
+Two files beside the store, NAME.npy (time slots of all clips, bands) uint16 and NAME.json: the teacher and its hash,
+the store's digest, the size of the codebook. A teacher is one of our checkpoints (tokens after a block, a code per
+patch) or any HEAR module (timestamp embeddings, a code per time slot).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoint import load_checkpoint
+from ..config import EncoderConfig
+from ..encoder import Encoder
+from ..errors import HearSsamError
+from ..frontend import HOP, SAMPLE_RATE, normalize
+from ..paths import atomic_write, sha256
+from .store import Frames, Store
+
+NONE = 65535  # no code: beyond the last whole time slot that the teacher saw
+SAMPLE = 250_000  # rows that k-means sees
+ROUNDS = 25  # of k-means
+Features = Callable[[int], Tensor]  # clip of the store → (slots, bands or 1, D) float32
+
+
+@dataclass(frozen=True)
+class CodeTable:
+    """Codes of a store, read where they are asked for."""
+
+    codes: np.ndarray  # (slots, bands or 1) uint16, mapped
+    first: Tensor  # (clips,) int64: where a clip begins
+    info: dict[str, Any]
+
+    @property
+    def clusters(self) -> int:
+        return int(self.info["clusters"])
+
+    def of(self, clip: Tensor, slot: Tensor) -> Tensor:
+        """Codes (B, S, bands) int64 of the time slots `slot` (B, S) of clips (B,)."""
+        index = (self.first[clip][:, None] + slot).numpy()
+        return torch.from_numpy(self.codes[index].astype(np.int64)).expand(-1, -1, self.info["bands"])
+
+
+def open_codes(store: Store, name: str, config: EncoderConfig) -> CodeTable:
+    """The codes NAME of a store. Raises HearSsamError where there are none, or those of another store or patch grid."""
+    path = store.folder / f"{name}.json"
+    try:
+        info = json.loads(path.read_text("utf-8"))
+        codes = np.load(path.with_suffix(".npy"), mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise HearSsamError(
+            f"{path}: no finished codes here ({error}); make them with `hear-ssam codes {store.folder} --name {name}`."
+        ) from error
+    for what, have, want in (
+        ("store", info.get("store"), store.digest),
+        ("patch grid", info.get("grid"), _grid(config)),
+    ):
+        if have != want:
+            raise HearSsamError(f"{path}: codes of another {what} ({have}, not {want}); make them again.")
+    first = np.concatenate([[0], np.cumsum(_slots(store, config))])
+    if len(codes) != first[-1]:
+        raise HearSsamError(f"{path}: {len(codes)} time slots, the store has {first[-1]}; make the codes again.")
+    return CodeTable(codes, torch.from_numpy(first[:-1]), info)
+
+
+def build_codes(
+    store: Store,
+    name: str,
+    config: EncoderConfig,
+    features: Features,
+    teacher: dict[str, Any],
+    clusters: int = 500,
+    seed: int = 0,
+    progress: Callable[[range], Iterator[int]] = iter,
+) -> dict[str, Any]:
+    """Cluster a sample of `features` (drawn as training draws clips), then write the cluster of every patch.
+
+    `config` gives the patch grid of the encoder that will be trained; `teacher` is kept in NAME.json. What a place in
+    the window adds to features, whatever is heard, is taken off first. Returns what NAME.json holds.
+    """
+    if not 1 < clusters < NONE:
+        raise HearSsamError(f"codes: {clusters} clusters cannot be; choose between 2 and {NONE - 1}.")
+    slots = _slots(store, config)
+    weights = slots / np.sqrt(np.maximum(np.bincount(store.source, weights=slots), 1))[store.source]
+    rng = np.random.default_rng(seed)
+    window = config.grid[0]
+    rows: list[Tensor] = []
+    places: list[Tensor] = []
+    while sum(x.shape[0] * x.shape[1] for x in rows) < SAMPLE and len(rows) < 8 * len(store):
+        x = features(int(rng.choice(len(store), p=weights / weights.sum())))
+        start = window * int(rng.integers(0, max(1, len(x) // window)))
+        x = x[start : start + window]
+        rows.append(x)
+        places.append(torch.arange(len(x)))
+    place, every = torch.cat(places), torch.cat(rows)
+    shift = _place_in_window(every, place, window)
+    centres = k_means((every - shift[place][:, None]).flatten(0, 1), clusters, seed)
+    codes = np.full((int(slots.sum()), every.shape[1]), NONE, np.uint16)
+    first = np.concatenate([[0], np.cumsum(slots)])
+    for clip in progress(range(len(store))):
+        x = features(clip)[: slots[clip]]
+        x = x - shift[torch.arange(len(x)) % window][:, None]
+        found = nearest(x.flatten(0, 1), centres).view(x.shape[:2])
+        codes[first[clip] : first[clip] + len(x)] = found.numpy().astype(np.uint16)
+    info = {
+        "clusters": clusters, "bands": config.grid[1], "grid": _grid(config), "store": store.digest, "seed": seed,
+        "teacher": teacher, "used": len(np.unique(codes[codes != NONE])),
+    }  # fmt: skip
+    with atomic_write(store.folder / f"{name}.npy") as path, open(path, "wb") as file:
+        np.save(file, codes)
+    with atomic_write(store.folder / f"{name}.json") as path:
+        path.write_text(json.dumps(info, indent=1), "utf-8")
+    return info
+
+
+def _place_in_window(x: Tensor, place: Tensor, window: int) -> Tensor:
+    """(window, D): mean over clips and bands of the rows (N, bands, D) at each place, less the mean over places."""
+    total = torch.zeros(window, x.shape[2]).index_add_(0, place, x.mean(1))
+    count = torch.bincount(place, minlength=window)[:, None]
+    mean = total / count.clamp(min=1)
+    return torch.where(count > 0, mean - mean[count[:, 0] > 0].mean(0), 0.0)
+
+
+def _slots(store: Store, config: EncoderConfig) -> np.ndarray:
+    return Frames(store, config, torch.device("cpu")).lengths.numpy() // config.patch_frames
+
+
+def _grid(config: EncoderConfig) -> list[Any]:
+    return [config.frontend, config.n_mels, config.patch_frames, config.patch_mels]
+
+
+# ------------------------------------------------------------------------------------------------------------ teachers
+
+
+def encoder_features(
+    store: Store, path: str | os.PathLike[str], block: int
+) -> tuple[EncoderConfig, Features, dict[str, Any]]:
+    """The tokens of one of our checkpoints after `block` blocks; whole windows at the positions that inference uses."""
+    config, state, info = load_checkpoint(path)
+    if not 1 <= block <= config.depth or (config.paired and block % 2):
+        raise HearSsamError(
+            f"{path}: no tokens after block {block}; it has {config.depth}{' in pairs' * config.paired}."
+        )
+    encoder = Encoder(config).eval()
+    encoder.load_state_dict(state)
+    frames = Frames(store, config, torch.device("cpu"))
+    window, patch, bands = config.window_frames, config.patch_frames, config.grid[1]
+
+    @torch.inference_mode()
+    def features(clip: int) -> Tensor:
+        length = int(frames.lengths[clip])
+        spec = normalize(frames(torch.tensor([clip]), torch.arange(length)[None]), config)[0]
+        spec = spec[: length // patch * patch]
+        parts = [*spec[: len(spec) // window * window].view(-1, window, spec.shape[1]).split(4)]
+        if len(rest := spec[len(spec) // window * window :]):
+            parts.append(rest[None])
+        rows = []
+        for part in parts:
+            x = encoder.tokens(part, depth=block)[:, 1:]
+            grid = x.unflatten(1, (-1, bands)) if config.patch_order == "time" else x.unflatten(1, (bands, -1)).mT
+            rows.append(grid.flatten(0, 1))
+        return torch.cat(rows) if rows else torch.zeros(0, bands, config.embed_dim)
+
+    return config, features, {"checkpoint": Path(path).name, "sha256": info["sha256"], "block": block}
+
+
+def module_features(
+    store: Store, name: str, model_path: str, config: EncoderConfig, options: dict[str, Any] | None = None
+) -> tuple[Features, dict[str, Any]]:
+    """The timestamp embeddings of any HEAR module, the one nearest to the centre of each time slot of `config`."""
+    if not store.holds_audio:
+        raise HearSsamError(f"{store.folder}: holds log-mel frames, and {name} reads audio; build the store again.")
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise HearSsamError(f"{name}: cannot be imported ({error}); install it or name another module.") from error
+    model = module.load_model(model_path, **(options or {}))
+    if model.sample_rate != SAMPLE_RATE:
+        raise HearSsamError(f"{name}: wants audio at {model.sample_rate} Hz; a store holds {SAMPLE_RATE} Hz.")
+    hop = 1000 * config.patch_frames * HOP / SAMPLE_RATE  # milliseconds
+
+    def features(clip: int) -> Tensor:
+        audio = torch.from_numpy(np.array(store[clip], np.float32) / 32768)[None]
+        with torch.inference_mode():
+            rows, times = module.get_timestamp_embeddings(audio, model)
+        rows, times = rows[0].float().cpu(), times[0].double().cpu()
+        centre = hop * (torch.arange(int(audio.shape[1] // (config.patch_frames * HOP)) + 1, dtype=torch.float64) + 0.5)
+        nearest_row = (times[None] - centre[:, None]).abs().argmin(1)
+        return rows[nearest_row][:, None]
+
+    digest = sha256(Path(model_path)) if model_path and Path(model_path).is_file() else ""
+    return features, {"module": name, "model": Path(model_path).name, "sha256": digest}
+
+
+# ------------------------------------------------------------------------------------------------------------- k-means
+
+
+def k_means(x: Tensor, clusters: int, seed: int = 0) -> Tensor:
+    """Lloyd's algorithm on a sample of the rows x (N, D): centres (clusters, D)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = x[torch.randperm(len(x), generator=generator)[:SAMPLE]]
+    if len(x) < clusters:
+        raise HearSsamError(f"codes: {len(x)} patches cannot form {clusters} clusters; add audio or ask for fewer.")
+    centres = x[:clusters].clone()
+    for _ in range(ROUNDS):
+        found = nearest(x, centres)
+        count = torch.bincount(found, minlength=clusters)
+        centres = torch.zeros_like(centres).index_add_(0, found, x) / count.clamp(min=1)[:, None]
+        empty = (count == 0).nonzero()[:, 0]  # starts anew at some row
+        centres[empty] = x[torch.randint(len(x), (len(empty),), generator=generator)]
+    return centres
+
+
+def nearest(x: Tensor, centres: Tensor) -> Tensor:
+    """Index of the nearest centre of each row (N, D): (N,) int64."""
+    half = centres.square().sum(1) / 2
+    return torch.cat([(half - part @ centres.T).argmin(1) for part in x.split(1 << 14)]) if len(x) else half[:0].long()

@@ -1,0 +1,383 @@
+"""The training loop: steps over a store, in one process or several, that can stop anywhere and go on exactly there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import __version__
+from ..checkpoint import load_checkpoint, save_checkpoint
+from ..config import CONFIGS
+from ..encoder import Encoder
+from ..errors import HearSsamError
+from ..paths import atomic_write
+from .card import model_card
+from .codes import open_codes
+from .learner import Learner
+from .recipe import Codes, Recipe
+from .store import Store, open_store
+from .windows import Batch, WindowSampler
+
+PARTS = ("data", "teacher", "forward", "backward", "optimiser")  # of the time that a step takes
+
+
+def pretrain(
+    store_path: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    device: str = "cpu",
+    save_minutes: float = 2.0,
+    keep: int = 1,
+) -> Path:
+    """Train `recipe.model` on a store, in the folder `out`; returns the path of the checkpoint.
+
+    The state is saved every `save_minutes` and when a signal (Ctrl-C, SIGTERM) stops the run, both between two steps;
+    the same call resumes it exactly, under `torchrun` with any number of processes. The `keep` latest states stay.
+    Written when the last step is done: MODEL.safetensors and its card MODEL.md; meanwhile log.jsonl. A loss that is not
+    finite raises HearSsamError and keeps the state saved last.
+    """
+    with _ranks(device) as ranks:
+        config = CONFIGS[recipe.model]
+        store, folder = open_store(store_path), Path(out)
+        asked = recipe.objectives(config).get("codes")
+        codes = open_codes(store, asked.file, config) if isinstance(asked, Codes) else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            encoder = Encoder(config)
+            earlier = _start_from(recipe, encoder) if recipe.init else {}
+            learner = Learner(encoder, recipe, codes.clusters if codes else 0).to(ranks.device)
+        generator = torch.Generator().manual_seed(recipe.seed)
+        run = _Run(folder, recipe, learner, _optimizer(learner, recipe), generator, keep)
+        sampler = WindowSampler(store, recipe, config, ranks.device, codes=codes)
+        held_out = WindowSampler(store, recipe, config, ranks.device, True, codes, sampler.frames)
+        _loop(run, ranks, store, sampler, held_out, save_minutes)
+        return _finish(run, store, earlier) if ranks.rank == 0 else folder / f"{recipe.model}.safetensors"
+
+
+def _loop(
+    run: _Run, ranks: _Ranks, store: Store, sampler: WindowSampler, held_out: WindowSampler, save_minutes: float
+) -> None:
+    recipe, learner, optimizer = run.recipe, run.learner, run.optimizer
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    mine = ranks.share(recipe.batch_size, recipe.accumulate)
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+    clock, sums = _Clock(), torch.zeros(0)
+    bar = tqdm(total=recipe.steps, initial=run.step, unit="step", desc=recipe.model, disable=ranks.rank > 0)
+    began = saved = time.monotonic()
+    since = run.step
+    with contextlib.closing(bar), _noted_signals() as noted:
+        stop = False
+        while run.step < recipe.steps and not stop:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * _schedule(run.step / recipe.steps, recipe.warmup)
+            optimizer.zero_grad(set_to_none=True)
+            told = torch.zeros(2 + len(learner.objectives))
+            before = run.generator.get_state()
+            for rows in mine:
+                run.generator.set_state(before)  # every part draws the same batch and takes its own rows
+                batch = sampler.draw(recipe.batch_size, run.generator, rows)
+                clock("data")
+                with autocast:
+                    losses = learner(batch)
+                    total = learner.total(losses)
+                clock("forward")
+                run.require_finite(total.detach(), batch, store)
+                (total.sum() / recipe.batch_size).backward()
+                told[1:] += torch.stack([total.detach(), *losses.values()]).detach().sum(1).cpu() / recipe.batch_size
+                clock("backward")
+            told[0] = bool(noted)
+            ranks.add([p.grad for p in trained if p.grad is not None], told)
+            if recipe.clip_norm:
+                torch.nn.utils.clip_grad_norm_(trained, recipe.clip_norm)
+            optimizer.step()
+            learner.after_step()
+            run.step += 1
+            clock("optimiser")
+            sums = told if not len(sums) else sums + told
+            bar.update()
+            stop = bool(told[0]) or (ranks.world == 1 and bool(noted))  # looked at here, where nothing is half done
+            now = time.monotonic()
+            if run.step == recipe.steps or stop or ranks.agree(now - saved > 60 * save_minutes):
+                run.seconds += now - began
+                mean = (sums / (run.step - since))[1:].tolist()
+                row = {"loss": mean[0], **dict(zip(learner.objectives, mean[1:], strict=True))}
+                rate = (run.step - since) * recipe.batch_size / (now - began)
+                row |= {"windows_per_second": round(rate, 1), **clock.shares((run.step - since) * recipe.batch_size)}
+                began = saved = now
+                since, sums = run.step, torch.zeros(0)
+                if ranks.rank == 0:
+                    run.save({**row, "held_out_loss": _held_out_loss(run, held_out, store, autocast)})
+                    bar.set_postfix(loss=f"{row['loss']:.4f}", held_out=f"{run.log[-1]['held_out_loss']:.4f}")
+                clock("save")
+
+
+@torch.no_grad()
+def _held_out_loss(run: _Run, windows: WindowSampler, store: Store, autocast: Any) -> float:
+    """Loss on held-out windows: the same windows and masks at every call."""
+    batch = windows.draw(run.recipe.batch_size, torch.Generator().manual_seed(1))
+    with autocast:
+        loss = run.learner.total(run.learner(batch))
+    run.require_finite(loss, batch, store)
+    return float(loss.mean())
+
+
+class _Clock:
+    """Time of this process by part: `clock(part)` ends a part."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        now = time.perf_counter()
+        self.spent[part] = self.spent.get(part, 0.0) + now - self.last
+        self.last = now
+
+    def shares(self, windows: int) -> dict[str, float]:
+        """Milliseconds a window of each part since the last call."""
+        spent, self.spent = self.spent, {}
+        return {f"ms_{part}": round(1000 * spent[part] / windows, 2) for part in PARTS if part in spent}
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ranks:
+    """This process among those that `torchrun` started; alone without it."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def share(self, batch: int, parts: int) -> list[slice]:
+        """The rows of a batch that are this process's, in parts."""
+        if batch < self.world * parts:
+            raise HearSsamError(
+                f"recipe field batch_size={batch} is below {self.world} processes x {parts} parts; raise it."
+            )
+        edges = [batch * i // (self.world * parts) for i in range(self.world * parts + 1)]
+        return [slice(edges[i], edges[i + 1]) for i in range(self.rank * parts, (self.rank + 1) * parts)]
+
+    def add(self, gradients: list[Tensor], told: Tensor) -> None:
+        """Sum gradients and what is told over the processes, in place."""
+        if self.world == 1:
+            return
+        flat = torch.cat([g.flatten() for g in gradients] + [told.to(self.device)])
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError as error:
+            raise HearSsamError(
+                f"another process of this run has ended ({str(error).splitlines()[0]}); the same command resumes it."
+            ) from error
+        parts = flat.split([g.numel() for g in gradients] + [len(told)])
+        for gradient, part in zip(gradients, parts[:-1], strict=True):
+            gradient.copy_(part.view_as(gradient))
+        told.copy_(parts[-1].cpu())
+
+    def agree(self, value: bool) -> bool:
+        """What the first process says."""
+        if self.world == 1:
+            return value
+        said = torch.tensor([int(value)], device=self.device)
+        dist.broadcast(said, 0)
+        return bool(said)
+
+
+@contextlib.contextmanager
+def _ranks(device: str) -> Iterator[_Ranks]:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield _Ranks(0, 1, torch.device(device))
+        return
+    place = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield _Ranks(dist.get_rank(), world, place)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are put into the list instead of striking wherever the program is; at the end of the block
+    the first of them takes its usual course. A second one does so at once."""
+    noted: list[int] = []
+    handlers: dict[int, Any] = {}
+
+    def note(number: int, _: object) -> None:
+        noted.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    if threading.current_thread() is threading.main_thread():  # Python lets no other one set handlers
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}  # None: not set by Python
+        for number in handlers:
+            signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        restore()
+    if noted:
+        signal.raise_signal(noted[0])
+        raise KeyboardInterrupt  # where a handler of the caller's returns
+
+
+# ---------------------------------------------------------------------------------------------------------- the state
+
+
+class _Run:
+    """What a run must remember to go on: written to OUT/state.pt, read back without executing anything."""
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        learner: Learner,
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator,
+        keep: int,
+    ) -> None:
+        self.folder, self.recipe, self.learner = folder, recipe, learner
+        self.optimizer, self.generator, self.keep = optimizer, generator, keep
+        self.step, self.seconds = 0, 0.0
+        self.log: list[dict[str, float]] = []
+        self.saved = 0  # the step of the state on disk
+        path = folder / "state.pt"
+        if not path.exists():
+            return
+        recipe_now = recipe.to_dict()
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            differing = {k: v for k, v in state["recipe"].items() if v != recipe_now.get(k)}
+            if not differing:
+                learner.load_state_dict(state["learner"])
+                optimizer.load_state_dict(state["optimizer"])
+                generator.set_state(state["generator"])
+                self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
+                self.saved = self.step
+        except Exception as error:  # torch raises many kinds for a damaged file
+            raise HearSsamError(f"{path}: cannot be resumed ({error}); delete it to start anew.") from error
+        if differing:
+            told = ", ".join(f"{name}={value!r}, not {recipe_now.get(name)!r}" for name, value in differing.items())
+            raise HearSsamError(
+                f"{path}: holds a run with {told}; repeat its recipe to resume it, or choose another folder."
+            )
+
+    def require_finite(self, loss: Tensor, batch: Batch, store: Store) -> None:
+        """`loss` (B,) of the clips of a batch."""
+        if bool(loss.isfinite().all()):
+            return
+        broken = (~loss.isfinite()).nonzero()[:, 0].tolist()
+        names = ", ".join(store.name(int(batch.clip[i])) for i in broken[:3]) + (", ..." if len(broken) > 3 else "")
+        raise HearSsamError(
+            f"{self.folder}: the loss became {float(loss[broken[0]])} at step {self.step} on {names}; the state of "
+            f"step {self.saved} is kept. Start again in another folder with a lower learning_rate or precision fp32."
+        )
+
+    def save(self, row: dict[str, float]) -> None:
+        path = self.folder / "state.pt"
+        self.log.append({"step": self.step, **row, "seconds": round(self.seconds, 1)})
+        state = {
+            "recipe": self.recipe.to_dict(), "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
+            "step": self.step, "seconds": self.seconds, "log": self.log,
+        }  # fmt: skip
+        with atomic_write(path) as temporary:
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # how torch reports a full disk
+                raise HearSsamError(f"{path}: cannot be written ({error}); step {self.saved} is kept.") from error
+        if self.keep > 1:
+            copy = self.folder / f"state-{self.step:09}.pt"
+            copy.unlink(missing_ok=True)
+            os.link(path, copy)
+            for old in sorted(self.folder.glob("state-*.pt"))[: -self.keep]:
+                old.unlink()
+        with atomic_write(self.folder / "log.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.log))
+        self.saved = self.step
+
+
+def _start_from(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:
+    """Put the weights of `recipe.init` into the encoder; returns what that file tells about its own training."""
+    config, state, info = load_checkpoint(recipe.init)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if shapes != {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}:
+        raise HearSsamError(
+            f"{recipe.init}: holds a {config.system} of width {config.embed_dim} and depth {config.depth}, "
+            f"whose weights do not fit {recipe.model}; choose the model that it was trained as."
+        )
+    encoder.load_state_dict(state)
+    return {"sha256": info["sha256"], "training": info.get("training", {})}
+
+
+def _optimizer(learner: Learner, recipe: Recipe) -> torch.optim.Optimizer:
+    trained = [p for p in learner.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def _schedule(done: float, warmup: float) -> float:
+    """Learning rate over its peak when the share `done` of the steps lies behind."""
+    if done < warmup:
+        return done / warmup
+    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+
+
+def _finish(run: _Run, store: Store, earlier: dict[str, Any]) -> Path:
+    recipe, encoder = run.recipe, run.learner.encoder
+    config, device = encoder.config, next(encoder.parameters()).device
+    seen = recipe.steps * recipe.batch_size
+    facts = {
+        "name": recipe.model,
+        "source": "pre-trained by hear_ssam",
+        "licence": "Apache-2.0",
+        "training": {
+            "clips_seen": seen,
+            "epochs": round(seen * config.window_frames / 360_000 / store.hours, 1),
+            "hours_of_audio": round(store.hours, 2),
+            "loss": round(run.log[-1]["loss"], 4),
+            "held_out_loss": round(run.log[-1]["held_out_loss"], 4),
+            "wall_minutes": round(run.seconds / 60, 1),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "versions": {"hear_ssam": __version__, "torch": torch.__version__},
+            "recipe": recipe.to_dict() | {"init": Path(recipe.init).name},
+            "init": earlier,
+        },
+        "data": [{k: row.get(k, "") for k in ("name", "hours", "clips", "licence")} for row in store.info["sources"]],
+    }
+    # Matrices in half precision: an embedding moves by less than 1e-3 of its size, the file is half as large.
+    state = {
+        name: tensor.half() if tensor.dim() == 2 and name.endswith("weight") else tensor
+        for name, tensor in encoder.state_dict().items()
+    }
+    path = run.folder / f"{recipe.model}.safetensors"
+    save_checkpoint(path, config, state, facts)
+    with atomic_write(run.folder / f"{recipe.model}.md") as card:
+        card.write_text(model_card(facts, store.info["sources"]))
+    return path

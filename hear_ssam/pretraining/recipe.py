@@ -1,0 +1,194 @@
+"""What a training depends on, beside its store: typed values, read from TOML.
+
+    model = "ssam_tiny"          fields of Recipe, each also an option of the command
+    visible_only = true
+    mask_ratio = 0.75
+
+    [objective.codes]            what is asked, each a class of OBJECTIVES with its own fields
+    [objective.pixels]
+    patches = "hidden"
+
+Without a table of objectives a model is trained by the objective that its system was published with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import CONFIGS, EncoderConfig, check_fields
+from ..errors import HearSsamError, unknown_name
+from ..paths import read_toml
+
+RECIPES = Path(__file__).parent / "recipes"  # the files that ship
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Mean squared error of reconstructed patches; `normalised`: of patches with zero mean and unit variance each."""
+
+    weight: float = 1.0
+    patches: Literal["all", "hidden"] = "all"
+    normalised: bool = False
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """InfoNCE between hidden patches and their predictions within a window (SSAST, SSAMBA)."""
+
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Cross entropy of the cluster of each hidden patch; `file` names what `hear-ssam codes` put beside the store."""
+
+    weight: float = 1.0
+    file: str = "codes"
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Smooth L1 distance of hidden patches to the tokens, normalised, that a moving average of the encoder has after
+    `block` blocks when it reads everything."""
+
+    weight: float = 1.0
+    block: int = 8
+    momentum: float = 0.999
+
+
+Objective = Pixels | Contrast | Codes | Latents
+OBJECTIVES: dict[str, type[Objective]] = {"pixels": Pixels, "contrast": Contrast, "codes": Codes, "latents": Latents}
+_INFINITE = math.inf
+_OBJECTIVE_LIMITS: dict[str, tuple[float, float]] = {"weight": (0, 1e6), "block": (1, 1000), "momentum": (0, 1)}
+LIMITS: dict[str, tuple[float, float]] = {
+    "steps": (1, _INFINITE), "batch_size": (1, _INFINITE), "accumulate": (1, _INFINITE), "learning_rate": (0, 1),
+    "warmup": (0, 1), "weight_decay": (0, 1), "clip_norm": (0, 1e9), "min_frames": (1, _INFINITE),
+    "max_frames": (1, _INFINITE), "mix": (0, 1), "mix_low": (-100, 100), "mix_high": (-100, 100), "pad": (0, 1),
+    "gain": (0, 100), "mask_ratio": (0, 1), "decoder_depth": (1, 100), "decoder_expand": (1, 16),
+    "seed": (0, 2**63 - 1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Field names are the keys of a recipe file and the command's options.
+
+    A value of another type, out of its range, or that contradicts another one raises HearSsamError with its field.
+    """
+
+    model: str = "ssam_tiny"
+    steps: int = 20_000
+    batch_size: int = 256
+    accumulate: int = 1  # parts into which each process cuts its share of a batch, one after another
+    learning_rate: float = 6e-4  # peak: linear warm-up, then half a cosine to 0
+    warmup: float = 0.1  # share of the steps
+    weight_decay: float = 0.05  # on tensors of two and more dimensions
+    clip_norm: float = 1.0  # of the gradient; 0 switches it off
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; the scan's step, transition, state stay float32
+    min_frames: int = 200  # a step draws clips of one length between these, standardises each as a whole ...
+    max_frames: int = 600  # ... and trains on one window of it, as at inference
+    mix: float = 0.5  # share of clips to which another one is added ...
+    mix_low: float = -10.0  # ... at least and
+    mix_high: float = 10.0  # at most so many dB above the power of the clip
+    pad: float = 0.5  # share of short clips padded with silence; the others are repeated
+    gain: float = 0.0  # every clip is made louder or softer by up to so many dB; without effect after standardisation
+    mask: Literal["published", "random", "time", "cluster"] = "published"
+    mask_ratio: float = 0.0  # share of hidden patches; 0: as the system was published
+    separate_masks: bool = False  # a mask, and a pass, of its own for every objective, as SSAMBA
+    visible_only: bool = False  # the encoder skips hidden patches, a light decoder of the same block predicts them
+    decoder_depth: int = 1
+    decoder_expand: int = 2
+    seed: int = 0
+    init: str = ""  # a checkpoint file whose weights the run starts from; empty: random ones
+    objective: dict[str, Objective] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "recipe field", LIMITS)
+        if self.model not in CONFIGS:
+            raise unknown_name("recipe field model:", self.model, CONFIGS)
+        config = CONFIGS[self.model]
+        if self.min_frames < config.window_frames:
+            raise HearSsamError(
+                f"recipe field min_frames={self.min_frames} is below the window of {self.model}; set at least "
+                f"{config.window_frames}."
+            )
+        for low, high in (("min_frames", "max_frames"), ("mix_low", "mix_high")):
+            if getattr(self, high) < getattr(self, low):
+                raise HearSsamError(
+                    f"recipe field {high}={getattr(self, high)} is below {low}={getattr(self, low)}; raise it."
+                )
+        for name, objective in self.objective.items():
+            if type(objective) is not OBJECTIVES.get(name):
+                raise HearSsamError(f"recipe field objective.{name} must be a value of {OBJECTIVES.get(name)}.")
+            check_fields(objective, f"recipe field objective.{name}:", _OBJECTIVE_LIMITS)
+        asked = self.objective
+        if "codes" in asked and self.mix and self.mix_high > 0:
+            raise HearSsamError(
+                f"recipe field mix_high={self.mix_high} adds clips that are louder than the one whose codes are asked; "
+                "set at most 0."
+            )
+        if isinstance(latents := asked.get("latents"), Latents) and latents.block > config.depth:
+            raise HearSsamError(
+                f"recipe field objective.latents: block={latents.block}, but {self.model} has {config.depth}."
+            )
+        if "contrast" in asked and not self.visible_only and config.objective != "joint":
+            raise HearSsamError(
+                f"recipe field objective.contrast: {self.model} has no contrastive head; set visible_only, whose heads "
+                "are the recipe's, or name a model of SSAMBA."
+            )
+        if asked and not any(o.weight for o in asked.values()):
+            raise HearSsamError("recipe field objective: every weight is 0; nothing would be learned.")
+
+    def objectives(self, config: EncoderConfig) -> dict[str, Objective]:
+        """What is asked: the table of the recipe, or what the system was published with."""
+        if self.objective:
+            return dict(self.objective)
+        if config.objective == "joint":
+            return {"contrast": Contrast(), "pixels": Pixels(weight=10.0, patches="hidden")}
+        return {"pixels": Pixels()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as in a file."""
+        return dataclasses.asdict(dataclasses.replace(self, objective={})) | {
+            "objective": {name: dataclasses.asdict(o) for name, o in self.objective.items()}
+        }
+
+
+def from_dict(values: Mapping[str, Any]) -> Recipe:
+    """A recipe of plain values; unknown fields raise by name."""
+    known = [f.name for f in dataclasses.fields(Recipe)]
+    for name in values:
+        if name not in known:
+            raise unknown_name("recipe field", name, known)
+    table = values.get("objective", {})
+    if not isinstance(table, Mapping) or not all(isinstance(v, Mapping) for v in table.values()):
+        raise HearSsamError("recipe field objective must hold tables: [objective.pixels], [objective.codes], ...")
+    objective = {}
+    for name, fields in table.items():
+        if name not in OBJECTIVES:
+            raise unknown_name("recipe field objective:", name, OBJECTIVES)
+        names = [f.name for f in dataclasses.fields(OBJECTIVES[name])]
+        for key in fields:
+            if key not in names:
+                raise unknown_name(f"recipe field of objective.{name}:", key, names)
+        objective[name] = OBJECTIVES[name](**fields)
+    return Recipe(**{**values, "objective": objective})
+
+
+def read_recipe(path: str | os.PathLike[str], **options: Any) -> Recipe:
+    """The recipe of a TOML file, or the shipped one of a name, in which `options` win; errors name the file."""
+    file = RECIPES / f"{path}.toml"
+    if not (Path(path).name == str(path) and file.exists()):
+        file = Path(path)
+    where = " ".join([str(path), *(f"--{name.replace('_', '-')} {value}" for name, value in options.items())])
+    values = read_toml(file)
+    try:
+        return from_dict(values | options)
+    except HearSsamError as error:
+        raise HearSsamError(f"{where}: {error}") from error

@@ -1,0 +1,126 @@
+"""Training windows drawn from a store: the same ones for any number of processes and parts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import EncoderConfig
+from ..encoder import random_mask
+from ..errors import HearSsamError
+from ..frontend import EPSILON, normalize
+from .codes import NONE, CodeTable
+from .recipe import Recipe
+from .store import Frames, Store
+
+HELD_OUT = 64  # every 64th clip measures the loss and is never trained on
+DECIBEL = float(np.log(10) / 10)  # in nepers of power
+
+
+class Batch(NamedTuple):
+    """One batch, or the rows of it that a process asked for."""
+
+    spec: Tensor  # (B, window, n_mels) normalised
+    masks: list[Tensor]  # (B, n) bool, True: hidden; one, or one per objective
+    asked: Tensor  # (B, n) bool: patches of the clip itself, not of what was repeated or padded
+    codes: Tensor | None  # (B, n) int64, NONE where there is none
+    clip: Tensor  # (B,) which clips of the store
+
+
+class WindowSampler:
+    """Draws training windows from a store; spectrograms are computed on `device`.
+
+    A source is drawn with probability ∝ √hours (small, diverse ones count for more than their size), a clip of it
+    ∝ its length. `held_out` draws from the clips that training never sees. Random numbers come from a generator on the
+    CPU, and all of a batch are drawn whatever rows are asked for: every process sees the same batches.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        recipe: Recipe,
+        config: EncoderConfig,
+        device: torch.device,
+        held_out: bool = False,
+        codes: CodeTable | None = None,
+        frames: Frames | None = None,
+    ) -> None:
+        self.frames = frames or Frames(store, config, device)
+        lengths = self.frames.lengths.cpu().numpy()
+        usable = (np.arange(len(store)) % HELD_OUT == 0) == held_out
+        usable &= lengths >= config.patch_frames
+        amount = np.bincount(store.source, weights=lengths)
+        weights = lengths * usable / np.sqrt(np.maximum(amount, 1))[store.source]
+        if not weights.any():
+            raise HearSsamError(
+                f"{store.folder}: {len(store)} clips are too few, as every {HELD_OUT}th is held out; add audio."
+            )
+        self.recipe, self.config, self.device, self.codes = recipe, config, device, codes
+        self.lengths = torch.from_numpy(lengths)
+        self.weights = torch.from_numpy(weights)
+        self.slots = torch.from_numpy(lengths // config.patch_frames)
+        self.passes = len(recipe.objectives(config)) if recipe.separate_masks else 1
+
+    def draw(self, batch: int, generator: torch.Generator, rows: slice = slice(None)) -> Batch:
+        """The rows `rows` of the next batch."""
+        recipe, config = self.recipe, self.config
+        patch, window = config.patch_frames, config.grid[0]
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=generator, dtype=torch.float32)
+
+        low, high = -(-recipe.min_frames // patch), recipe.max_frames // patch + 1
+        count = int(torch.randint(low, max(high, low + 1), (), generator=generator))  # time slots of the crop
+        clip = torch.multinomial(self.weights, batch, replacement=True, generator=generator)
+        slots = self.slots[clip][:, None]  # (B, 1)
+        start = (uniform(batch, 1) * (slots - count + 1).clamp(min=1)).long()  # crops start at borders of patches
+        pad, mixed = uniform(batch, 1) < recipe.pad, uniform(batch) < recipe.mix
+        over = recipe.mix_low + uniform(batch) * (recipe.mix_high - recipe.mix_low)
+        gain = (2 * uniform(batch) - 1) * recipe.gain
+        first = int(uniform(1) * (count - window + 1))
+        masks = [
+            random_mask(batch, config, generator, recipe.mask, recipe.mask_ratio or None) for _ in range(self.passes)
+        ]
+        mine = torch.arange(batch)[rows]
+        partner = (mine - 1) % batch  # the clip drawn just before is the one that is added
+        need = torch.unique(torch.cat([mine, partner[mixed[mine]]]))
+        position = start[need] + torch.arange(count)  # (N, slots), beyond the end in short clips
+        spec = self._spectrogram(clip[need], position, slots[need], pad[need])
+        place = torch.full((batch,), -1).scatter_(0, need, torch.arange(len(need)))
+        own = spec[place[mine].to(self.device)]
+        level = _level(spec)
+        with_other = mixed[mine].nonzero()[:, 0].to(self.device)
+        if len(with_other):
+            a, b = place[mine].to(self.device)[with_other], place[partner].to(self.device)[with_other]
+            shift = level[a] - level[b] + over[mine].to(self.device)[with_other] * DECIBEL
+            own[with_other] = torch.logaddexp(spec[a], spec[b] + shift[:, None, None])
+        own = own + (gain[mine] * DECIBEL).to(self.device)[:, None, None]
+        own = normalize(own, config)[:, first * patch : (first + window) * patch]
+        slot = start[mine] + first + torch.arange(window)  # (B, window)
+        inside = slot < slots[mine]
+        codes = None
+        if self.codes is not None:
+            codes = self.codes.of(clip[mine], slot % slots[mine]).masked_fill(~inside[..., None], NONE)
+            codes = self._patches(codes).to(self.device)
+        asked = self._patches(inside[..., None].expand(-1, -1, config.grid[1])).to(self.device)
+        return Batch(own, [m[mine].to(self.device) for m in masks], asked, codes, clip[mine])
+
+    def _spectrogram(self, clip: Tensor, position: Tensor, slots: Tensor, pad: Tensor) -> Tensor:
+        """Log energies (N, F, mels) of slots `position` (N, S); beyond a clip's end it is repeated or silent."""
+        patch = self.config.patch_frames
+        frame = ((position % slots)[..., None] * patch + torch.arange(patch)).flatten(1)
+        spec = self.frames(clip, frame)
+        silent = ((position >= slots) & pad).repeat_interleave(patch, dim=1)
+        return spec.masked_fill(silent.to(spec.device)[..., None], float(np.log(EPSILON)))
+
+    def _patches(self, grid: Tensor) -> Tensor:
+        """(B, slots, bands) → (B, n) in the order of the tokens."""
+        return (grid if self.config.patch_order == "time" else grid.transpose(1, 2)).flatten(1)
+
+
+def _level(spec: Tensor) -> Tensor:
+    """Log of the mean power of log energies (N, F, mels): (N,)."""
+    return spec.flatten(1).logsumexp(dim=1)

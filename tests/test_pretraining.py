@@ -1,0 +1,317 @@
+"""Objectives, decoder, codes and processes of pre-training: each by what it computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hear_ssam import config, pretrain
+from hear_ssam.checkpoint import load_checkpoint, save_checkpoint
+from hear_ssam.cli import main
+from hear_ssam.encoder import Encoder, random_mask
+from hear_ssam.errors import HearSsamError
+from hear_ssam.frontend import LogMel, normalize
+from hear_ssam.pretraining import codes
+from hear_ssam.pretraining.learner import Learner
+from hear_ssam.pretraining.recipe import (
+    RECIPES,
+    Codes,
+    Contrast,
+    Latents,
+    Pixels,
+    Recipe,
+    from_dict,
+    read_recipe,
+)
+from hear_ssam.pretraining.store import Clip, build_store, open_store
+from hear_ssam.pretraining.windows import Batch, WindowSampler
+
+CPU = torch.device("cpu")
+SYSTEMS = ("ssam", "ssast", "axlstm", "ssamba")
+HIDDEN_CODES = {"codes": Codes(), "pixels": Pixels(patches="hidden")}
+VISIBLE = Recipe(steps=3, batch_size=4, max_frames=240, visible_only=True, mask_ratio=0.75, mix_low=-15, mix_high=-3)
+
+
+@pytest.fixture(autouse=True)
+def small_encoders(monkeypatch):
+    for system in SYSTEMS:
+        sizes = {"window_frames": 64} if system == "ssamba" else {}
+        monkeypatch.setitem(config.CONFIGS, f"{system}_tiny", config.build_config(system, 48, depth=2, **sizes))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Tones of four pitches under noise, 0.3 to 4 s."""
+    folder, rng = tmp_path_factory.mktemp("audio") / "store", np.random.default_rng(0)
+
+    def tone(i):
+        time = np.arange(int(rng.integers(5_000, 64_000))) / 16_000
+        return (np.sin(2 * np.pi * 200 * 2 ** (i % 4) * time) + rng.normal(0, 0.1, len(time))).astype(np.float32) / 4
+
+    build_store(folder, (Clip(f"source{i % 2}", f"clip{i}", lambda i=i: tone(i)) for i in range(70)), workers=1)
+    return folder
+
+
+@pytest.fixture()
+def teacher(tmp_path):
+    torch.manual_seed(5)
+    small = config.CONFIGS["ssam_tiny"]
+    save_checkpoint(tmp_path / "teacher.safetensors", small, Encoder(small).state_dict(), {})
+    return tmp_path / "teacher.safetensors"
+
+
+def batch_of(model, clips=3, hidden=0.6, seed=0, **fields):
+    g = torch.Generator().manual_seed(seed)
+    spec = torch.randn(clips, model.window_frames, model.n_mels, generator=g)
+    mask = random_mask(clips, model, g, "random", hidden)
+    asked = torch.rand(mask.shape, generator=g) < 0.8
+    return Batch(spec, [mask], asked, torch.randint(0, 7, mask.shape, generator=g), torch.arange(clips))._replace(
+        **fields
+    )
+
+
+# ----------------------------------------------------------------------------------------------- the encoder, the masks
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_encoder_reads_what_is_visible_and_nothing_else(system):
+    torch.manual_seed(0)
+    model = config.CONFIGS[f"{system}_tiny"]
+    encoder, n = Encoder(model).eval(), model.num_patches
+    drawn = batch_of(model)
+    everything = torch.arange(n).expand(3, -1)
+    torch.testing.assert_close(encoder.tokens(drawn.spec, visible=everything), encoder.tokens(drawn.spec))
+    visible = (~drawn.masks[0]).nonzero()[:, 1].view(3, -1)
+    tokens = encoder.tokens(drawn.spec, visible=visible)
+    assert tokens.shape == (3, 1 + visible.shape[1], 48)
+    learner = Learner(encoder, Recipe(model=f"{system}_tiny", visible_only=True, min_frames=200))
+    before = learner._tokens(drawn.spec, drawn.masks[0], encoder.patchify(drawn.spec))[0]
+    changed = torch.where(drawn.masks[0][..., None], 9.0, encoder.patchify(drawn.spec))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder, "patchify", lambda spec: changed)
+        assert torch.equal(encoder.tokens(drawn.spec, visible=visible), tokens)
+        after = learner._tokens(drawn.spec, drawn.masks[0], changed)[0]
+    assert before.shape == (3, n, 48) and torch.equal(before, after)
+
+
+@pytest.mark.parametrize("system", ["ssam", "ssamba"])
+def test_masks(system):
+    model = config.CONFIGS[f"{system}_tiny"]
+    slots, bands = model.grid
+    mask = random_mask(50, model, torch.Generator().manual_seed(0), "time", 0.3)
+    grid = mask.view(50, slots, bands) if system == "ssam" else mask.view(50, bands, slots).mT
+    assert torch.equal(grid.all(2), grid.any(2)) and (grid[:, :, 0].sum(1) == round(0.3 * slots)).all()
+    assert (grid[:, :, 0].float().mean(0) > 0).all()
+    for kind in ("random", "cluster"):
+        mask = random_mask(50, model, torch.Generator().manual_seed(0), kind, 0.3)
+        assert (mask.sum(1) == round(0.3 * model.num_patches)).all()
+    assert not mask[:, 0].any()  # clusters leave the first patch
+
+
+# ------------------------------------------------------------------------------------------------------- the objectives
+
+
+@pytest.mark.parametrize("system", ["ssam", "ssamba"])
+def test_without_a_table_the_objective_is_the_published_one(system):
+    torch.manual_seed(0)
+    model = config.CONFIGS[f"{system}_tiny"]
+    encoder, drawn = Encoder(model), batch_of(model, hidden=0.5)
+    learner = Learner(encoder, Recipe(model=f"{system}_tiny", min_frames=200))
+    assert not list(learner.heads)
+    torch.testing.assert_close(learner.total(learner(drawn)).mean(), encoder(drawn.spec, drawn.masks[0]).loss)
+    if system == "ssamba":  # independent masks: InfoNCE by the first, squared error by the second
+        other = random_mask(3, model, torch.Generator().manual_seed(8), "random", 0.5)
+        losses = learner(drawn._replace(masks=[drawn.masks[0], other]))
+        torch.testing.assert_close(losses["contrast"].mean(), encoder(drawn.spec, drawn.masks[0]).nce)
+        torch.testing.assert_close(losses["pixels"].mean(), encoder(drawn.spec, other).mse)
+
+
+@pytest.mark.parametrize("visible_only", [False, True])
+def test_objectives_compute_what_they_say(visible_only):
+    torch.manual_seed(0)
+    model = config.CONFIGS["ssam_tiny"]
+    asked = {"codes": Codes(weight=2), "pixels": Pixels(patches="hidden", normalised=True), "latents": Latents(block=1)}
+    recipe = dataclasses.replace(VISIBLE, visible_only=visible_only, objective=asked)
+    learner, drawn = Learner(Encoder(model), recipe, clusters=7), batch_of(model)
+    drawn.codes[:, ::9] = codes.NONE
+    losses = learner(drawn)
+    patches, mask = learner.encoder.patchify(drawn.spec), drawn.masks[0]
+    tokens = learner._tokens(drawn.spec, mask, patches)[0]
+    target = F.layer_norm(patches, (64,), eps=1e-6) * (63 / 64) ** 0.5
+    head = learner.heads["pixels"] if visible_only else learner.encoder.head
+    latent = F.layer_norm(learner.encoder.tokens(drawn.spec, depth=1)[:, 1:], (48,))
+    for i in range(3):
+        hidden = mask[i]
+        want = (head(tokens[i, hidden]) - target[i, hidden]).square().mean()
+        torch.testing.assert_close(losses["pixels"][i], want, rtol=1e-4, atol=1e-5)
+        known = hidden & drawn.asked[i] & (drawn.codes[i] != codes.NONE)
+        want = F.cross_entropy(learner.heads["codes"](tokens[i, known]), drawn.codes[i, known])
+        torch.testing.assert_close(losses["codes"][i], want, rtol=1e-4, atol=1e-5)
+        known = hidden & drawn.asked[i]
+        want = F.smooth_l1_loss(learner.heads["latents"](tokens[i, known]), latent[i, known])
+        torch.testing.assert_close(losses["latents"][i], want, rtol=1e-4, atol=1e-5)
+    total = 2 * losses["codes"] + losses["pixels"] + losses["latents"]
+    torch.testing.assert_close(learner.total(losses), total)
+    silent = learner(drawn._replace(asked=torch.zeros_like(drawn.asked)))
+    assert not silent["codes"].any() and not silent["latents"].any()  # nothing is asked, and nothing divided by it
+
+
+def test_the_teacher_of_latents_follows_slowly():
+    torch.manual_seed(0)
+    recipe = dataclasses.replace(VISIBLE, objective={"latents": Latents(block=2, momentum=0.9)})
+    learner = Learner(Encoder(config.CONFIGS["ssam_tiny"]), recipe)
+    before = learner.teacher.norm.weight.clone()
+    learner.encoder.norm.weight.data += 1
+    learner.after_step()
+    torch.testing.assert_close(learner.teacher.norm.weight, before + 0.1)
+    assert not any(p.requires_grad for p in learner.teacher.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------- codes
+
+
+def test_codes_of_a_checkpoint_train_an_encoder(store, teacher, tmp_path, capsys):
+    assert (
+        main(["codes", str(store), "--checkpoint", str(teacher), "--block", "2", "--clusters", "8", "--name", "c"]) == 0
+    )
+    opened, model = open_store(store), config.CONFIGS["ssam_tiny"]
+    table = codes.open_codes(opened, "c", model)
+    assert table.clusters == 8 and table.info["teacher"]["block"] == 2 and len(table.info["teacher"]["sha256"]) == 64
+    recipe = dataclasses.replace(VISIBLE, pad=0.0, mix=1.0, objective={"codes": Codes(file="c")})
+    sampler = WindowSampler(opened, recipe, model, CPU, codes=table)
+    drawn = sampler.draw(6, torch.Generator().manual_seed(0))
+    assert drawn.codes.shape == (6, 250) and ((drawn.codes < 8) | (drawn.codes == codes.NONE)).all()
+    assert torch.equal(drawn.codes == codes.NONE, ~drawn.asked)  # what is repeated has no code
+    losses = []
+    for steps in (1, 40):
+        run = dataclasses.replace(recipe, steps=steps, batch_size=8, learning_rate=3e-3, objective=recipe.objective)
+        pretrain.pretrain(store, tmp_path / f"run{steps}", run)
+        losses.append(
+            json.loads((tmp_path / f"run{steps}" / "log.jsonl").read_text().splitlines()[-1])["held_out_loss"]
+        )
+    assert losses[1] < 0.9 * losses[0]
+    with pytest.raises(HearSsamError, match=r"c\.json: codes of another patch grid"):
+        codes.open_codes(opened, "c", config.CONFIGS["ssamba_tiny"])
+    (store / "c.json").write_text(json.dumps({**table.info, "store": "another"}))
+    with pytest.raises(HearSsamError, match=r"^.*c\.json: codes of another store"):
+        pretrain.pretrain(store, tmp_path / "other", recipe)
+    with pytest.raises(HearSsamError, match=r"no finished codes here .*hear-ssam codes"):
+        codes.open_codes(opened, "none", model)
+
+
+def test_features_are_tokens_of_whole_clips_and_centres_the_means_of_their_rows(store, teacher):
+    opened = open_store(store)
+    model, features, _ = codes.encoder_features(opened, teacher, 1)
+    longest = int(np.argmax(np.diff(opened.offsets)))
+    audio = torch.from_numpy(opened[longest].astype(np.float32) / 32768)[None]
+    spec = normalize(LogMel()(audio), model)[:, :400]
+    encoder = Encoder(model).eval()
+    encoder.load_state_dict(load_checkpoint(teacher)[1])
+    want = torch.cat([encoder.tokens(part, depth=1)[0, 1:].view(-1, 5, 48) for part in spec.split(200, dim=1)[:1]])
+    torch.testing.assert_close(features(longest)[: len(want)], want.detach(), rtol=1e-4, atol=1e-4)
+    assert len(features(longest)) == (1 + len(opened[longest]) // 160) // 4
+
+    x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    centres = codes.k_means(x, 4)
+    found = codes.nearest(x, centres)
+    assert torch.equal(found, torch.cdist(x, centres).argmin(1))
+    torch.testing.assert_close(centres, torch.stack([x[found == i].mean(0) for i in range(4)]), rtol=0, atol=0.2)
+
+
+def test_any_hear_module_is_a_teacher(store, tmp_path):
+    opened, model = open_store(store), config.CONFIGS["ssam_tiny"]
+    features, told = codes.module_features(opened, "tests.tiny_hear", "", model)
+    info = codes.build_codes(opened, "foreign", model, features, told, clusters=12)
+    table = codes.open_codes(opened, "foreign", model)
+    assert info["teacher"]["module"] == "tests.tiny_hear" and table.codes.shape[1] == 1
+    heard = [set(table.of(torch.tensor([i]), torch.arange(6)[None]).flatten().tolist()) for i in range(16)]
+    pitches = [set().union(*heard[i::4]) for i in range(4)]
+    assert not any(pitches[i] & pitches[j] for i in range(4) for j in range(i))  # each pitch has codes of its own
+    recipe = dataclasses.replace(VISIBLE, objective={"codes": Codes(file="foreign")})
+    assert pretrain.pretrain(store, tmp_path / "run", recipe).exists()
+
+
+# ------------------------------------------------------------------------------------------------- parts and processes
+
+
+@pytest.mark.parametrize("more", [{}, {"objective": {"pixels": Pixels()}, "accumulate": 1}])
+def test_parts_of_a_batch_give_the_step_of_the_whole(store, tmp_path, more):
+    recipe = dataclasses.replace(VISIBLE, batch_size=5, mix=1.0)
+    states = []
+    for accumulate in (1, 3):
+        folder = tmp_path / f"parts{accumulate}"
+        pretrain.pretrain(store, folder, dataclasses.replace(recipe, accumulate=accumulate))
+        states.append(torch.load(folder / "state.pt", weights_only=True))
+    for name, whole in states[0]["learner"].items():
+        torch.testing.assert_close(states[1]["learner"][name], whole, rtol=1e-4, atol=1e-5)
+    with pytest.raises(HearSsamError, match="batch_size=5 is below 1 processes x 6 parts"):
+        pretrain.pretrain(store, tmp_path / "many", dataclasses.replace(recipe, accumulate=6))
+
+
+def test_two_processes_train_as_one_and_each_goes_on_from_the_other(store, tmp_path):
+    recipe = ["--steps", "4", "--batch-size", "4", "--max-frames", "220", "--model", "ssam_tiny", "--save-minutes", "0"]
+    alone = [sys.executable, "-m", "hear_ssam", "pretrain", str(store)]
+    both = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*alone, str(tmp_path / "one"), *recipe], check=True, env=environment, capture_output=True)
+    subprocess.run(
+        [*both, *alone[1:], str(tmp_path / "two"), *recipe], check=True, env=environment, capture_output=True
+    )
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [row["step"] for row in one] == [row["step"] for row in two] == [1, 2, 3, 4]
+    np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one], rtol=1e-4)
+    np.testing.assert_allclose([r["held_out_loss"] for r in two], [r["held_out_loss"] for r in one], rtol=1e-4)
+
+
+def test_the_latest_states_are_kept(store, tmp_path):
+    pretrain.pretrain(store, tmp_path / "run", dataclasses.replace(VISIBLE, steps=4), save_minutes=0, keep=2)
+    assert sorted(p.name for p in (tmp_path / "run").glob("state*")) == [
+        "state-000000003.pt", "state-000000004.pt", "state.pt",
+    ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- the recipes
+
+
+def test_recipes_that_ship(monkeypatch):
+    monkeypatch.undo()
+    for path in RECIPES.glob("*.toml"):
+        recipe = read_recipe(path.stem)
+        assert recipe == read_recipe(path) == from_dict(recipe.to_dict())
+        assert Learner(Encoder(config.CONFIGS[recipe.model]), recipe, 500).objectives
+    ours = read_recipe("codes", steps=7)
+    assert ours.steps == 7 and ours.objective == HIDDEN_CODES
+    assert read_recipe("ssamba").objective == {"contrast": Contrast(), "pixels": Pixels(10, "hidden")}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[objective.codez]", "Did you mean 'codes'"),
+        ("[objective.codes]\nfiles = 'x'", r"objective\.codes:? 'files'. Did you mean 'file'"),
+        ("[objective.pixels]\npatches = 'some'", r"objective\.pixels: patches"),
+        ("[objective.pixels]\nweight = '3'", "weight must be of type float, not '3'"),
+        ("objective = 'codes'", "objective must hold tables"),
+        ("[objective.codes]", "mix_high=10.0 adds clips that are louder .*; set at most 0"),
+        ("[objective.latents]\nblock = 13", "block=13, but ssam_tiny has 2"),
+        ("[objective.contrast]", "ssam_tiny has no contrastive head; set visible_only"),
+        ("[objective.pixels]\nweight = 0", "every weight is 0"),
+        ("mix_low = 11.0", "mix_high=10.0 is below mix_low=11.0"),
+        ("mask = 'square'", "mask: 'square'"),
+    ],
+)
+def test_contradictions_are_named(tmp_path, text, message):
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(HearSsamError, match=rf"r\.toml: (unknown )?recipe field .*{message}"):
+        read_recipe(tmp_path / "r.toml")
