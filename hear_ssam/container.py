@@ -119,6 +119,9 @@ _FORMS = {
 }
 
 
+_METADATA = frozenset(b"list id3 bext ixml axml fact cue smpl inst junk pad peak labl anno auth name".split())
+
+
 class _Chunk(NamedTuple):
     name: bytes
     field: int  # where its size stands
@@ -174,18 +177,23 @@ def _chunked(file: BinaryIO, start: int, stop: int) -> Stream:
 
 def _behind(file: BinaryIO, form: _Form, magic: bytes, position: int, stop: int) -> tuple[int, bool]:
     """Where the stream ends whose audio ends at `position`, and whether what follows there can only be more audio."""
-    position += -position % form.align
     if stop - position <= SLACK:
         return stop, False
-    for i, chunk in enumerate(_chunks(file, form, position, stop)):
-        if chunk.name == magic:  # another stream
-            return chunk.field - form.name, False
-        named = chunk.name.isascii() and chunk.name.decode().isprintable()
-        if not named or chunk.content + chunk.size > stop + SLACK:
-            tagged = _read(file, position, 8).startswith((b"TAG", b"ID3", b"APETAGEX"))
-            padding = next(_find(file, rb"[^\0]", position, stop), stop) == stop
-            return stop, i == 0 and not tagged and not padding
-    return stop, False
+    for begin in (position, position + -position % form.align):  # some writers do not align
+        for chunk in _chunks(file, form, begin, stop):
+            if chunk.name == magic:  # another stream
+                return chunk.field - form.name, False
+            known = chunk.name.strip().lower() in _METADATA
+            named = known or (chunk.name.isascii() and chunk.name.decode().isprintable())
+            if not named or chunk.content + chunk.size > stop + SLACK:
+                if known or chunk.content > begin + form.name + form.size:  # there was metadata, so the audio was over
+                    return stop, False
+                break
+        else:
+            return stop, False
+    tagged = _read(file, position, 8).startswith((b"TAG", b"ID3", b"APETAGEX"))
+    padding = next(_find(file, rb"[^\0]", position, stop), stop) == stop
+    return stop, not tagged and not padding
 
 
 # --- Ogg --------------------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def embed_files(
                 writer.write_table(pa.concat_tables(pending), ROW_GROUP)
                 pending.clear()
         if len(skipped) == len(files):
-            raise NothingEmbeddedError(f"none of {len(files)} files could be embedded; {output} is not written.")
+            raise NothingEmbeddedError(f"{output}: not written: none of {len(files)} files could be embedded.")
         if pending:
             writer.write_table(pa.concat_tables(pending), ROW_GROUP)
     print(f"{output}: {len(files) - len(skipped)} of {len(files)} files", file=sys.stderr)

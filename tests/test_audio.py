@@ -148,10 +148,25 @@ def test_what_is_behind_the_audio_is_not_audio(name: str, tail: bytes) -> None:
     np.testing.assert_array_equal(decode(encoded(name) + tail), decode(encoded(name)))
 
 
-def test_chunks_behind_the_audio_are_not_audio() -> None:
-    for name, chunk in {"wav": b"LIST\x08\0\0\0INFOabcd", "aiff": b"ANNO\0\0\0\x08annotate"}.items():
-        data = encoded(name) + 20 * chunk
-        np.testing.assert_array_equal(decode(data), decode(encoded(name)))
+@pytest.mark.parametrize(
+    ("name", "tail"),
+    [
+        ("wav", 20 * b"LIST\x08\0\0\0INFOabcd"),
+        ("wav", b"LIST\xff\xff\0\0INFO" + 100 * b"cut off"),
+        ("wav", 20 * b"LIST\x08\0\0\0INFOabcd" + 100 * b"\xee\xee"),
+        ("aiff", 20 * b"ANNO\0\0\0\x08annotate"),
+    ],
+)
+def test_metadata_behind_the_audio_is_not_audio(name: str, tail: bytes) -> None:
+    np.testing.assert_array_equal(decode(encoded(name) + tail), decode(encoded(name)))
+    np.testing.assert_array_equal(decode(encoded(name) + tail[:80] + encoded(name))[:48_000], decode(encoded(name)))
+
+
+def test_an_odd_chunk_may_lack_its_padding() -> None:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.zeros(47_999), 16_000, format="WAV", subtype="PCM_U8")
+    data = buffer.getvalue()[: 44 + 47_999] + 20 * b"LIST\x08\0\0\0INFOabcd"
+    assert len(decode(data)) == 47_999
 
 
 @pytest.mark.parametrize("name", SIZED)
