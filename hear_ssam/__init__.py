@@ -2,21 +2,42 @@
 
 Contents, in reading order:
 
-    hear            the HEAR API: load_model, get_scene_embeddings, get_timestamp_embeddings, available_models
-    frontend        waveform → log-mel (80 bands) or Kaldi filterbank (128 bands)
-    config          what differs between SSAM, SSAMBA, SSAST and AxLSTM, as data
-    encoder         patches, positions, masking, blocks, heads: the one encoder
-    blocks          Mamba, bidirectional Mamba, Transformer, mLSTM
-    scan/           the selective scan and the causal convolution: the choice of a backend, the reference
-                    implementation, the backends torch, cpu (written in simd) and triton
-    checkpoint      our safetensors and the official files
-    container, audio, extract  how much audio a file holds; reading it; audio files → Parquet
-    corpus, pretrain, pretraining/  pre-training data and loop
-    evaluation/     the HEAR protocol: tasks, embeddings, probe, scores, jobs, records, evaluate, tables, report;
-                    check, the HEAR contract explained, for any module
-    heareval        hear-validator and heareval, unmodified, on a current Python
-    models, demo, doctor, cli   the commands
-    paths, errors, machine   shipped files, atomic writes; the one error class; what this process has of the machine
+    hear                    the HEAR API: load_model, get_scene_embeddings, get_timestamp_embeddings, available_models
+    frontend                waveform → log-mel (80 bands) or Kaldi filterbank (128 bands)
+    config                  what differs between SSAM, SSAMBA, SSAST and AxLSTM, as data
+    encoder                 patches, positions, masking, blocks, heads: the one encoder
+    blocks                  Mamba, bidirectional Mamba, Transformer, mLSTM
+    scan                    selective scan and causal convolution: chooses a backend
+    scan.reference          the reference implementation, plain loops
+    scan.torch_backend      in PyTorch, always there
+    scan.cpu_backend        on a CPU: cpu_kernels (what it runs), simd (what compiles them, with LLVM)
+    scan.triton_backend     on a GPU
+    checkpoint              our safetensors and the official files; nothing in them is executed
+    models                  the table of models; official files → ours
+    container, audio        how much audio a file holds; any file → float32 mono
+    extract                 audio files → Parquet
+    corpus                  audio files, folders, tars → a store for pre-training
+    pretrain                a store → an encoder
+    pretraining.store       16 kHz audio on disk, spectrogram frames of it for any front end
+    pretraining.recipe      what a training depends on, as typed values; the recipes that ship
+    pretraining.codes       cluster codes of a store from a teacher
+    pretraining.windows     training windows drawn from a store
+    pretraining.learner     decoder, heads, objectives around the encoder
+    pretraining.loop        steps, processes, saved states, the checkpoint (card: its model card)
+    evaluation.tasks        HEAR's task folders, checked
+    evaluation.embeddings   any HEAR module on a task → a folder of embeddings, as heareval lays it out
+    evaluation.probe        a folder of embeddings → trained heads, as heareval trains them
+    evaluation.scores       HEAR's metrics
+    evaluation.jobs         heads in parallel processes
+    evaluation.records      one JSON line per result
+    evaluation.tables       records as tables
+    evaluation.evaluate     the driver of all that
+    evaluation.report       results on screen, as CSV, LaTeX, HTML
+    evaluation.check        the HEAR contract, explained, for any module
+    heareval                the unmodified hear-validator and heareval on a current Python
+    demo, doctor            a small task, drawn; what runs on this machine
+    cli                     the commands
+    paths, machine, errors  files, shipped and atomic; CPUs, threads, memory; the one error class
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -50,17 +51,18 @@ def test_wheel_has_one_top_level_name_and_carries_the_data(built: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"hear_ssam", f"hear_ssam-{__version__}.dist-info"}
     wanted = {f"hear_ssam/{name}" for folder in FOLDERS for name in below(shipped(folder))}
-    wanted |= {f"hear_ssam/{file.name}" for file in (ROOT / "hear_ssam").glob("*.py")} | {"hear_ssam/py.typed"}
+    wanted |= {file.relative_to(ROOT).as_posix() for file in (ROOT / "hear_ssam").rglob("*.py")}
+    wanted.add("hear_ssam/py.typed")
     assert wanted <= set(names)
 
 
-def test_sdist_holds_the_house_and_no_litter(built: Path) -> None:
+def test_sdist_holds_the_package_and_no_litter(built: Path) -> None:
     with tarfile.open(built / f"hear_ssam-{__version__}.tar.gz") as sdist:
         top = {Path(name).parts[1] for name in sdist.getnames()}
-    house = set("hear_ssam checkpoints eval_tasks tests setup.cfg pyproject.toml README.md".split())
+    needed = set("hear_ssam checkpoints eval_tasks tests setup.cfg pyproject.toml README.md".split())
     beside = set(".ci .gitignore LICENSE constraints.txt benchmarks".split())
     beside |= set("CONTRIBUTING.md CHANGELOG.md CITATION.cff PKG-INFO".split())
-    assert house <= top <= house | beside
+    assert needed <= top <= needed | beside
 
 
 def test_checkout_finds_the_shipped_folders(tmp_path: Path) -> None:
@@ -91,6 +93,13 @@ def test_editable_install_finds_the_shipped_folders(tmp_path: Path) -> None:
 def test_the_package_root_shows_the_api_and_nothing_else() -> None:
     assert set(dir(hear_ssam)) == {*hear_ssam.__all__, "__version__"}
     assert all(callable(getattr(hear_ssam, name)) for name in hear_ssam.__all__)
+
+
+def test_the_contents_page_names_every_module() -> None:
+    package = ROOT / "hear_ssam"
+    modules = {file.stem for file in package.rglob("*.py")} | {"scan", "pretraining", "evaluation"}
+    listed = set(re.findall(r"\w+", hear_ssam.__doc__ or ""))
+    assert modules - {"__init__", "__main__"} <= listed
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:
