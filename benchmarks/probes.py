@@ -1,4 +1,4 @@
-"""The exact probe and its bfloat16 twin side by side: scores and time over several seeds, task by task.
+"""The exact probe and its bfloat16 variant side by side: scores and time over several seeds, task by task.
 
     python -m benchmarks probes                                          # the demo task, the default model
     python -m benchmarks probes --tasks-dir TASKS --tasks esc50-v2.0.0-full fsd50k-v1.0-full

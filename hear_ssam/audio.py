@@ -118,7 +118,7 @@ def _decode(stream: Stream, name: str | os.PathLike[str], sample_rate: int) -> I
         file.seekable = lambda: False  # or soundfile seeks after each block, and MP3 loses its bit reservoir
         rate = file.samplerate
         if not RATES[0] <= rate <= RATES[1]:
-            raise HearSsamError(f"{name}: its header gives a sample rate of {rate:,} Hz, which is none; correct it.")
+            raise HearSsamError(f"{name}: its header gives an impossible sample rate of {rate:,} Hz; correct it.")
         resampler = soxr.ResampleStream(rate, sample_rate, num_channels=1, dtype="float32", quality="HQ")
         promised, slack = stream.frames, stream.slack
         if not promised and file.frames < 2**62:  # libsndfile's own count, which is not exact in every format

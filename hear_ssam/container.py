@@ -130,12 +130,13 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(file: BinaryIO, form: _Form, position: int, stop: int) -> Iterator[_Chunk]:
+    start = position
     while (content := position + form.name + form.size) <= stop:
         head = _read(file, position, form.name + form.size)
         size = int.from_bytes(head[form.name :], form.order) - (24 if form.align == 8 else 0)
         yield _Chunk(head[:4], content - form.size, content, max(size, 0))
         position = content + max(size, 0)
-        position += -position % form.align
+        position += -(position - start) % form.align
 
 
 def _chunked(file: BinaryIO, start: int, stop: int) -> Stream:
@@ -162,7 +163,7 @@ def _chunked(file: BinaryIO, start: int, stop: int) -> Stream:
     if data.size > there + SLACK and not endless:
         fault = f"is cut off: {there:,} of {data.size:,} bytes of audio are there"
         return Stream(file, start, stop, fault=fault)
-    end, more = (stop, False) if endless else _behind(file, form, magic, data.content + data.size, stop)
+    end, more = (stop, False) if endless else _behind(file, form, magic, data, stop)
     if not endless and not more:
         # libsndfile takes all behind the data of W64 for audio
         return Stream(file, start, min(end, data.content + data.size) if form.align == 8 else end, end=end)
@@ -175,11 +176,12 @@ def _chunked(file: BinaryIO, start: int, stop: int) -> Stream:
     return Stream(file, data.content, stop, bytes(head), remark=remark)
 
 
-def _behind(file: BinaryIO, form: _Form, magic: bytes, position: int, stop: int) -> tuple[int, bool]:
-    """Where the stream ends whose audio ends at `position`, and whether what follows there can only be more audio."""
+def _behind(file: BinaryIO, form: _Form, magic: bytes, data: _Chunk, stop: int) -> tuple[int, bool]:
+    """Where the stream of this audio ends, and whether what follows the audio can only be more of it."""
+    position = data.content + data.size
     if stop - position <= SLACK:
         return stop, False
-    for begin in (position, position + -position % form.align):  # some writers do not align
+    for begin in (position, position + -data.size % form.align):  # some writers do not align
         for chunk in _chunks(file, form, begin, stop):
             if chunk.name == magic:  # another stream
                 return chunk.field - form.name, False

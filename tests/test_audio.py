@@ -167,6 +167,7 @@ def test_an_odd_chunk_may_lack_its_padding() -> None:
     soundfile.write(buffer, np.zeros(47_999), 16_000, format="WAV", subtype="PCM_U8")
     data = buffer.getvalue()[: 44 + 47_999] + 20 * b"LIST\x08\0\0\0INFOabcd"
     assert len(decode(data)) == 47_999
+    assert len(decode(data + data[: 44 + 47_999] + data)) == 3 * 47_999
 
 
 @pytest.mark.parametrize("name", SIZED)
@@ -227,10 +228,11 @@ def test_mp3_without_or_with_a_wrong_count_of_frames() -> None:
         assert abs(len(decode(small + b"".join(frames))) - 48_000) < 1200
 
 
-def test_blocks_of_mp3_equal_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = decode(encoded("mp3"))
+@pytest.mark.parametrize("name", FORMATS)
+def test_blocks_equal_one_read(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    whole = decode(encoded(name))
     monkeypatch.setattr(audio, "BLOCK", 5000)
-    np.testing.assert_array_equal(decode(encoded("mp3")), whole)
+    np.testing.assert_array_equal(decode(encoded(name)), whole)
 
 
 def test_streams_in_one_file_may_differ_in_rate_and_channels() -> None:
