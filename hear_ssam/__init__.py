@@ -24,8 +24,9 @@ Contents, in reading order:
     pretraining.windows     training windows drawn from a store
     pretraining.learner     decoder, heads, objectives around the encoder
     pretraining.loop        steps, processes, saved states, the checkpoint (card: its model card)
+    evaluation.module       any module with the HEAR API: imported, loaded, called
     evaluation.tasks        HEAR's task folders, checked
-    evaluation.embeddings   any HEAR module on a task → a folder of embeddings, as heareval lays it out
+    evaluation.embeddings   such a module on a task → a folder of embeddings, as heareval lays it out
     evaluation.probe        a folder of embeddings → trained heads, as heareval trains them
     evaluation.scores       HEAR's metrics
     evaluation.jobs         heads in parallel processes

@@ -10,7 +10,7 @@ import torch
 
 from hear_ssam import cli
 from hear_ssam.evaluation.check import CHECKS, Checks, _Warning, check_model
-from hear_ssam.evaluation.embeddings import load_hear_model
+from hear_ssam.evaluation.module import load_hear_model
 
 
 def findings(broken=""):

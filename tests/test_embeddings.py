@@ -10,7 +10,8 @@ import soundfile
 import torch
 
 from hear_ssam import HearSsamError
-from hear_ssam.evaluation.embeddings import embed_task, frame_labels, load_hear_model, require_done
+from hear_ssam.evaluation.embeddings import embed_task, frame_labels, require_done
+from hear_ssam.evaluation.module import load_hear_model
 from hear_ssam.evaluation.tasks import read_task
 
 from . import tiny_hear
@@ -118,6 +119,12 @@ def test_other_rates_only_on_request(hear, tmp_path):
     [
         ("nan", r"NaN or infinite values for the clip train-0\.wav of the task tones"),
         ("shape", r"get_scene_embeddings returned embeddings \(6, 39\)"),
+        ("tolist", r"get_scene_embeddings returned a list; .* torch\.Tensor"),
+        ("meta", r"get_scene_embeddings returned a tensor that cannot be read: NotImplementedError"),
+        (
+            "exit",
+            r"get_scene_embeddings failed for the clip train-0\.wav and 5 others .*: SystemExit: 3 \(.*tiny_hear\.py",
+        ),
     ],
 )
 def test_wrong_scene_embeddings(tmp_path, broken, message):
@@ -135,6 +142,88 @@ def test_weights_tell_models_apart(tmp_path):
         f"tests.tiny_hear{name}" for name in ("", "-weights=base", "-weights=large")
     ]
     assert models[3].name == "tests.tiny_hear" and len(models[3].checkpoint_sha256) == 64
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "numpy"])
+@pytest.mark.parametrize("embedding_type", ["scene", "event"])
+def test_modules_may_return_what_real_ones_do(hear, tmp_path, kind, embedding_type):
+    folder = write_task(tmp_path / "task", embedding_type=embedding_type)
+    plain, odd = (
+        np.fromfile(embed_task(model, folder, tmp_path / name) / "test.embeddings.npy", np.float32)
+        for name, model in (("plain", hear), ("odd", load_hear_model("tests.tiny_hear", options={"broken": kind})))
+    )
+    np.testing.assert_allclose(odd, plain, atol=0.05 if kind == "bfloat16" else 0)
+
+
+@pytest.mark.parametrize("embedding_type", ["scene", "event"])
+def test_a_clip_without_frames_is_named(tmp_path, embedding_type):
+    hear = load_hear_model("tests.tiny_hear", options={"broken": "empty"})
+    folder = write_task(tmp_path / "task", embedding_type=embedding_type)
+    message = "no frames for" if embedding_type == "event" else "NaN or infinite values for"
+    with pytest.raises(HearSsamError, match=rf"{message} the clip train-0\.wav"):
+        embed_task(hear, folder, tmp_path / "out")
+
+
+def test_names_tell_options_apart():
+    """Text from numbers, and text that looks like the next option."""
+    options = [{"pool": "mean"}, {"pool": "1"}, {"pool": 1}, {"pool": "None"}, {"pool": None}, {"pool": True}]
+    options += [{"pool": "a-broken=b"}, {"pool": "a", "broken": "b"}, {"pool": "[1]"}, {"pool": [1]}]
+    names = [load_hear_model("tests.tiny_hear", options=chosen).name for chosen in options]
+    assert len(set(names)) == len(names) and names[0] == "tests.tiny_hear-pool=mean"
+
+
+def embedded_by(out):
+    return json.loads((out / "embeddings.json").read_text())
+
+
+def test_another_origin_is_made_again(hear, tmp_path, monkeypatch):
+    """Another model, module file or version, task or rate in the same folder; what is the same is kept."""
+    task = write_task(tmp_path / "tones")
+    out = embed_task(hear, task, tmp_path / "out")
+
+    def made_again(model=hear, **options):
+        (out / "test.embeddings.npy").write_bytes(b"old")
+        embed_task(model, task, out, **options)
+        return (out / "test.embeddings.npy").read_bytes() != b"old"
+
+    assert not made_again()
+    assert made_again(load_hear_model("tests.tiny_hear", options={"bands": 20})) and embedded_by(out)["dim"] == 20
+    assert made_again() and not made_again()
+    monkeypatch.setattr(tiny_hear, "__version__", "2.0", raising=False)
+    assert made_again() and embedded_by(out)["module_version"] == "2.0"
+    monkeypatch.setattr(tiny_hear, "__file__", str(tmp_path / "tones" / "train.json"))
+    assert made_again() and not made_again()
+    (task / "labelvocabulary.csv").write_text("idx,label\n0,low\n1,mid\n2,high\n")
+    assert made_again() and not made_again()
+
+
+def test_resampling_is_part_of_the_origin(hear, tmp_path):
+    task = write_task(tmp_path / "48" / "tones", rate=48000)
+    out = embed_task(hear, task, tmp_path / "out", resample=True)
+    assert embedded_by(out)["audio_hz"] == [48000]
+    with pytest.raises(HearSsamError, match="only 48000 Hz"):
+        embed_task(hear, task, out)
+    shutil.move(write_task(tmp_path / "16" / "tones") / "16000", task)  # native audio arrives
+    embed_task(hear, task, out, resample=True)
+    assert embedded_by(out)["audio_hz"] == [16000]
+    for rate in ("16000", "48000"):  # without audio, what is there serves
+        shutil.rmtree(task / rate)
+    assert embed_task(hear, task, out) == out
+
+
+def test_foreign_folders_are_left_alone(hear, tmp_path):
+    task, other = write_task(tmp_path / "tones"), write_task(tmp_path / "other")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years")
+    for folder in (task, other, tmp_path / "notes"):
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with pytest.raises(HearSsamError, match="holds something else than embeddings; choose another folder"):
+            embed_task(hear, task, folder, again=True)
+        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    out = embed_task(hear, task, tmp_path / "out")
+    (out / "thesis.txt").write_text("years")
+    embed_task(hear, task, out, again=True)
+    assert (out / "thesis.txt").read_text() == "years"
 
 
 def test_timestamps_in_seconds(tmp_path):
@@ -160,6 +249,14 @@ def test_modules_without_the_hear_api(monkeypatch):
         load_hear_model("json")
     with pytest.raises(HearSsamError, match=r"tests.tiny_hear.load_model failed: TypeError: .*'widht'"):
         load_hear_model("tests.tiny_hear", options={"widht": 2})
+    with pytest.raises(
+        HearSsamError, match=r"tests.tiny_hear.load_model failed: SystemExit: no licence \(.*line \d+\)"
+    ):
+        load_hear_model("tests.tiny_hear", options={"broken": "exit at once"})
+    with pytest.raises(HearSsamError, match=r"load_model returned a str, not a torch\.nn\.Module"):
+        load_hear_model("tests.tiny_hear", options={"broken": "no model"})
+    with pytest.raises(HearSsamError, match=r"needs the attribute scene_embedding_size .*not -1"):
+        load_hear_model("tests.tiny_hear", options={"bands": -1})
     monkeypatch.delattr(tiny_hear.Bands, "sample_rate")
     with pytest.raises(HearSsamError, match="needs the attribute sample_rate"):
         load_hear_model("tests.tiny_hear")

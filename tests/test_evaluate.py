@@ -1,5 +1,6 @@
 """The driver end to end: records, resumption, failures, foreign embedding folders."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +16,47 @@ import pytest
 
 from hear_ssam import HearSsamError, cli
 from hear_ssam.evaluation import jobs
-from hear_ssam.evaluation.embeddings import best_folder
+from hear_ssam.evaluation.embeddings import best_folder, embed_task
 from hear_ssam.evaluation.evaluate import run_evaluation
-from hear_ssam.evaluation.records import KEY, STORE, key_of, read
+from hear_ssam.evaluation.module import load_hear_model
+from hear_ssam.evaluation.probe import open_embeddings
+from hear_ssam.evaluation.records import STORE, embeddings_folder, key_of, predictions_file, read
 
+from . import tiny_hear
 from .tiny_tasks import write_task
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = "tests.tiny_hear"
 
 
-def test_one_bad_task_does_not_stop_the_others(tmp_path, capsys):
+class _Serial:
+    """A process pool that runs its jobs here and at once: to start a process takes seconds, a tiny job none."""
+
+    def __init__(self, *_):
+        jobs._opened.cache_clear()  # as in a new process
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_):
+        pass
+
+
+@pytest.fixture
+def serial(monkeypatch):
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", _Serial)
+
+
+def embeddings(results, model=MODULE, task="tones"):
+    return embeddings_folder(results, model, "", task)
+
+
+def test_one_bad_task_does_not_stop_the_others(tmp_path, capsys, serial):
     tasks, results = tmp_path / "tasks", tmp_path / "results"
     write_task(tasks / "tones")
     write_task(tasks / "folds", folds=3)
@@ -48,7 +80,8 @@ def test_one_bad_task_does_not_stop_the_others(tmp_path, capsys):
     assert (first["model"], first["protocol"], first["probe"], first["seed"]) == (MODULE, "heareval", "exact", 42)
     assert (first["clips"], first["threads"], first["embeddings"]["dim"]) == (18, 1, 40)
 
-    with np.load(results / "predictions" / MODULE / "folds" / "heareval-exact-seed42.npz") as stored:
+    folds_record = next(r for r in records if r["task"] == "folds")
+    with np.load(predictions_file(results, folds_record)) as stored:
         assert stored["labels"].tolist() == ["high", "low", "mid"]
         right = stored["fold00/prediction"].argmax(1) == stored["fold00/target"].argmax(1)
     assert right.mean() == pytest.approx(folds[0])
@@ -65,8 +98,8 @@ def test_one_bad_task_does_not_stop_the_others(tmp_path, capsys):
     assert "--existing never" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("probe", ["exact", "bf16"])
-def test_event_tasks(tmp_path, probe):
+@pytest.mark.parametrize(("probe", "good"), [("exact", 0.9), ("bf16", 0.8)])
+def test_event_tasks(tmp_path, serial, probe, good):
     quick = {"task_specific_param_grid": {"hidden_dim": [64], "max_epochs": [60], "lr": [1e-2], "hidden_layers": [1]}}
     write_task(tmp_path / "tasks" / "beeps", embedding_type="event", clips=12, evaluation_params=quick)
     evaluation = run_evaluation(
@@ -74,43 +107,54 @@ def test_event_tasks(tmp_path, probe):
     )
     assert not evaluation.failures
     scores = {r["metric"]: r["score"] for r in evaluation.records}
-    assert scores["event_onset_200ms_fms"] == scores["event_onset_200ms_fms_f_measure"] > 0.9
+    assert scores["event_onset_200ms_fms"] == scores["event_onset_200ms_fms_f_measure"] > good
     assert scores["segment_1s_er"] == scores["segment_1s_er_error_rate"] < 0.2
     assert {r["metric"]: r["maximize"] for r in evaluation.records}["segment_1s_er_error_rate"] is False
 
 
-def test_foreign_embeddings_need_no_module(tmp_path):
+def test_foreign_embeddings_need_no_module(tmp_path, serial):
     """Folders as heareval leaves them: no provenance file; the parent folder names the model."""
     write_task(tmp_path / "tasks" / "tones")
     run_evaluation([MODULE], tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "a", workers=1)
-    folder = shutil.copytree(tmp_path / "a" / "embeddings" / MODULE, tmp_path / "openl3")
+    folder = shutil.copytree(embeddings(tmp_path / "a").parent, tmp_path / "openl3")
     (folder / "tones" / "embeddings.json").unlink()
     evaluation = run_evaluation(embeddings_dir=folder, results_dir=tmp_path / "b", workers=1)
     assert not evaluation.failures
     assert {r["model"] for r in evaluation.records} == {"openl3"}
     assert [r["score"] for r in evaluation.records] == [r["score"] for r in read(tmp_path / "a")]
+    again = run_evaluation(embeddings_dir=folder, results_dir=tmp_path / "b", workers=1)
+    assert again.records == evaluation.records  # nothing ran twice
+    other = shutil.copytree(folder, tmp_path / "elsewhere" / "openl3")  # the same name is not the same embeddings
+    moved = run_evaluation(embeddings_dir=other, results_dir=tmp_path / "b", workers=1)
+    assert {r["embeddings"]["folder"] for r in moved.records} == {str(other / "tones")}
     (folder / "tones" / ".done.embeddings").unlink()
     evaluation = run_evaluation(embeddings_dir=folder, results_dir=tmp_path / "c", workers=1)
     assert "not a finished embedding folder" in evaluation.failures["openl3, tones"]
 
 
-def test_several_models_at_once(tmp_path):
-    """One that fails does not stop the others; each may have options of its own."""
+def test_several_models_at_once(tmp_path, serial):
+    """One that fails does not stop the others; each may have options of its own; the same one runs once."""
     write_task(tmp_path / "tasks" / "tones")
-    modules = [MODULE, MODULE + ':{"bands": 20}', MODULE + ':{"broken": "nan"}']
+    broken = [f"{MODULE}:{json.dumps({'broken': fault})}" for fault in ("nan", "exit", "exit at once")]
+    modules = [MODULE, *broken, MODULE + ':{"bands": 20}', MODULE + ":{}", "no_such_module"]
     tried = {"tasks_dir": tmp_path / "tasks", "results_dir": tmp_path / "results", "workers": 1}
     evaluation = run_evaluation(modules, **tried)
     assert {(r["model"], r["embeddings"]["dim"]) for r in evaluation.records} == {
         (MODULE, 40), (MODULE + "-bands=20", 20)
     }  # fmt: skip
-    assert list(evaluation.failures) == [MODULE + "-broken=nan, tones"]
+    assert len(evaluation.records) == 2 * len({r["metric"] for r in evaluation.records})
+    assert len((tmp_path / "results" / STORE).read_text().splitlines()) == len(evaluation.records)
+    names = [broken[2], "no_such_module", MODULE + "-broken=nan, tones", MODULE + "-broken=exit, tones"]
+    assert list(evaluation.failures) == names
+    for name, words in zip(names, ("no licence", "cannot import", "NaN", "SystemExit: 3"), strict=True):
+        assert words in evaluation.failures[name]
     with pytest.raises(HearSsamError, match="must be a JSON object"):
         run_evaluation([MODULE + ":bands=20"], **tried)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
 @pytest.mark.parametrize("stop", ["SIGKILL", "SIGTERM"])  # which the command takes as it takes Ctrl-C
-def test_a_killed_run_loses_no_finished_job(tmp_path, stop):
+def test_a_killed_run_loses_no_finished_job(tmp_path, stop, serial):
     write_task(tmp_path / "tasks" / "tones")
     store = tmp_path / "results" / STORE
     command = [sys.executable, "-m", "hear_ssam", "evaluate", MODULE, "--tasks-dir", str(tmp_path / "tasks")]
@@ -145,14 +189,17 @@ class _Killer:
         return "killer"
 
 
+def job(folder, results, seed, model="m"):
+    identity = {"model": model, "checkpoint_sha256": "", "task": "task", "version": "1"}
+    return jobs.Job(folder, {**identity, "protocol": "heareval", "probe": "exact", "seed": seed}, results, None)
+
+
 def test_a_killed_worker_takes_only_its_job_along(tmp_path, monkeypatch):
     """What ran beside it runs again, alone; what had not begun still runs side by side; one line says what failed."""
     write_task(tmp_path / "tasks" / "tones")
-    evaluation = run_evaluation([MODULE], tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "a", workers=1)
-    (folder,) = (tmp_path / "a" / "embeddings" / MODULE).iterdir()
-    identity = {name: evaluation.records[0][name] for name in KEY[:7]}
-    make = [jobs.Job(folder, {**identity, "seed": seed}, tmp_path / "b", None) for seed in range(6)]
-    make.insert(2, jobs.Job(folder, {**identity, "model": _Killer(), "seed": 0}, tmp_path / "b", None))
+    folder = embed_task(load_hear_model(MODULE), tmp_path / "tasks" / "tones", tmp_path / "a")
+    make = [job(folder, tmp_path / "b", seed) for seed in range(4)]
+    make.insert(1, job(folder, tmp_path / "b", 0, model=_Killer()))
     pools, failures, run_pool = [], {}, jobs._run_pool
 
     def watched(waiting, store, workers, *others):
@@ -161,19 +208,45 @@ def test_a_killed_worker_takes_only_its_job_along(tmp_path, monkeypatch):
 
     monkeypatch.setattr(jobs, "_run_pool", watched)
     jobs.run_jobs(make, tmp_path / "b" / STORE, 2, failures)
-    assert list(failures) == ["killer, tones, seed 0"] and "out of memory?" in failures["killer, tones, seed 0"]
-    assert {r["seed"] for r in read(tmp_path / "b")} == set(range(6))
-    assert pools[0] == (7, 2) and pools[-1][1] == 2 and len([1 for _, workers in pools if workers == 1]) <= 2
+    assert list(failures) == ["killer, task, seed 0"] and "out of memory?" in failures["killer, task, seed 0"]
+    assert {r["seed"] for r in read(tmp_path / "b")} == set(range(4))
+    assert pools[0] == (5, 2) and pools[-1][1] == 2 and len([1 for _, workers in pools if workers == 1]) <= 2
 
 
-def test_a_broken_archive_does_not_stop_the_others(tmp_path):
+def _dies(leash):
+    os._exit(3)
+
+
+def test_workers_that_never_start_are_not_blamed_on_memory(tmp_path, monkeypatch):
+    """As in a script without the main guard."""
+    folder = embed_task(load_hear_model(MODULE), write_task(tmp_path / "tones"), tmp_path / "a")
+    monkeypatch.setattr(jobs, "_start_worker", _dies)
+    with pytest.raises(HearSsamError, match=r"workers of the probe do not start: .*__main__"):
+        jobs.run_jobs([job(folder, tmp_path, 0)], tmp_path / STORE, 2, {})
+
+
+def test_the_longest_job_runs_first(tmp_path, serial):
+    """By the rows to train on: those of the split train, or for k folds about all, for every fold."""
+    (tmp_path / "tasks").mkdir()
+    hear = load_hear_model(MODULE)
+    sizes = {"few": {"clips": 3}, "many": {"clips": 12}, "folds": {"clips": 3, "folds": 3}, "some": {"clips": 6}}
+    made = {
+        name: embed_task(hear, write_task(tmp_path / "tasks" / name, **size), tmp_path / name)
+        for name, size in sizes.items()
+    }
+    make = [job(folder, tmp_path / "results", 0, model=name) for name, folder in made.items()]
+    jobs.run_jobs(make, tmp_path / STORE, 1, {})
+    assert list(dict.fromkeys(r["model"] for r in read(tmp_path))) == ["folds", "many", "some", "few"]
+
+
+def test_a_broken_archive_does_not_stop_the_others(tmp_path, serial):
     write_task(tmp_path / "tasks" / "tones")
     (tmp_path / "tasks" / "half.tar.gz").write_bytes(b"no archive")
     evaluation = run_evaluation([MODULE], tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "results", workers=1)
     assert {r["task"] for r in evaluation.records} == {"tones"} and list(evaluation.failures) == ["half.tar.gz"]
 
 
-def test_of_two_rates_a_model_gets_its_own(tmp_path):
+def test_of_two_rates_a_model_gets_its_own(tmp_path, serial):
     (tmp_path / "tasks").mkdir()
     for rate in (48000, 16000):  # the other order on disk
         folder = write_task(tmp_path / str(rate) / "tones", rate=rate)
@@ -186,16 +259,99 @@ def test_of_two_rates_a_model_gets_its_own(tmp_path):
     assert {rate: folders.index(best_folder(folders, rate)) for rate in wanted} == wanted
 
 
-def test_always_makes_embeddings_again_too(tmp_path):
+def test_always_makes_embeddings_again_too(tmp_path, serial):
     write_task(tmp_path / "tasks" / "tones")
     run = {"tasks_dir": tmp_path / "tasks", "results_dir": tmp_path / "results", "workers": 1}
     run_evaluation([MODULE], **run)
-    made = tmp_path / "results" / "embeddings" / MODULE / "tones" / "test.embeddings.npy"
+    made = embeddings(tmp_path / "results") / "test.embeddings.npy"
     made.write_bytes(bytes(made.stat().st_size))
     run_evaluation([MODULE], **run, seeds=2)
     assert not any(made.read_bytes())
     run_evaluation([MODULE], **run, existing="always")
     assert any(made.read_bytes())
+
+
+def test_options_that_look_alike_in_a_path_have_embeddings_of_their_own(tmp_path, serial):
+    write_task(tmp_path / "tasks" / "tones")
+    modules = [MODULE + ":" + json.dumps({"pool": pool}) for pool in ("mean+max", "mean/max", "mean-max")]
+    alone = []
+    for number, module in enumerate(modules):
+        run_evaluation([module], tasks_dir=tmp_path / "tasks", results_dir=tmp_path / str(number), workers=1)
+        (made,) = (tmp_path / str(number) / "embeddings").glob("*/tones/test.embeddings.npy")
+        alone.append(made.read_bytes())
+    evaluation = run_evaluation(modules, tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "all", workers=1)
+    folders = {r["model"]: Path(r["embeddings"]["folder"]) for r in evaluation.records}
+    assert [(folder / "test.embeddings.npy").read_bytes() for folder in folders.values()] == alone
+    assert len({predictions_file(tmp_path, r) for r in evaluation.records}) == 3
+
+
+def test_results_of_another_origin_are_not_used_again(tmp_path, serial, monkeypatch):
+    """The same name means nothing: not for a module of another version or file, an edited task, resampled audio."""
+    task = write_task(tmp_path / "tasks" / "tones", rate=48000)
+    run = {"tasks_dir": tmp_path / "tasks", "results_dir": tmp_path / "results", "workers": 1, "resample": True}
+
+    def ran():
+        store = tmp_path / "results" / STORE
+        before = len(store.read_text().splitlines()) if store.exists() else 0
+        evaluation = run_evaluation([MODULE], **run)
+        assert not evaluation.failures
+        return len(store.read_text().splitlines()) > before, evaluation.records[0]
+
+    assert ran()[1]["embeddings"]["audio_hz"] == [48000]
+    assert not ran()[0]
+    shutil.move(write_task(tmp_path / "native" / "tones") / "16000", task)
+    new, record = ran()
+    assert new and record["embeddings"]["audio_hz"] == [16000] and not ran()[0]
+    clips = json.loads((task / "train.json").read_text())
+    clips.popitem()
+    (task / "train.json").write_text(json.dumps(clips))
+    new, record = ran()
+    assert new and record["clips"] == 17 and not ran()[0]
+    monkeypatch.setattr(tiny_hear, "__version__", "2.0", raising=False)
+    new, record = ran()
+    assert new and record["embeddings"]["module_version"] == "2.0" and not ran()[0]
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "judged.py").write_text(f"from tests.tiny_hear import *  # in {place}\n")
+    digests = []
+    for place in ("a", "b"):
+        monkeypatch.syspath_prepend(tmp_path / place)
+        monkeypatch.delitem(sys.modules, "judged", raising=False)
+        digests += [r["embeddings"]["module_sha256"] for r in run_evaluation(["judged"], **run).records]
+    assert len(set(digests)) == 2
+
+
+def test_seeds_of_a_task_read_it_once(tmp_path, serial, monkeypatch):
+    read_folders = []
+    monkeypatch.setattr(
+        "hear_ssam.evaluation.probe.open_embeddings",
+        lambda folder: read_folders.append(folder) or open_embeddings(folder),
+    )
+    write_task(tmp_path / "tasks" / "tones")
+    evaluation = run_evaluation(
+        [MODULE], tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "results", workers=1, seeds=3
+    )
+    assert {r["seed"] for r in evaluation.records} == {42, 43, 44} and len(read_folders) == 1
+
+
+def test_wrong_scores_are_found_before_any_embedding(tmp_path, serial):
+    write_task(tmp_path / "tasks" / "tones")
+    write_task(tmp_path / "tasks" / "odd", evaluation=["top1_acc", "top2_acc"])
+    evaluation = run_evaluation([MODULE], tasks_dir=tmp_path / "tasks", results_dir=tmp_path / "results", workers=1)
+    assert "unknown score 'top2_acc'" in evaluation.failures[MODULE + ", odd"]
+    assert not embeddings(tmp_path / "results", task="odd").exists() and evaluation.records
+
+
+def test_without_what_windows_lacks(tmp_path, serial, monkeypatch):
+    for name in ("pread", "sched_getaffinity"):
+        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setattr("ctypes.CDLL", None)
+    write_task(tmp_path / "tasks" / "tones")
+    run = {"tasks_dir": tmp_path / "tasks", "results_dir": tmp_path / "results", "workers": 1}
+    assert run_evaluation([MODULE], **run).records
+    jobs.keep_freed_memory()
+    assert {r["seed"] for r in run_evaluation([MODULE], **run, seeds=2).records} == {42, 43}
 
 
 def test_two_drivers_on_one_folder(tmp_path):
@@ -215,6 +371,7 @@ def test_two_drivers_on_one_folder(tmp_path):
         (["--tasks-dir", "nowhere", "--seeds", "0"], "--seeds must be at least 1"),
         (["--tasks-dir", "nowhere", "--workers", "-1"], "--workers must be at least 1"),
         (["--tasks-dir", "nowhere", "--model-options", "[1]"], "must be a JSON object"),
+        (["--embeddings-dir", "nowhere"], "MODULE: of no use with --embeddings-dir"),
     ],
 )
 def test_wrong_arguments(tmp_path, capsys, arguments, message):
@@ -227,3 +384,12 @@ def test_wrong_arguments(tmp_path, capsys, arguments, message):
 def test_help_is_light():
     code = "import sys, hear_ssam.evaluation.evaluate, hear_ssam.evaluation.report; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"modules": ["m"]}, {"model": "w.pt"}, {"model_options": {"bands": 2}}, {"resample": True}]
+)
+def test_arguments_that_contradict_each_other_are_refused(tmp_path, asked):
+    with pytest.raises(HearSsamError, match=r"^(MODULE|--model|--model-options|--resample): of no use with"):
+        run_evaluation(**asked, embeddings_dir=tmp_path, results_dir=tmp_path / "results")
+    assert not (tmp_path / "results").exists()

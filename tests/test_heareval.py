@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from hear_ssam.evaluation.embeddings import embed_task, load_hear_model
+from hear_ssam.evaluation.embeddings import embed_task
+from hear_ssam.evaluation.module import load_hear_model
 from hear_ssam.evaluation.probe import run_probe
 from hear_ssam.evaluation.tasks import read_task
 

@@ -251,6 +251,31 @@ def test_multilabel_head_reaches_heareval(golden, tmp_path, one_thread):
     assert trained.validation_score == pytest.approx(expected["test"]["validation_score"], abs=0.02)
 
 
+def test_a_single_row_to_train_on_is_refused(tmp_path):
+    folder = write_embeddings(tmp_path / "toy", ["train", "valid", "test"], rows=1)
+    with pytest.raises(HearSsamError, match="toy: train has a single row to train on"):
+        run_probe(folder, "ssam", 0)
+
+
+def test_torchs_settings_change_nothing(tmp_path):
+    """Neither default dtype, threads, deterministic mode nor what the caller does with gradients; all stay as set."""
+    folder = write_embeddings(tmp_path / "toy", ["train", "valid", "test"], rows=500, dim=200)
+    threads, expected = torch.get_num_threads(), run_probe(folder, "ssam", 0)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(3)
+        torch.use_deterministic_algorithms(True)
+        with torch.inference_mode(), torch.autocast("cpu"):
+            found = run_probe(folder, "ssam", 0)
+        assert torch.get_default_dtype() == torch.float64 and torch.get_num_threads() == 3
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+    assert found.histories == expected.histories
+    np.testing.assert_array_equal(found.folds[0].prediction, expected.folds[0].prediction)
+
+
 # ---- products in bfloat16
 
 

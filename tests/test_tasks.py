@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from hear_ssam import HearSsamError
-from hear_ssam.evaluation.embeddings import embed_task, load_hear_model
+from hear_ssam.evaluation.embeddings import embed_task
 from hear_ssam.evaluation.evaluate import run_evaluation
+from hear_ssam.evaluation.module import load_hear_model
 from hear_ssam.evaluation.scores import SCORES
 from hear_ssam.evaluation.tasks import find_archives, find_tasks, known_tasks, read_task, require_audio, unpack
 

@@ -22,7 +22,7 @@ from ..errors import HearSsamError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .embeddings import HearModel
+    from .module import JudgedModule
 
 SAMPLE_RATES = (16000, 22050, 32000, 44100, 48000)
 LONG_SECONDS = 600.0
@@ -52,7 +52,7 @@ class _Warning(Exception):
 class Checks:
     """The checks of one loaded model, in order; each method returns what it found or raises."""
 
-    def __init__(self, hear: HearModel, long_seconds: float) -> None:
+    def __init__(self, hear: JudgedModule, long_seconds: float) -> None:
         import torch
 
         self.hear, self.long_seconds, self.torch = hear, long_seconds, torch
@@ -236,7 +236,7 @@ CHECKS: tuple[tuple[str, Callable[[Checks], str], bool, str], ...] = (
 )
 
 
-def check_model(hear: HearModel, long_seconds: float = LONG_SECONDS) -> Iterator[Finding]:
+def check_model(hear: JudgedModule, long_seconds: float = LONG_SECONDS) -> Iterator[Finding]:
     """Run every check; what the module raises is a finding, not the end."""
     checks = Checks(hear, long_seconds)
     for name, check, validator, why in CHECKS:
@@ -279,7 +279,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    from .embeddings import load_hear_model, parse_options
+    from .module import load_hear_model, parse_options
 
     sys.path.append(os.getcwd())  # a module in the current folder can be judged too
     hear = load_hear_model(args.module, args.model, parse_options(args.model_options))

@@ -1,7 +1,6 @@
 """Stage one: a HEAR module's embeddings of a task, in heareval's own folder layout.
 
-An encoder is seen through the HEAR API alone: `load_model`, `get_scene_embeddings`, `get_timestamp_embeddings` and
-the attributes `sample_rate`, `scene_embedding_size`, `timestamp_embedding_size`. A finished folder holds
+A finished folder holds
 
     task_metadata.json, labelvocabulary.csv, <split>.json   copied from the task
     <split>.embeddings.npy                 raw float32, row after row, without an .npy header
@@ -9,24 +8,21 @@ the attributes `sample_rate`, `scene_embedding_size`, `timestamp_embedding_size`
     <split>.target-labels.pkl              list with a list of labels per row
     <split>.filename-timestamps.json       [file, ms] per row (event tasks)
     profile.embeddings.json, .done.embeddings
-    embeddings.json                        our addition: model, checkpoint, device, number of clips
+    embeddings.json                        our addition, written first: what they come from; last, how they were made
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import hashlib
 import json
 import math
 import pickle
 import shutil
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -38,119 +34,43 @@ from ..audio import read_audio
 from ..errors import HearSsamError
 from ..machine import work_ahead
 from ..paths import atomic_write, sha256
+from .module import JudgedModule
 from .tasks import DONE, METADATA, VOCABULARY, Task, known_tasks, read_task, require_audio
 
 PROVENANCE = "embeddings.json"
-_FUNCTIONS = ("load_model", "get_scene_embeddings", "get_timestamp_embeddings")
-_ATTRIBUTES = ("sample_rate", "scene_embedding_size", "timestamp_embedding_size")
-
-
-@dataclass(frozen=True)
-class HearModel:
-    """A loaded model of any module with the HEAR API."""
-
-    module: ModuleType
-    model: torch.nn.Module
-    name: str  # names a model in records: the module (or the model's own name) and its options
-    checkpoint_sha256: str
-    device: torch.device
-
-    @property
-    def sample_rate(self) -> int:
-        return self.model.sample_rate  # type: ignore[return-value]
-
-
-def parse_options(text: str) -> dict[str, Any]:
-    """Options of `load_model` from a JSON object."""
-    try:
-        options = json.loads(text)
-    except ValueError as error:
-        raise HearSsamError(f"model options must be a JSON object, not {text!r}: {error}.") from error
-    if not isinstance(options, dict):
-        raise HearSsamError(f"model options must be a JSON object, not {text!r}.")
-    return options
-
-
-def load_hear_model(module: str, model: str = "", options: Mapping[str, Any] | None = None) -> HearModel:
-    """Import `module`, call its `load_model([model], **options)`, move the model to the GPU if there is one.
-
-    `module` may carry options of its own: 'hear_ssam:{"model": "logmel"}'.
-    Raises HearSsamError for a module that cannot be imported or lacks a part of the HEAR API.
-    """
-    module, _, own_options = module.partition(":")
-    options = {**(options or {}), **parse_options(own_options or "{}")}
-    with _blamed(f"cannot import the HEAR module {module!r}"):
-        imported = importlib.import_module(module)
-    for name in _FUNCTIONS:
-        if not callable(getattr(imported, name, None)):
-            raise HearSsamError(f"the module {module} has no function {name}; the HEAR API needs it.")
-    with _blamed(f"{module}.load_model failed"):
-        loaded = imported.load_model(*([model] if model else []), **options)
-    if not isinstance(loaded, torch.nn.Module):
-        raise HearSsamError(f"{module}.load_model returned a {type(loaded).__name__}, not a torch.nn.Module.")
-    for name in _ATTRIBUTES:
-        if not isinstance(getattr(loaded, name, None), int):
-            raise HearSsamError(f"the model of {module} needs the attribute {name} (an int); the HEAR API asks for it.")
-    own_name = getattr(loaded, "name", None)
-    if isinstance(own_name, str):
-        options.pop("model", None)  # said by the name already
-    else:
-        own_name = imported.__name__
-    digest = getattr(loaded, "checkpoint_sha256", None)
-    if digest is None:
-        digest = sha256(model) if model and Path(model).is_file() else ""
-        if model and not digest:  # a folder, or a name that the module knows
-            options["weights"] = model
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = "-".join([own_name, *(f"{key}={value}" for key, value in sorted(options.items()))])
-    return HearModel(imported, loaded.to(device), name, digest, device)
-
-
-@contextlib.contextmanager
-def _blamed(what: str) -> Iterator[None]:
-    """Whatever a foreign module raises becomes a HearSsamError that says where it was raised."""
-    try:
-        yield
-    except HearSsamError:
-        raise
-    except Exception as error:
-        ours = (__file__, importlib.__file__)
-        frames = [
-            f for f in traceback.extract_tb(error.__traceback__) if f.filename[0] != "<" and f.filename not in ours
-        ]
-        where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-        raise HearSsamError(f"{what}: {type(error).__name__}: {error}{where}.") from error
 
 
 def embed_task(
-    hear: HearModel, task: Task | Path, out_dir: Path, *, resample: bool = False, again: bool = False
+    hear: JudgedModule, task: Task | Path, out_dir: Path, *, resample: bool = False, again: bool = False
 ) -> Path:
     """Embed every clip of a task (or of the task in a folder) into `out_dir` and return it.
 
-    A finished folder of the same task is kept as it is, unless `again` is set; a half-done one is deleted and made
-    again. Audio must have the model's rate unless `resample` is set.
+    A finished folder of the same origin (model, module, task, rate of the audio) is kept as it is, unless `again` is
+    set; another one is made again. Audio must have the model's rate unless `resample` is set.
     Raises HearSsamError that names the file or clip: missing or damaged audio, wrong rate, an embedding that is not
-    finite or not of the promised shape.
+    finite or not of the promised shape; and for an `out_dir` that holds something else, which stays as it is.
     """
     task = task if isinstance(task, Task) else read_task(task)
-    if not again and is_current(task, out_dir):
+    made_by: dict[str, Any] = origin(hear, task, out_dir, resample)
+    if not again and is_current(out_dir, made_by):
         return out_dir
     for split in task.splits:
         require_audio(audio_folder(task, split, hear.sample_rate, resample), task.clips(split))
-    if out_dir.exists():
-        shutil.rmtree(out_dir)
+    held = {path.name for path in out_dir.iterdir()} if out_dir.exists() else set()
+    if held and not held & {PROVENANCE, DONE}:
+        raise HearSsamError(f"{out_dir}: holds something else than embeddings; choose another folder or empty it.")
+    for stale in (out_dir / DONE, *out_dir.glob(".*.embeddings.npy.*")):  # the latter: of a process that was killed
+        stale.unlink(missing_ok=True)
     started = time.time()
-    for name in (METADATA, VOCABULARY, *(f"{split}.json" for split in task.splits)):
+    _write_json(out_dir / PROVENANCE, made_by)
+    for name in _described_by(task):
         with atomic_write(out_dir / name) as path:
             shutil.copyfile(task.folder / name, path)
     count, dim = 0, 0
     for split, order in task.shuffled_clips():
         dim = _embed_split(hear, task, split, order, out_dir, resample)
         count += len(order)
-    made_by = {
-        "model": hear.name,
-        "module": hear.module.__name__,
-        "checkpoint_sha256": hear.checkpoint_sha256,
+    made_by |= {
         "clips": count,
         "dim": dim,
         "device": hear.device.type,
@@ -159,22 +79,60 @@ def embed_task(
         "seconds": round(time.time() - started, 3),
     }
     profile = {"time_elapsed": time.time() - started, "gpu_max_mem": None, "gpu_device_name": hear.device.type}
-    for name, text in (
-        (PROVENANCE, json.dumps(made_by, indent=1)),
-        ("profile.embeddings.json", json.dumps(profile, indent=4)),
-        (DONE, ""),
-    ):
-        with atomic_write(out_dir / name) as path:
-            path.write_text(text)
+    _write_json(out_dir / PROVENANCE, made_by)
+    _write_json(out_dir / "profile.embeddings.json", profile)
+    with atomic_write(out_dir / DONE) as path:
+        path.touch()
     return out_dir
 
 
-def is_current(task: Task, out_dir: Path) -> bool:
-    """Whether `out_dir` is finished and was made from this very task (metadata, vocabulary and labels are equal)."""
-    if not (out_dir / DONE).exists():
-        return False
-    names = (METADATA, VOCABULARY, *(f"{split}.json" for split in task.splits))
-    return all((out_dir / n).is_file() and (out_dir / n).read_bytes() == (task.folder / n).read_bytes() for n in names)
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
+
+
+def _described_by(task: Task) -> list[str]:
+    """The files of a task that say what it is."""
+    return [METADATA, VOCABULARY, *(f"{split}.json" for split in task.splits)]
+
+
+def task_digest(task: Task) -> str:
+    """SHA-256 over those of the files that describe a task."""
+    return hashlib.sha256("".join(sha256(task.folder / name) for name in _described_by(task)).encode()).hexdigest()
+
+
+def origin(hear: JudgedModule, task: Task, out_dir: Path, resample: bool) -> dict[str, Any]:
+    """What the embeddings of a task by a model come from. Results are used again only where all of it is the same.
+
+    Raises HearSsamError where the task lacks audio that the model takes; without any audio, embeddings that `out_dir`
+    holds already serve, so the rate is theirs.
+    """
+    if _rates(task.folder):
+        folders = [audio_folder(task, split, hear.sample_rate, resample) for split in task.splits]
+        rates = sorted({int(folder.parent.name) for folder in folders})
+    else:
+        rates = provenance(out_dir).get("audio_hz", [])
+    return {
+        "model": hear.name,
+        "checkpoint_sha256": hear.checkpoint_sha256,
+        **hear.source,
+        "task_sha256": task_digest(task),
+        "audio_hz": rates,
+    }
+
+
+def given_origin(task: Task) -> dict[str, Any]:
+    """`origin` of a folder of embeddings, where heareval may have made it and noted nothing."""
+    noted = provenance(task.folder)
+    names = ("model", "checkpoint_sha256", "module", "module_version", "module_sha256", "audio_hz")
+    given = {name: noted.get(name) for name in names} if noted else {"folder": str(task.folder.resolve())}
+    return {**given, "task_sha256": task_digest(task)}
+
+
+def is_current(out_dir: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether `out_dir` is finished and comes from what is wanted (see `origin`)."""
+    noted = provenance(out_dir)
+    return (out_dir / DONE).exists() and all(noted.get(name) == value for name, value in wanted.items())
 
 
 def require_done(folder: Path) -> None:
@@ -186,7 +144,11 @@ def require_done(folder: Path) -> None:
 def provenance(folder: Path) -> dict[str, Any]:
     """What `embed_task` noted about an embedding folder; empty for one that heareval made."""
     path = folder / PROVENANCE
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        noted = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise HearSsamError(f"{path}: cannot be read ({error}); make the embeddings again.") from error
+    return noted if isinstance(noted, dict) else {}
 
 
 def audio_folder(task: Task, split: str, sample_rate: int, resample: bool) -> Path:
@@ -222,7 +184,9 @@ def _where_to_get(task: Task) -> str:
     return f"; {card.source}" if card else ""
 
 
-def _embed_split(hear: HearModel, task: Task, split: str, order: Sequence[str], out_dir: Path, resample: bool) -> int:
+def _embed_split(
+    hear: JudgedModule, task: Task, split: str, order: Sequence[str], out_dir: Path, resample: bool
+) -> int:
     """Embed one split, write its files, return the embedding size. Batches follow the JSON, rows the shuffled order."""
     clips = task.clips(split)
     folder = audio_folder(task, split, hear.sample_rate, resample)
@@ -264,7 +228,7 @@ def _embed_split(hear: HearModel, task: Task, split: str, order: Sequence[str], 
     return dim
 
 
-def batch_size(task: Task, hear: HearModel) -> int:
+def batch_size(task: Task, hear: JudgedModule) -> int:
     """heareval's batch size: 84 s of 16 kHz audio, one clip where the task does not state a common duration."""
     duration = task.metadata.get("sample_duration")
     return max(1, int(0.7 * (120 / duration) * (16000 / hear.sample_rate))) if duration else 1
@@ -294,35 +258,29 @@ def _read_batches(
     yield [n for n, _ in batch], np.stack([a for _, a in batch])
 
 
-def _embed_batch(hear: HearModel, task: Task, names: list[str], audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _embed_batch(hear: JudgedModule, task: Task, names: list[str], audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Call the HEAR functions and check what they return: float32 (clips, rows, dim) and timestamps in ms."""
-    tensor = torch.from_numpy(audio).to(hear.device)
     kind = "timestamp" if task.event else "scene"
-    function = f"{hear.module.__name__}.get_{kind}_embeddings"
-    with torch.no_grad():
-        returned = getattr(hear.module, f"get_{kind}_embeddings")(tensor, hear.model)
-    times = np.zeros((len(names), 1), np.float32)
-    if task.event:
-        if not isinstance(returned, tuple) or len(returned) != 2:
-            raise HearSsamError(f"{function} must return a pair, embeddings and timestamps.")
-        returned, stamps = returned
-        times = stamps.detach().cpu().numpy()
-    embedded = returned.detach().cpu().numpy()
-    size = getattr(hear.model, f"{kind}_embedding_size")
-    expected = (len(names), times.shape[-1], size) if task.event else (len(names), size)
-    if embedded.shape != expected or times.shape[0] != len(names):
+    function, size = f"{hear.module.__name__}.get_{kind}_embeddings", hear.size(kind)
+    others = f" and {len(names) - 1} others" if names[1:] else ""
+    clips = f"the clip {names[0]}{others} of the task {task.name}"
+    embedded, times = hear.embed(kind, audio, clips)
+    expected = (len(names), *times.shape[-1:], size) if task.event else (len(names), size)
+    if embedded.shape != expected or (task.event and times.shape != expected[:2]):
         raise HearSsamError(
             f"{function} returned embeddings {embedded.shape}"
             + (f" and timestamps {times.shape}" if task.event else "")
-            + f" for {len(names)} clips; expected {expected} with {kind}_embedding_size={size}."
+            + f" for {clips}; expected {expected} with {kind}_embedding_size={size}."
         )
+    if not embedded.size:
+        raise HearSsamError(f"{function} returned no frames for {clips}; it must pad short clips.")
     if task.event:
         _check_timestamps(times, audio.shape[1] / hear.sample_rate, function)
     finite = np.isfinite(embedded).reshape(len(names), -1).all(1)
     if not finite.all():
         bad = names[int(finite.argmin())]
         raise HearSsamError(f"{function} returned NaN or infinite values for the clip {bad} of the task {task.name}.")
-    return embedded.astype(np.float32, copy=False).reshape(len(names), -1, size), times
+    return embedded.reshape(len(names), -1, size), times
 
 
 def _check_timestamps(times: np.ndarray, seconds: float, function: str) -> None:

@@ -14,8 +14,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..errors import HearSsamError, unknown_name
@@ -26,10 +27,12 @@ from .tables import Options, terminal
 from .tasks import Task, find_archives, find_tasks, known_tasks, read_task, unpack
 
 if TYPE_CHECKING:
-    from .embeddings import HearModel
+    from .module import JudgedModule
 
-PROBES = ("exact", "bf16")
-EXISTING = ("only-missing", "always", "never")
+Probe = Literal["exact", "bf16"]
+PROBES: tuple[Probe, ...] = get_args(Probe)
+Existing = Literal["only-missing", "always", "never"]
+EXISTING: tuple[Existing, ...] = get_args(Existing)
 EXAMPLES = """examples:
   hear-ssam evaluate --tasks-dir tasks --results-dir results
   hear-ssam evaluate --tasks-dir tasks --results-dir results --tasks esc50-v2.0.0-full --protocol ssam
@@ -49,6 +52,7 @@ class Source:
     model: str
     checkpoint_sha256: str
     folder: Path  # in heareval's layout
+    origin: dict[str, Any]  # what its results must come from to be used again
     make: Callable[[], object]  # makes the folder, or raises where it is not finished
 
     @property
@@ -70,6 +74,11 @@ class Source:
         """Key of the record that says that a job is done."""
         return key_of({**self.identity(protocol, probe), "seed": seed, "fold": None, "metric": self.task.scores[0]})
 
+    def made(self, record: Record | None) -> bool:
+        """Whether a record comes from these very embeddings."""
+        noted = record.get("embeddings", {}) if record else {}
+        return all(name in noted and noted[name] == value for name, value in self.origin.items())
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -80,7 +89,7 @@ class Evaluation:
 
 
 def run_evaluation(
-    modules: Sequence[str] = ("hear_ssam",),
+    modules: Sequence[str] = (),
     model: str = "",
     model_options: Mapping[str, Any] | None = None,
     *,
@@ -89,23 +98,22 @@ def run_evaluation(
     embeddings_dir: Path | None = None,
     tasks: Sequence[str] = (),
     protocol: str = "heareval",
-    probe: str = "exact",
+    probe: Probe = "exact",
     seeds: int | None = None,
-    existing: str = "only-missing",
+    existing: Existing = "only-missing",
     workers: int | None = None,
     resample: bool = False,
 ) -> Evaluation:
-    """Judge HEAR modules on the tasks in `tasks_dir`, or finished embeddings in `embeddings_dir`.
+    """Judge HEAR modules (default: hear_ssam) on the tasks in `tasks_dir`, or finished embeddings in `embeddings_dir`.
 
     `model` and `model_options` are arguments of every module's `load_model`; a module may carry options of its own,
     as in 'hear_ssam:{"model": "logmel"}'. All are loaded before the work begins, so that a wrong name costs no hours.
     `probe` is exact (heareval's numbers) or bf16 (statistically the same, with products in bfloat16). `seeds` counts
     probe seeds (default: the protocol's own). `existing` says what happens to results that are already in
     `results_dir`: only-missing runs the rest, always runs everything again, never treats them as an error.
-    A task that fails is named in `failures` and does not stop the others. Jobs run in spawned processes: a script that
-    calls this needs the usual `if __name__ == "__main__"`.
+    A task or module that fails is named in `failures` and does not stop the others. Jobs run in spawned processes: a
+    script that calls this needs the usual `if __name__ == "__main__"`.
     """
-    from .embeddings import load_hear_model
     from .probe import named_protocol
 
     if existing not in EXISTING:
@@ -114,6 +122,10 @@ def run_evaluation(
         raise unknown_name("probe", probe, PROBES)
     if (tasks_dir is None) == (embeddings_dir is None):
         raise HearSsamError("say either where the tasks are (--tasks-dir) or the embeddings (--embeddings-dir).")
+    asked = {"MODULE": modules, "--model": model, "--model-options": model_options, "--resample": resample}
+    if embeddings_dir and any(asked.values()):
+        idle = ", ".join(name for name, value in asked.items() if value)
+        raise HearSsamError(f"{idle}: of no use with --embeddings-dir, which loads no model; leave one of them out.")
     plan = named_protocol(protocol)
     count = plan.seeds if seeds is None else seeds
     workers = usable_cpus() if workers is None else workers
@@ -133,11 +145,13 @@ def run_evaluation(
                 with noted(archive.name, failures):
                     unpacked.append(unpack(archive, results_dir / "tasks"))
             folders = find_tasks(tasks_dir, tasks, unpacked)
-            models = [load_hear_model(module, model, model_options) for module in dict.fromkeys(modules)]
-            options = {"resample": resample, "again": existing == "always"}
-            sources = _module_sources(models, folders, results_dir, options, failures)
-        done = {key_of(record) for record in read(store)} if store.exists() and existing != "always" else set()
-        work = [(s, [seed for seed in seed_range if s.key(protocol, probe, seed) not in done]) for s in sources]
+            models = _load(modules or ("hear_ssam",), model, model_options, failures)
+            sources = _module_sources(models, folders, results_dir, resample, existing == "always", failures)
+        stored = {key_of(record): record for record in read(store)} if store.exists() and existing != "always" else {}
+        work = []  # sources and the seeds that they lack
+        for source in sources:
+            have = {seed for seed in seed_range if source.made(stored.get(source.key(protocol, probe, seed)))}
+            work.append((source, [seed for seed in seed_range if seed not in have]))
         kept = [source.label for source, todo in work if len(todo) < count]
         if existing == "never" and kept:
             raise HearSsamError(f"{store} has results of {', '.join(kept)} already (--existing never).")
@@ -149,8 +163,8 @@ def run_evaluation(
                     identity = source.identity(protocol, probe)
                     jobs += [Job(source.folder, {**identity, "seed": seed}, results_dir, commit) for seed in todo]
         run_jobs(jobs, store, workers, failures)
-        wanted = {source.key(protocol, probe, seed)[:7] for source in sources for seed in seed_range}
-        records = [r for r in read(store) if key_of(r)[:7] in wanted] if store.exists() else []
+        wanted = {source.key(protocol, probe, seed)[:-2] for source in sources for seed in seed_range}
+        records = [r for r in read(store) if key_of(r)[:-2] in wanted] if store.exists() else []  # folds and metrics
     return Evaluation(records, failures)
 
 
@@ -159,42 +173,53 @@ def _only_driver(results_dir: Path) -> Iterator[None]:
     """Hold a lock on a results folder; the system lets go of it however the process ends."""
     try:
         results_dir.mkdir(parents=True, exist_ok=True)
-        file = open(results_dir / ".lock", "w")
+        with FileLock(results_dir / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise HearSsamError(f"{results_dir}: another evaluation writes to it; wait or choose another folder.") from None
     except OSError as error:
-        raise HearSsamError(f"cannot write to {results_dir}: {error.strerror}.") from error
-    with file:
-        try:
-            import fcntl
+        raise HearSsamError(f"{results_dir}: cannot be written: {error.strerror}; choose another folder.") from error
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # not on Windows, where users must take care themselves
-            pass
-        except BlockingIOError:
-            raise HearSsamError(f"another evaluation writes to {results_dir}; wait or choose another folder.") from None
-        yield
+
+def _load(
+    modules: Sequence[str], model: str, options: Mapping[str, Any] | None, failures: dict[str, str]
+) -> list[JudgedModule]:
+    """All modules that can be loaded, each once; raises HearSsamError where none can be."""
+    from .module import load_hear_model
+
+    models: dict[tuple[str, str], JudgedModule] = {}
+    for module in dict.fromkeys(modules):
+        with noted(module, failures):
+            hear = load_hear_model(module, model, options)
+            models.setdefault((hear.name, hear.checkpoint_sha256), hear)
+    if not models:
+        raise HearSsamError("; ".join(failures[module] for module in modules if module in failures))
+    return list(models.values())
 
 
 def _module_sources(
-    models: Sequence[HearModel],
+    models: Sequence[JudgedModule],
     tasks: Mapping[str, Sequence[Path]],
     results_dir: Path,
-    options: Mapping[str, bool],
+    resample: bool,
+    again: bool,
     failures: dict[str, str],
 ) -> list[Source]:
-    from .embeddings import best_folder, embed_task
+    from .embeddings import best_folder, embed_task, origin
 
-    sources = []
+    sources, warned = [], set()
     for name, folders in tasks.items():
-        with noted(name, failures):
-            chosen = [best_folder(folders, hear.sample_rate) for hear in models]
-            read_tasks = {folder: read_task(folder) for folder in chosen}
-            for task in read_tasks.values():
-                _warn(task)
-            for hear, folder in zip(models, chosen, strict=True):
+        for hear in models:
+            with noted(f"{hear.name}, {name}", failures):
+                folder = best_folder(folders, hear.sample_rate)
+                task = read_task(folder)
+                if folder not in warned:
+                    _warn(task)
+                warned.add(folder)
                 target = embeddings_folder(results_dir, hear.name, hear.checkpoint_sha256, name)
-                task = read_tasks[folder]
-                make = functools.partial(embed_task, hear, task, target, **options)
-                sources.append(Source(task, hear.name, hear.checkpoint_sha256, target, make))
+                make = functools.partial(embed_task, hear, task, target, resample=resample, again=again)
+                comes_from = origin(hear, task, target, resample)
+                sources.append(Source(task, hear.name, hear.checkpoint_sha256, target, comes_from, make))
     return sources
 
 
@@ -212,7 +237,7 @@ def _warn(task: Task) -> None:
 
 
 def _given_sources(embeddings_dir: Path, names: Sequence[str], failures: dict[str, str]) -> list[Source]:
-    from .embeddings import provenance, require_done
+    from .embeddings import given_origin, provenance, require_done
 
     sources = []
     for folder, *_ in find_tasks(embeddings_dir, names).values():
@@ -221,7 +246,8 @@ def _given_sources(embeddings_dir: Path, names: Sequence[str], failures: dict[st
             model, digest = made_by.get("model", embeddings_dir.resolve().name), made_by.get("checkpoint_sha256", "")
             task = read_task(folder)
             _warn(task)
-            sources.append(Source(task, model, digest, folder, functools.partial(require_done, folder)))
+            make = functools.partial(require_done, folder)
+            sources.append(Source(task, model, digest, folder, given_origin(task), make))
     return sources
 
 
@@ -241,7 +267,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add(
         "modules",
         nargs="*",
-        default=["hear_ssam"],
         metavar="MODULE",
         help="importable HEAR modules, each with options of its own if need be (default: hear_ssam)",
     )
@@ -262,7 +287,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    from .embeddings import parse_options
+    from .module import parse_options
 
     sys.path.append(os.getcwd())  # a module in the current folder can be judged too
     evaluation = run_evaluation(

@@ -17,10 +17,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,11 +32,11 @@ from .. import __version__
 from ..errors import HearSsamError
 from ..machine import keep_freed_memory
 from ..paths import atomic_write
-from .records import Record, append, finite, predictions_file
-from .tasks import Task, read_task
+from .records import Record, append, finite, make_records, predictions_file
 
 if TYPE_CHECKING:
-    from .probe import ProbeResult
+    from .probe import ProbeResult, Rows
+    from .tasks import Task
 
 
 @dataclass(frozen=True)
@@ -71,54 +73,63 @@ def noted(name: str, failures: dict[str, str]) -> Iterator[None]:
 def run_jobs(jobs: list[Job], store: Path, workers: int, failures: dict[str, str]) -> None:
     """Run all jobs, each in a process, and append the records of each as soon as it is finished.
 
-    If the system kills a worker, the jobs that were running go down with it and run once more, each alone; then the
-    others go on.
+    If a worker dies, the jobs that were running go down with it and run once more, each alone; then the others go on.
+    Raises HearSsamError where no worker lives long enough to take a job.
     """
     waiting = deque(sorted(jobs, key=lambda job: -job.size))  # longest first, so that no core waits for one at the end
     with tqdm(total=len(jobs), desc="probe", unit="job", disable=None) as bar:
         while waiting:
             for job in _run_pool(waiting, store, workers, failures, bar):
                 if _run_pool(deque([job]), store, 1, failures, bar):
-                    failures[job.label] = "the process was killed (out of memory?)"
+                    failures[job.label] = (
+                        "its process was killed or crashed (out of memory?); run again what is missing"
+                    )
                     bar.update(1)
 
 
 def _run_pool(
     waiting: deque[Job], store: Path, workers: int, failures: dict[str, str], bar: tqdm[NoReturn]
 ) -> list[Job]:
-    """Run jobs from `waiting` until it is empty or a worker is killed; returns the jobs that died with it."""
+    """Run jobs from `waiting` until it is empty or a worker dies; returns the jobs that died with it."""
     spawn = multiprocessing.get_context("spawn")
     processes = min(workers, len(waiting))
-    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start_worker)
+    watched, leash = spawn.Pipe(duplex=False)  # workers end when this end of it closes, however that happens
+    pool = ProcessPoolExecutor(processes, spawn, _start_worker, (watched,))
     running: dict[Future[list[Record]], Job] = {}
     died: list[Job] = []
     broken = False
-    try:
-        while running or (waiting and not broken):
-            while waiting and len(running) < processes and not broken:
-                try:
-                    future = pool.submit(_work, waiting[0])
-                except BrokenProcessPool:
-                    broken = True
-                else:
-                    running[future] = waiting.popleft()
-            for future in wait(running, None, FIRST_COMPLETED).done:
-                job = running.pop(future)
-                if isinstance(future.exception(), BrokenProcessPool):
-                    broken = True
-                    died.append(job)
-                    continue
-                with noted(job.label, failures):
-                    records = future.result()
-                    append(store, records)
-                    bar.write(f"{job.label}: {_headline(records)}", file=sys.stderr)
-                bar.update(1)
-    except BaseException:  # Ctrl-C: what is finished is stored, the rest is dropped at once
-        for process in list(pool._processes.values()):
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with leash, watched:
+        try:
+            started = pool.submit(os.getpid)
+            while running or (waiting and not broken):
+                while waiting and len(running) < processes and not broken:
+                    try:
+                        future = pool.submit(_work, waiting[0])
+                    except BrokenProcessPool:
+                        broken = True
+                    else:
+                        running[future] = waiting.popleft()
+                for future in wait(running, None, FIRST_COMPLETED).done:
+                    job = running.pop(future)
+                    if isinstance(future.exception(), BrokenProcessPool):
+                        broken = True
+                        died.append(job)
+                        continue
+                    with noted(job.label, failures):
+                        records = future.result()
+                        append(store, records)
+                        bar.write(f"{job.label}: {_headline(records)}", file=sys.stderr)
+                    bar.update(1)
+            if broken and workers == 1 and started.exception():
+                raise HearSsamError(
+                    "workers of the probe do not start: a script that calls run_evaluation needs its calls below "
+                    "`if __name__ == '__main__':`, and a worker the memory to import torch."
+                )
+        except BaseException:  # Ctrl-C: what is finished is stored, the rest is dropped at once
+            leash.close()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
     return died
 
 
@@ -128,91 +139,75 @@ def _headline(records: list[Record]) -> str:
     return f"{last['metric']} {last['score']} in {last['seconds']:.0f} s"
 
 
-def _start_worker() -> None:
-    """One thread per operation; Ctrl-C is the parent's affair; a worker whose parent was killed ends too."""
+def _start_worker(leash: Connection) -> None:
+    """One thread per operation; Ctrl-C is the parent's affair; a worker whose parent is gone or lets go ends too."""
     import torch
 
     torch.set_num_threads(1)
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
 
     def watch() -> None:
-        parent.join()
+        with contextlib.suppress(EOFError, OSError):
+            leash.recv_bytes()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@lru_cache(1)  # seeds of one task follow each other
+def _opened(folder: Path) -> tuple[Task, dict[str, Rows]]:
+    from .probe import open_embeddings
+
+    return open_embeddings(folder)
 
 
 def _work(job: Job) -> list[Record]:
     """Train the probes of one job; store their predictions; return their records."""
     import torch
 
-    from .embeddings import provenance
-    from .probe import run_probe
+    from .embeddings import given_origin, provenance
+    from .probe import probe_task
 
-    started, bf16 = time.time(), job.identity["probe"] == "bf16"
-    result = run_probe(job.source_folder, job.identity["protocol"], job.identity["seed"], bf16=bf16)
-    task, made_by = read_task(job.source_folder), provenance(job.source_folder)
-    how = {
+    began, bf16 = time.time(), job.identity["probe"] == "bf16"
+    task, splits = _opened(job.source_folder)
+    result = probe_task(task, splits, job.identity["protocol"], job.identity["seed"], bf16=bf16)
+    _store_predictions(job, task, result)
+    made_by = provenance(job.source_folder)
+    common = {
+        "grid_point": asdict(result.config),
         "clips": sum(len(names) for _, names in task.shuffled_clips()),
         "embeddings": {
-            **{name: made_by.get(name) for name in ("module", "dim", "device", "dtype", "backend", "seconds")},
+            **given_origin(task),
+            **{name: made_by.get(name) for name in ("dim", "device", "dtype", "backend", "seconds")},
             "folder": str(job.source_folder.resolve()),
         },
         "device": "cpu",
         "dtype": "bfloat16" if bf16 else "float32",
         "threads": 1,
-        "seconds": round(time.time() - started, 3),
+        "seconds": round(time.time() - began, 3),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"hear_ssam": __version__, "python": platform.python_version(), "torch": torch.__version__},
         "commit": job.commit,
     }
-    return _of_seed(task, job.results_dir, job.identity, result, how)
+    folds = {
+        fold.fold: (
+            fold.scores,
+            {"epoch": fold.epoch, "validation_score": finite(fold.validation_score), "loss": finite(fold.loss)},
+        )
+        for fold in result.folds
+    }
+    return make_records(job.identity, task, folds, common)
 
 
-def _of_seed(
-    task: Task, results_dir: Path, identity: dict[str, Any], result: ProbeResult, how: Mapping[str, Any]
-) -> list[Record]:
-    """Store what one seed predicted; its records: every score per fold and their mean."""
+def _store_predictions(job: Job, task: Task, result: ProbeResult) -> None:
     import numpy as np
-
-    from .scores import aggregate_folds
 
     arrays = {"labels": np.array(task.labels), "histories": np.array(json.dumps(result.histories))}
     if not task.event:  # frames of long recordings would fill the disk
         arrays |= {f"{f.fold}/{kind}": getattr(f, kind) for f in result.folds for kind in ("prediction", "target")}
-    with atomic_write(predictions_file(results_dir, identity)) as path, open(path, "wb") as file:
+    with atomic_write(predictions_file(job.results_dir, job.identity)) as path, open(path, "wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # its stub takes the names for options
-    common = {"grid_point": asdict(result.config), **how}
-    records = []
-    for fold in result.folds:
-        detail = {"epoch": fold.epoch, "validation_score": finite(fold.validation_score), "loss": finite(fold.loss)}
-        name = fold.fold if len(result.folds) > 1 else None
-        records += _records(identity, task, name, fold.scores, {**detail, **common})
-    if len(result.folds) > 1:
-        records += _records(identity, task, None, aggregate_folds([fold.scores for fold in result.folds]), common)
-    return sorted(records, key=lambda r: r["fold"] is None and r["primary"])  # what says "done" comes last
-
-
-def _records(
-    identity: Mapping[str, Any], task: Task, fold: str | None, scores: Mapping[str, float], details: Mapping[str, Any]
-) -> list[Record]:
-    from .scores import named_score
-
-    return [
-        {
-            **identity,
-            "fold": fold,
-            "metric": metric,
-            "score": finite(score),
-            "primary": metric == task.scores[0],
-            "maximize": next(named_score(name).maximize for name in task.scores if metric.startswith(name)),
-            **details,
-        }
-        for metric, score in scores.items()
-    ]
 
 
 def git_commit() -> str | None:

@@ -12,14 +12,16 @@ where the CPU has instructions for them.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
 import math
 import pickle
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +140,16 @@ class Rows:
 
     x: Tensor
     target: Tensor
+    task: Task
+    split: str
 
     def __len__(self) -> int:
         return len(self.x)
+
+    @cached_property
+    def judge(self) -> SceneJudge | EventJudge:
+        """What scores predictions of the split; made once, for all heads and seeds."""
+        return make_judge(self.task, self.split, self)
 
 
 def read_rows(task: Task, split: str) -> Rows:
@@ -162,7 +171,8 @@ def read_rows(task: Task, split: str) -> Rows:
         finite = np.isfinite(mapped[start : start + 4096]).all(1)
         if not finite.all():
             raise HearSsamError(f"{path}: {_row_name(task, split, start + int(finite.argmin()))} is not finite.")
-    return Rows(torch.from_numpy(mapped), torch.from_numpy(task.targets(labels, where=str(labels_path))))
+    target = torch.from_numpy(task.targets(labels, where=str(labels_path)))
+    return Rows(torch.from_numpy(mapped), target, task, split)
 
 
 def _row_name(task: Task, split: str, row: int) -> str:
@@ -311,7 +321,6 @@ def train_head(
     train_x = batches([part.x for part in parts], config.batch_size, merge_single=True)
     train_target = batches([part.target for part in parts], config.batch_size, merge_single=True)
     valid = splits[split.valid]
-    judge = make_judge(task, split.valid, valid)
     dim = valid.x.shape[1]
     head: Any = build_head(dim, len(task.labels), config)
     torch.rand(64, dim)  # the dummy input with which heareval prints a summary of the head
@@ -328,8 +337,9 @@ def train_head(
         for x, target in zip(train_x, train_target, strict=True):
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                logits = head(x)
-            head_loss(logits.float(), target, task.multilabel).backward()
+                hidden = head[:-1](x)
+            # the last layer is small, and some CPUs add up its few columns in bfloat16
+            head_loss(head[-1](hidden.float()), target, task.multilabel).backward()
             if bf16:  # what centring took off the first layer's output
                 head[1].running_mean.add_(head[0].weight.detach() @ offset, alpha=head[1].momentum)
             optimizer.step()
@@ -341,7 +351,7 @@ def train_head(
         checked: dict[str, float] = {"epoch": epoch, "val_loss": loss}
         postprocessing = None
         if selects_by_score(task):
-            score, postprocessing = judge.validate(probability.numpy())
+            score, postprocessing = valid.judge.validate(probability.numpy())
             checked["val_score"] = float(np.float32(score))  # as heareval compares them
         history.append(checked)
         if stopping.improved(epoch, checked.get("val_score", loss)):
@@ -382,13 +392,18 @@ def run_probe(folder: Path, protocol: str, seed: int, *, bf16: bool = False) -> 
     """Judge the embeddings in `folder` (heareval's layout) by `protocol`, with `seed` for grid order and heads.
 
     Grid points compete on the first data split; the winner (ties: the earlier) is trained again on the others.
-    The state of torch's random generator is restored afterwards. Set the number of threads before: results depend
-    on it in the last digits. `bf16` trains with products in bfloat16.
+    Runs in one thread and in float32, whatever torch is set to; that and the state of its random generator are restored
+    afterwards. `bf16` trains with products in bfloat16.
     """
-    task, splits = open_embeddings(folder)
+    with torch.inference_mode(False):
+        task, splits = open_embeddings(folder)
+    return probe_task(task, splits, protocol, seed, bf16=bf16)
+
+
+def probe_task(task: Task, splits: Mapping[str, Rows], protocol: str, seed: int, *, bf16: bool = False) -> ProbeResult:
+    """`run_probe` of a task that `open_embeddings` has read, for one of several seeds."""
     first, *others = task.data_splits
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _as_new(seed):
         winner: TrainedHead | None = None
         histories = []
         for config in grid_points(named_protocol(protocol), task.metadata, seed):
@@ -398,7 +413,30 @@ def run_probe(folder: Path, protocol: str, seed: int, *, bf16: bool = False) -> 
                 winner = trained
         assert winner is not None
         heads = [winner, *(train_head(task, splits, split, winner.config, bf16=bf16) for split in others)]
-    return score_heads(task, splits, heads, [*histories, *(trained.history for trained in heads[1:])])
+        return score_heads(task, splits, heads, [*histories, *(trained.history for trained in heads[1:])])
+
+
+@contextlib.contextmanager
+def _as_new(seed: int) -> Iterator[None]:
+    """torch as a new process with one thread has it, seeded; restored afterwards."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        for setting in (
+            torch.random.fork_rng(devices=[]),
+            torch.device("cpu"),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):
+            stack.enter_context(setting)
+        try:
+            torch.set_num_threads(1)
+            torch.set_default_dtype(torch.float32)
+            torch.manual_seed(seed)
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_default_dtype(dtype)
 
 
 def open_embeddings(folder: Path) -> tuple[Task, dict[str, Rows]]:
@@ -407,7 +445,12 @@ def open_embeddings(folder: Path) -> tuple[Task, dict[str, Rows]]:
     splits = {name: read_rows(task, name) for name in task.splits}
     dims = {rows.x.shape[1] for rows in splits.values()}
     if len(dims) > 1:
-        raise HearSsamError(f"{folder}: the splits have embeddings of different sizes {sorted(dims)}.")
+        raise HearSsamError(f"{folder}: the splits have embeddings of different sizes {sorted(dims)}; make them again.")
+    for split in task.data_splits:
+        if sum(len(splits[name]) for name in split.train) < 2:
+            raise HearSsamError(
+                f"{folder}: {' + '.join(split.train)} has a single row to train on; batch normalisation needs two."
+            )
     return task, splits
 
 
@@ -421,7 +464,7 @@ def score_heads(
         logits, probability = predict(trained.head, rows.x, trained.config.batch_size, task.multilabel)
         loss = float(head_loss(logits, rows.target, task.multilabel))
         prediction, target = probability.numpy(), rows.target.numpy()
-        scores = make_judge(task, split.test, rows).test(prediction, trained.postprocessing)
+        scores = rows.judge.test(prediction, trained.postprocessing)
         outcome = (scores, loss, trained.validation_score, trained.epoch)
         folds.append(FoldResult(split.test, *outcome, prediction, target))
     return ProbeResult(heads[0].config, folds, histories)

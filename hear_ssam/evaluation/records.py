@@ -6,23 +6,59 @@ and of two lines with the same key the later one counts. Every table is a view o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ..errors import HearSsamError
+
+if TYPE_CHECKING:
+    from .tasks import Task
 
 STORE = "records.jsonl"
 KEY = ("model", "checkpoint_sha256", "task", "version", "protocol", "probe", "seed", "fold", "metric")
 
-Record = dict[str, Any]  # the fields of KEY, `score` (None where it is not finite), and provenance
+
+class _Key(TypedDict):
+    model: str
+    checkpoint_sha256: str
+    task: str
+    version: str
+    protocol: str
+    probe: str
+    seed: int
+    fold: str | None  # None: the score of the task, over folds their mean
+    metric: str
+    score: float | None  # None where it is not finite
 
 
-def key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What identifies a record. `fold` is None for the score of the task (the mean over folds)."""
+class Record(_Key, total=False):
+    """One line: the fields of KEY, the score, and where it comes from. Stores of other versions may lack the rest."""
+
+    primary: bool  # whether it leads
+    maximize: bool
+    epoch: int  # of the chosen head; these three of a single fold alone
+    validation_score: float | None
+    loss: float | None
+    grid_point: dict[str, Any]
+    clips: int
+    embeddings: dict[str, Any]  # of `embeddings.json`, and their folder
+    device: str
+    dtype: str
+    threads: int
+    seconds: float
+    time: str
+    versions: dict[str, str]
+    commit: str | None
+    label: str  # of the model in a table, never stored
+
+
+def key_of(record: Mapping[str, object]) -> tuple[Any, ...]:
+    """What identifies a record."""
     return tuple(record[name] for name in KEY)
 
 
@@ -32,9 +68,9 @@ def finite(value: float) -> float | None:
 
 
 def _model_folder(model: str, checkpoint_sha256: str) -> str:
-    """A folder name that differs for different models and checkpoints."""
-    slug = "".join(letter if letter.isalnum() or letter in "._=-" else "-" for letter in model)
-    return f"{slug}-{checkpoint_sha256[:8]}".rstrip("-")
+    """A folder name that differs for different models and checkpoints: letters to read, a hash to tell apart."""
+    slug = "".join(letter if (letter.isascii() and letter.isalnum()) or letter in "._=-" else "-" for letter in model)
+    return f"{slug[:100]}-{hashlib.sha256(json.dumps([model, checkpoint_sha256]).encode()).hexdigest()[:8]}"
 
 
 def embeddings_folder(results_dir: Path, model: str, checkpoint_sha256: str, task: str) -> Path:
@@ -52,15 +88,50 @@ def predictions_file(results_dir: Path, record: Mapping[str, Any]) -> Path:
     return folder / f"{record['protocol']}-{record['probe']}-seed{record['seed']}.npz"
 
 
+def make_records(
+    identity: Mapping[str, Any],
+    task: Task,
+    folds: Mapping[str, tuple[Mapping[str, float], Mapping[str, Any]]],
+    common: Mapping[str, Any],
+) -> list[Record]:
+    """The records of one job: every score of each fold (its scores and details), and their mean over folds.
+
+    `identity` holds the fields of KEY that all share. What says that the job is done, the leading score, comes last.
+    """
+    from .scores import aggregate_folds, named_score
+
+    rows: list[tuple[str | None, Mapping[str, float], Mapping[str, Any]]] = [
+        (fold if len(folds) > 1 else None, scores, details) for fold, (scores, details) in folds.items()
+    ]
+    if len(folds) > 1:
+        rows.append((None, aggregate_folds([scores for scores, _ in folds.values()]), {}))
+    records = [
+        {
+            **identity,
+            "fold": fold,
+            "metric": metric,
+            "score": finite(score),
+            "primary": metric == task.scores[0],
+            "maximize": next(named_score(name).maximize for name in task.scores if metric.startswith(name)),
+            **details,
+            **common,
+        }
+        for fold, scores, details in rows
+        for metric, score in scores.items()
+    ]
+    return cast(list[Record], sorted(records, key=lambda r: r["fold"] is None and r["primary"]))
+
+
 def append(path: Path, records: Iterable[Record]) -> None:
     """Append records, all or none, and force them to disk. Raises HearSsamError that names an unwritable file."""
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         size = os.fstat(descriptor).st_size
         try:
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            os.lseek(descriptor, max(0, size - 1), os.SEEK_SET)
+            if size and os.read(descriptor, 1) != b"\n":
                 text = "\n" + text  # close the line that a crash tore
             data = text.encode()
             if os.write(descriptor, data) != len(data):

@@ -1,0 +1,160 @@
+"""A module with the HEAR API, from anywhere: imported, loaded, called, and blamed for what goes wrong in it.
+
+An encoder is seen through the HEAR API alone: `load_model`, `get_scene_embeddings`, `get_timestamp_embeddings` and
+the attributes `sample_rate`, `scene_embedding_size`, `timestamp_embedding_size`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import HearSsamError
+from ..paths import sha256
+
+_FUNCTIONS = ("load_model", "get_scene_embeddings", "get_timestamp_embeddings")
+_ATTRIBUTES = ("sample_rate", "scene_embedding_size", "timestamp_embedding_size")
+
+
+@dataclass(frozen=True)
+class JudgedModule:
+    """A loaded model of any module with the HEAR API."""
+
+    module: ModuleType
+    model: torch.nn.Module
+    name: str  # names a model in records: the module (or the model's own name) and its options
+    checkpoint_sha256: str
+    device: torch.device
+
+    @property
+    def sample_rate(self) -> int:
+        return int(getattr(self.model, "sample_rate"))  # noqa: B009
+
+    def size(self, kind: str) -> int:
+        """What the model promises as the width of its scene or timestamp embeddings."""
+        return int(getattr(self.model, f"{kind}_embedding_size"))
+
+    @property
+    def source(self) -> dict[str, str]:
+        """Which module of its name this is: its version, and the SHA-256 of the file that it was imported from."""
+        file = getattr(self.module, "__file__", None)
+        version = getattr(self.module, "__version__", "")
+        return {
+            "module": self.module.__name__,
+            "module_version": version if isinstance(version, str) else "",
+            "module_sha256": sha256(file) if file and Path(file).is_file() else "",
+        }
+
+    def embed(self, kind: str, audio: np.ndarray, clips: str) -> tuple[np.ndarray, np.ndarray]:
+        """Scene or timestamp embeddings of audio (n, samples), and the timestamps; what the module returned, as arrays.
+
+        Embeddings are float32. A scene embedding has the timestamp 0. Raises HearSsamError that names the function and
+        the `clips`.
+        """
+        function = f"get_{kind}_embeddings"
+        called = f"{self.module.__name__}.{function}"
+        with blamed(f"{called} failed for {clips}"), torch.no_grad():
+            returned = getattr(self.module, function)(torch.from_numpy(audio).to(self.device), self.model)
+        if kind == "scene":
+            return as_array(returned, called).astype(np.float32, copy=False), np.zeros((len(audio), 1), np.float32)
+        if not isinstance(returned, tuple | list) or len(returned) != 2:
+            raise HearSsamError(f"{called} must return a pair, embeddings and timestamps.")
+        embedded, times = (as_array(part, called) for part in returned)
+        return embedded.astype(np.float32, copy=False), times
+
+
+def as_array(returned: object, function: str) -> np.ndarray:
+    """A tensor of any kind and device, or an array, as a NumPy array; bfloat16, which NumPy lacks, as float32."""
+    if isinstance(returned, torch.Tensor):
+        with blamed(f"{function} returned a tensor that cannot be read"):
+            returned = returned.detach().to("cpu")
+            returned = (returned.float() if returned.dtype == torch.bfloat16 else returned).numpy()
+    if not isinstance(returned, np.ndarray):
+        raise HearSsamError(f"{function} returned a {type(returned).__name__}; the HEAR API asks for a torch.Tensor.")
+    if returned.dtype.kind not in "fiu":
+        raise HearSsamError(f"{function} returned numbers of type {returned.dtype}; the HEAR API asks for float32.")
+    return returned
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """Options of `load_model` from a JSON object."""
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise HearSsamError(f"model options must be a JSON object, not {text!r}: {error}.") from error
+    if not isinstance(options, dict):
+        raise HearSsamError(f"model options must be a JSON object, not {text!r}.")
+    return options
+
+
+def load_hear_model(module: str, model: str = "", options: Mapping[str, Any] | None = None) -> JudgedModule:
+    """Import `module`, call its `load_model([model], **options)`, move the model to the GPU if there is one.
+
+    `module` may carry options of its own: 'hear_ssam:{"model": "logmel"}'.
+    Raises HearSsamError for a module that cannot be imported, ends the process, or lacks a part of the HEAR API.
+    """
+    module, _, own_options = module.partition(":")
+    options = {**(options or {}), **parse_options(own_options or "{}")}
+    with blamed(f"cannot import the HEAR module {module!r}"):
+        imported = importlib.import_module(module)
+    for name in _FUNCTIONS:
+        if not callable(getattr(imported, name, None)):
+            raise HearSsamError(f"the module {module} has no function {name}; the HEAR API needs it.")
+    with blamed(f"{module}.load_model failed"):
+        loaded = imported.load_model(*([model] if model else []), **options)
+    if not isinstance(loaded, torch.nn.Module):
+        raise HearSsamError(f"{module}.load_model returned a {type(loaded).__name__}, not a torch.nn.Module.")
+    for name in _ATTRIBUTES:
+        value = getattr(loaded, name, None)
+        if not isinstance(value, int) or value < 1:
+            raise HearSsamError(
+                f"the model of {module} needs the attribute {name} (an int above 0, not {value!r}); "
+                "the HEAR API asks for it."
+            )
+    own_name = getattr(loaded, "name", None)
+    if isinstance(own_name, str):
+        options.pop("model", None)  # said by the name already
+    else:
+        own_name = imported.__name__
+    digest = getattr(loaded, "checkpoint_sha256", None)
+    if digest is None:
+        digest = sha256(model) if model and Path(model).is_file() else ""
+        if model and not digest:  # a folder, or a name that the module knows
+            options["weights"] = model
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = "-".join([own_name, *(f"{key}={_shown(value)}" for key, value in sorted(options.items()))])
+    with blamed(f"the model of {module} cannot be moved to the device {device}"):
+        return JudgedModule(imported, loaded.to(device), name, str(digest), device)
+
+
+def _shown(value: object) -> str:
+    """An option's value in a model's name: text that could be taken for another value has quotes."""
+    odd = re.compile(r"True|False|None|[-+]?[\d.]+(e[-+]?\d+)?|[\"'{\[].*|.*=.*", re.DOTALL)
+    return json.dumps(value) if isinstance(value, str) and odd.fullmatch(value) else str(value)
+
+
+@contextlib.contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """Whatever a foreign module raises, sys.exit included, becomes a HearSsamError that says where it was raised."""
+    try:
+        yield
+    except HearSsamError:
+        raise
+    except (Exception, SystemExit) as error:
+        ours = (__file__, importlib.__file__)
+        frames = [
+            f for f in traceback.extract_tb(error.__traceback__) if f.filename[0] != "<" and f.filename not in ours
+        ]
+        where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+        raise HearSsamError(f"{what}: {type(error).__name__}: {error}{where}.") from error
