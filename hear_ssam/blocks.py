@@ -117,7 +117,8 @@ class Mamba(SelectiveSSM):
         self.in_proj, self.out_proj = _in_out(config)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        return self.out_proj(super().forward(self.in_proj(x), reverse))
+        y: Tensor = self.out_proj(super().forward(self.in_proj(x), reverse))
+        return y
 
 
 class BiMamba(nn.Module):
@@ -131,7 +132,8 @@ class BiMamba(nn.Module):
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
         xz = self.in_proj(x)
-        return self.out_proj((self.forward_(xz, reverse) + self.backward_(xz, not reverse)) / 2)
+        y: Tensor = self.out_proj((self.forward_(xz, reverse) + self.backward_(xz, not reverse)) / 2)
+        return y
 
 
 def _in_out(config: EncoderConfig) -> tuple[Projection, Projection]:
@@ -144,23 +146,29 @@ def _in_out(config: EncoderConfig) -> tuple[Projection, Projection]:
 
 
 class MambaBlock(nn.Module):
+    """x + Mamba(norm(x)), with `reverse` from the last token to the first."""
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.norm = build_norm(config)
         self.mixer = Mamba(config)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        return x + self.mixer(self.norm(x), reverse)
+        y: Tensor = self.mixer(self.norm(x), reverse)
+        return x + y
 
 
 class BiMambaBlock(nn.Module):
+    """x + BiMamba(norm(x)); `reverse` swaps the directions' weights."""
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.norm = build_norm(config)
         self.mixer = BiMamba(config)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        return x + self.mixer(self.norm(x), reverse)
+        y: Tensor = self.mixer(self.norm(x), reverse)
+        return x + y
 
 
 # ---------------------------------------------------------------------------------------------------- Transformer
@@ -178,7 +186,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, d) each
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return y
 
 
 class TransformerBlock(nn.Module):
@@ -194,8 +203,10 @@ class TransformerBlock(nn.Module):
         xavier_init(self)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        attended: Tensor = self.attn(self.norm1(x))
+        x = x + attended
+        y: Tensor = self.mlp(self.norm2(x))
+        return x + y
 
 
 # ---------------------------------------------------------------------------------------------------------- mLSTM
@@ -309,18 +320,22 @@ class MLSTM(nn.Module):
             q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv)  # (B, heads, L, d)
             cell = mlstm_parallel if x.shape[1] <= self.PARALLEL_UP_TO else mlstm_chunked
             h = self.outnorm(cell(q, k, v, i, f).transpose(1, 2).flatten(2))  # (B, L, I)
-        return self.proj_down((h + self.learnable_skip * conv) * F.silu(z))
+        y: Tensor = self.proj_down((h + self.learnable_skip * conv) * F.silu(z))
+        return y
 
 
 class MLSTMBlock(nn.Module):
+    """x + mLSTM(norm(x)), with `reverse` from the last token to the first."""
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.norm = OffsetNorm(config.embed_dim)
         self.layer = MLSTM(config)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        y = self.norm(x)
-        return x + (self.layer(y.flip(1)).flip(1) if reverse else self.layer(y))
+        y: Tensor = self.norm(x)
+        y = self.layer(y.flip(1)).flip(1) if reverse else self.layer(y)
+        return x + y
 
 
 BLOCKS: dict[str, Callable[[EncoderConfig], nn.Module]] = {

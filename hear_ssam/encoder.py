@@ -92,7 +92,8 @@ class Encoder(nn.Module):
             )
         grid = spec.unflatten(2, (-1, c.patch_mels)).unflatten(1, (-1, c.patch_frames))  # (B, T, dt, f, dm)
         order = (0, 1, 3, 2, 4) if c.patch_order == "time" else (0, 3, 1, 4, 2)
-        return grid.permute(order).flatten(3).flatten(1, 2)
+        patches: Tensor = grid.permute(order).flatten(3).flatten(1, 2)
+        return patches
 
     def positions(self, slots: int) -> Tensor:
         """Position embeddings (1, slots * f, D) of the first `slots` time slots of a window."""
@@ -104,7 +105,8 @@ class Encoder(nn.Module):
             )
         shape = (window, bands) if self.config.patch_order == "time" else (bands, window)
         axis = 1 if self.config.patch_order == "time" else 2
-        return self.pos_embed[:, 1:].unflatten(1, shape).narrow(axis, 0, slots).flatten(1, 2)
+        positions: Tensor = self.pos_embed[:, 1:].unflatten(1, shape).narrow(axis, 0, slots).flatten(1, 2)
+        return positions
 
     def embed(self, spec: Tensor, mask: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
         """Patch tokens before the first block (B, n, D): embedded, masked where `mask` (B, n) is True, positioned.
@@ -113,8 +115,8 @@ class Encoder(nn.Module):
         """
         patches, positions = self.patchify(spec), self.positions(spec.shape[1] // self.config.patch_frames)
         if visible is not None:
-            return self.patch_embed(pick(patches, visible)) + pick(positions.expand(len(spec), -1, -1), visible)
-        x = self.patch_embed(patches)
+            patches, positions = pick(patches, visible), pick(positions.expand(len(spec), -1, -1), visible)
+        x: Tensor = self.patch_embed(patches)
         if mask is None:
             return x + positions
         if mask.dtype != torch.bool or mask.shape != x.shape[:2]:

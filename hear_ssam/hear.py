@@ -198,7 +198,8 @@ class EncoderModel(HearModel):
             grid = tokens.unflatten(1, (bands, -1)).transpose(1, 2)  # (N, slots, bands, D)
         else:
             grid = tokens.unflatten(1, (-1, bands))
-        return grid.mean(2) if self.kaldi and self.official else grid.flatten(2)
+        rows: Tensor = grid.mean(2) if self.kaldi and self.official else grid.flatten(2)
+        return rows
 
 
 def mean_and_deviation(rows: Tensor) -> Tensor:
@@ -226,7 +227,8 @@ class LogMelModel(HearModel):
         audio = self._checked(audio)
         if not len(audio):
             return audio.new_zeros(0, len(self.timestamps(audio.shape[1])), self.timestamp_embedding_size)
-        return self.frontend(audio)
+        rows: Tensor = self.frontend(audio)
+        return rows
 
 
 # ---------------------------------------------------------------------------------------------------- HEAR functions

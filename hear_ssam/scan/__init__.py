@@ -18,8 +18,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from types import ModuleType
-from typing import Any, List  # noqa: UP035
+from typing import Any, List, Protocol  # noqa: UP035
 
 import torch
 from torch import Tensor
@@ -139,7 +138,7 @@ def available_backends() -> dict[str, str | None]:
 # --- choice ---------------------------------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result  # the compiler asks once instead of tracing imports and self-checks
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore] # the compiler asks once instead of tracing imports and self-checks
 def _choose(backend: str, device: str, dtype: torch.dtype, size: int) -> str:
     if backend == "auto":
         backend = _chosen.get() or os.environ.get("HEAR_SSAM_BACKEND") or "auto"
@@ -199,14 +198,38 @@ def _probe(name: str) -> Exception | None:
         if name == "mamba_ssm":
             importlib.import_module("selective_scan_cuda")
             importlib.import_module("mamba_ssm.ops.selective_scan_interface")
-        elif name not in ("reference", "torch"):
+        elif name != "reference":
             _kernels(name).self_check()
     except Exception as error:  # whatever a foreign package raises at import is a reason, not a crash
         return error
     return None
 
 
-def _kernels(name: str) -> ModuleType:
+class _Kernels(Protocol):
+    """What the module of a backend offers; scan_torch tells more."""
+
+    def scan_forward(
+        self, inputs: ScanInputs, delta_softplus: bool, reverse: bool, save: bool
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def scan_backward(
+        self, dout: Tensor, dlast: Tensor | None, inputs: ScanInputs, saved: Tensor, delta_softplus: bool, reverse: bool
+    ) -> ScanInputs: ...
+
+    def conv_forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool,
+        reverse: bool,
+    ) -> Tensor: ...  # fmt: skip
+
+    def conv_backward(
+        self, dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None,
+        activation: bool, reverse: bool,
+    ) -> tuple[Tensor | None, ...]: ...  # fmt: skip
+
+    def self_check(self) -> None: ...
+
+
+def _kernels(name: str) -> _Kernels:
     """The module of a backend, imported when first used."""
     if name == "cpu":
         from . import cpu_backend

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .reference import SAVE_EVERY
 from .simd import LANES, LOG2E, Argument, Array, Kernel, Operand, Value
-from .torch_backend import SAVE_EVERY
 
 CHANNELS = 32  # of a work unit: two cache lines of float32
 VECTORS = CHANNELS // LANES

@@ -119,6 +119,10 @@ def scan_backward(
     )
 
 
+def self_check() -> None:
+    """Raise where the backend cannot run: never."""
+
+
 def conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool, reverse: bool
 ) -> Tensor:

@@ -542,6 +542,6 @@ def _tiles(state: int) -> dict[str, int]:
     return {"N": state, "N1": first, "N2": second, "BD": CHANNELS}
 
 
-def _on(x: Tensor) -> contextlib.AbstractContextManager:
+def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
