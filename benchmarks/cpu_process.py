@@ -321,9 +321,9 @@ def _multiply_kernels() -> Any:
         values = [k.variable(k.constant(1.0 + i)) for i in range(chains)]
         with k.loop(0, steps):
             for value in values * (16 // chains):
-                value.value = value.value * 0.75 + 1.0
+                value[0] = value[0] * 0.75 + 1.0
         for i, value in enumerate(values):
-            out.store(value.value, i * 16)
+            out.store(value[0], i * 16)
 
     return build(write, 1), build(write, 16)
 

@@ -1,7 +1,7 @@
 """What differs between the systems, as data: one frozen dataclass and the table of named encoders.
 
 SSAM    Audio Mamba, Yadav & Tan, Interspeech 2024 (arXiv 2406.02178)
-SSAST   its Transformer twin in the same paper, after Gong et al., AAAI 2022
+SSAST   its Transformer counterpart in the same paper, after Gong et al., AAAI 2022
 AxLSTM  Yadav et al., Interspeech 2025 (arXiv 2408.16568): Vision-LSTM (mLSTM) blocks
 SSAMBA  Shams et al., SLT 2024 (arXiv 2405.11831): bidirectional Vision-Mamba blocks
 """
@@ -120,6 +120,7 @@ class EncoderConfig:
 
     @property
     def num_patches(self) -> int:
+        """Patches, that is tokens, of one window."""
         return self.grid[0] * self.grid[1]
 
     @property
@@ -146,9 +147,11 @@ class EncoderConfig:
 
     @property
     def dt_rank(self) -> int:
+        """Rank of the step sizes' projection."""
         return math.ceil(self.embed_dim / 16)
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them; `from_dict` takes them back."""
         return dataclasses.asdict(self)
 
     @classmethod

@@ -64,6 +64,7 @@ class HearModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are, and where audio must be."""
         return next(iter([*self.parameters(), *self.buffers()])).device
 
     def timestamps(self, samples: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The four blocks: direction, precision, and every fast form against its readable twin."""
+"""The four blocks: direction, precision, and every fast form against its readable one."""
 
 from __future__ import annotations
 
@@ -152,8 +152,8 @@ def test_mlstm_forms_are_equal_with_their_gradients(length: int) -> None:
         out = form(*inputs)
         results.append([out.detach(), *torch.autograd.grad(out, inputs, upstream)])
     for other in results[1:]:
-        for ours, law in zip(other, results[0], strict=True):
-            torch.testing.assert_close(ours, law, atol=1e-8, rtol=1e-8)
+        for ours, exact in zip(other, results[0], strict=True):
+            torch.testing.assert_close(ours, exact, atol=1e-8, rtol=1e-8)
 
 
 @torch.no_grad()

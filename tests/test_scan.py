@@ -1,4 +1,4 @@
-"""Every backend is a twin of the reference loop: forward, last state, all gradients, chunks, reverse."""
+"""Every backend equals the reference loop: forward, last state, all gradients, chunks, reverse."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ GRAD = {"rtol": 6e-4, "atol": 2e-3}  # as mamba's own tests
 
 def backends() -> list:
     reasons = available_backends()
-    twins = []
+    usable = []
     for name in ("torch", "cpu", "triton"):
         reason = reasons[name]
         if name == "triton" and reason is None and os.environ.get("TRITON_INTERPRET") != "1":
             reason = "CUDA only; tests/test_scan_triton.py interprets it"
-        twins.append(pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")))
-    return twins
+        usable.append(pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")))
+    return usable
 
 
 def make(batch=2, length=37, channels=48, state=24, seed=0, step=0.0, dtype=torch.float32, lead=False):
@@ -77,7 +77,7 @@ def relative(a, b):
         {"channels": 7, "state": 5}, {"lead": True}, {"step": 6.0}, {"step": -12.0},
     ],
 )  # fmt: skip
-def test_twin_of_the_reference(backend, reverse, shape):
+def test_equal_to_the_reference(backend, reverse, shape):
     values = make(**shape)
     out, last, grads = run(values, backend, grad=True, reverse=reverse)
     want, want_last, want_grads = run(doubled(values), "reference", grad=True, reverse=reverse)
@@ -194,7 +194,7 @@ def test_bf16_inputs(backend):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("activation", [False, True])
 @pytest.mark.parametrize("shape", [(2, 37, 48), (1, 1, 5), (2, 2, 33), (2, 251, 64), (0, 9, 8)])
-def test_convolution_is_a_twin(backend, reverse, activation, shape):
+def test_convolution_equals_the_reference(backend, reverse, activation, shape):
     g = torch.Generator().manual_seed(3)
     wide = torch.randn(*shape[:2], 2 * shape[2], generator=g)
     leaves = [
@@ -286,6 +286,18 @@ def test_explicit_choice_runs_or_raises(monkeypatch):
         selective_scan(**values)
     with use_backend("reference"):  # the context wins over the environment
         selective_scan(**values)
+
+
+def test_mamba_ssm_gives_no_gradient_of_the_last_state(monkeypatch):
+    """Its own documentation says so: who asks for it is told instead of training on nothing."""
+    monkeypatch.setattr(scan, "_choose", lambda *_: "mamba_ssm")
+    monkeypatch.setattr(scan, "_mamba_ssm_scan", lambda inputs, *_: (inputs.u, inputs.u[:, 0, :, None]))
+    values = make(length=3)
+    selective_scan(**values, return_last_state=True)
+    values["u"].requires_grad_()
+    selective_scan(**values)
+    with pytest.raises(HearSsamError, match="'mamba_ssm' gives no gradient of the last state; use backend='triton'"):
+        selective_scan(**values, return_last_state=True)
 
 
 def test_auto_warns_once_when_it_falls_back(monkeypatch):

@@ -23,7 +23,7 @@ SKIPPED = 77  # exit code of the interpreted checks where the interpreter itself
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def test_interpreted_kernels_are_twins_of_the_reference():
+def test_interpreted_kernels_equal_the_reference():
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.test_scan_triton"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -46,10 +46,10 @@ def interpreted_checks() -> int:
     ]
     for shape in shapes:
         for reverse in (False, True):
-            test_scan.test_twin_of_the_reference("triton", reverse, shape)
+            test_scan.test_equal_to_the_reference("triton", reverse, shape)
     for shape in ((2, 5, 9), (1, 1, 5), (1, 18, 33), (0, 9, 8)):
         for activation, reverse in ((True, False), (True, True), (False, True)):
-            test_scan.test_convolution_is_a_twin("triton", reverse, activation, shape)
+            test_scan.test_convolution_equals_the_reference("triton", reverse, activation, shape)
     test_scan.test_opaque_op("triton")
     test_scan.test_export_sees_one_op("triton")
     test_scan.test_convolution_chunks_equal_the_whole("triton")

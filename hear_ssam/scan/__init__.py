@@ -2,7 +2,7 @@
 
     from hear_ssam.scan import selective_scan, use_backend, available_backends
 
-Backends: `reference` (the plain loop, the law), `torch` (always there), `cpu` (jitted with llvmlite), `triton`
+Backends: `reference` (the plain loop), `torch` (always there), `cpu` (jitted with llvmlite), `triton`
 (GPU, no nvcc), `mamba_ssm` (the official CUDA kernel, where its extension imports). `auto` takes the first that
 runs on the tensor's device; an explicit choice runs or raises. The choice comes, in this order, from the `backend`
 argument, `use_backend`, the environment variable HEAR_SSAM_BACKEND.
@@ -64,6 +64,11 @@ def selective_scan(
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
     _check_scan(inputs)
     name = _choose(backend, u.device.type, u.dtype, A.shape[1])
+    if name == "mamba_ssm" and return_last_state and _needs_grad(inputs):
+        raise HearSsamError(
+            "selective_scan: scan backend 'mamba_ssm' gives no gradient of the last state; use backend='triton' or "
+            "'torch', or torch.no_grad()."
+        )
     if name in ("reference", "mamba_ssm"):
         function = reference.selective_scan if name == "reference" else _mamba_ssm_scan
         out, last = function(inputs, delta_softplus, reverse)

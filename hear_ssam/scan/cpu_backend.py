@@ -80,6 +80,7 @@ def scan_backward(
 def conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool, reverse: bool
 ) -> Tensor:
+    """Depthwise causal convolution of x (B, L, D), in x's dtype."""
     inputs, io = _conv_inputs(x, weight, bias, initial_state)
     out = x.new_empty(inputs["x"].shape, dtype=io)
     width = out.shape[2]
@@ -118,7 +119,7 @@ def conv_backward(
 
 
 def self_check() -> None:
-    """Raise if llvmlite is missing, the CPU is unknown to it, or the kernels compute something else than the law.
+    """Raise if llvmlite is missing, the CPU is unknown to it, or the kernels compute something else than the reference.
 
     Compiles exactly the forward kernels that an SSAM encoder needs, about 0.2 s.
     """

@@ -75,13 +75,14 @@ def _scan_block(
                     place = (i - first) * SAVE_EVERY + start + j
                     trace[0][place], trace[1][place] = decay, h
                 h = decay * h + inputs[j] * k.fill(s.B[at])
-                sums[j].value = h * k.fill(s.C[at]) + sums[j].value
+                sums[j][0] = h * k.fill(s.C[at]) + sums[j][0]
             s.h[i] = h
         for j in tile:
-            s.y[start + j] = sums[j].value
+            s.y[start + j] = sums[j][0]
 
 
 def write_scan_forward(k: Kernel, state: int, bf16: bool, gate: bool, softplus: bool) -> None:
+    """Per block of time steps: stage, scan, finish; with `save`, store the state before each block."""
     u, delta, out = k.rows("u", bf16), k.rows("delta"), k.rows("out", bf16)
     z = k.rows("z", bf16) if gate else None
     A, B, C = k.tensor("A", 2), k.rows("B"), k.rows("C")
@@ -154,16 +155,16 @@ def _walk_back(k: Kernel, s: _BackwardScratch, tile: Value, first: Value, stop: 
             dh = dy[j] * k.fill(s.C[at]) + carry
             to_sum[0].insert(0, dh * dtu[j])
             to_sum[1].insert(0, h * dy[j])
-            dx[j].value = dh * k.fill(s.B[at]) + dx[j].value
+            dx[j][0] = dh * k.fill(s.B[at]) + dx[j][0]
             carry, h = dh * s.trace[0][place], s.trace[1][place]
             w = carry * h
-            ds[j].value = w * a + ds[j].value
+            ds[j][0] = w * a + ds[j][0]
             dA = w * dt[j] + dA
         s.h[i], s.carry[i], s.dA[i] = h, carry, dA
         for total, vectors in zip((s.dB, s.dC), to_sum, strict=True):
             total[n * TILES + tile] = total[n * TILES + tile] + k.fold(vectors, 1)
     for j in range(TILE):
-        s.dx[start + j], s.ds[start + j] = dx[j].value, ds[j].value
+        s.dx[start + j], s.ds[start + j] = dx[j][0], ds[j][0]
 
 
 def write_scan_backward(k: Kernel, state: int, bf16: bool, gate: bool, softplus: bool) -> None:
@@ -251,6 +252,7 @@ def write_scan_backward(k: Kernel, state: int, bf16: bool, gate: bool, softplus:
 
 
 def write_conv_forward(k: Kernel, kernel: int, bf16: bool, activation: bool) -> None:
+    """Token by token: shift the window of the last inputs, weigh it, store."""
     x, out, initial = k.rows("x", bf16), k.rows("out", bf16), k.tensor("initial_state", 3, bf16)
     weight, bias, length = k.tensor("weight", 2), k.tensor("bias", 1), k.integer("length")
     w, window = k.array(kernel), k.array(kernel)  # [tap]; the last tap is the token itself
@@ -265,6 +267,7 @@ def write_conv_forward(k: Kernel, kernel: int, bf16: bool, activation: bool) -> 
 
 
 def write_conv_backward(k: Kernel, kernel: int, bf16: bool, activation: bool) -> None:
+    """Token by token: the output again, its gradient's shares of weight, bias and the last inputs."""
     x, dout, dx = k.rows("x", bf16), k.rows("dout", bf16), k.rows("dx", bf16)
     initial, dinitial = k.tensor("initial_state", 3, bf16), k.tensor("dinitial", 3, bf16)
     weight, bias, length = k.tensor("weight", 2), k.tensor("bias", 1), k.integer("length")

@@ -1,6 +1,6 @@
-"""The law: selective scan and causal depthwise convolution as plain loops, in any float dtype.
+"""The reference: selective scan and causal depthwise convolution as plain loops, in any float dtype.
 
-Every fast backend is a twin of these two functions and is tested against them in float64, gradients included.
+Every backend is tested against these two functions in float64, gradients included.
 
 Glossary (Gu & Dao 2023, "Mamba", section 3 and algorithm 2)
     B, L, D, N   batch, length, channels, state size
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SAVE_EVERY = 16  # steps between the states that the fast twins keep for their backward pass
+SAVE_EVERY = 16  # steps between the states that the backends keep for their backward pass
 
 
 class ScanInputs(NamedTuple):

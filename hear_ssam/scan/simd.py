@@ -69,8 +69,7 @@ class Value:
     def __add__(self, other: Operand) -> Value:
         return self._binary("add", other)
 
-    def __radd__(self, other: Operand) -> Value:
-        return self._binary("add", other)
+    __radd__ = __add__
 
     def __sub__(self, other: Operand) -> Value:
         return self._binary("sub", other)
@@ -81,8 +80,7 @@ class Value:
     def __mul__(self, other: Operand) -> Value:
         return self._binary("mul", other)
 
-    def __rmul__(self, other: Operand) -> Value:
-        return self._binary("mul", other)
+    __rmul__ = __mul__
 
     def __truediv__(self, other: Operand) -> Value:
         return self._binary("div", other)
@@ -128,22 +126,6 @@ class Array:
 
     def __setitem__(self, index: Operand, value: Value) -> None:
         self.kernel.builder.store(value.ir, self.at(index))
-
-
-class Variable:
-    """A vector that changes in a loop; the compiler keeps it in a register."""
-
-    def __init__(self, kernel: Kernel, value: Value) -> None:
-        self._memory = Array(kernel, 1)
-        self.value = value
-
-    @property
-    def value(self) -> Value:
-        return self._memory[0]
-
-    @value.setter
-    def value(self, value: Value) -> None:
-        self._memory[0] = value
 
 
 class Argument:
@@ -228,8 +210,11 @@ class Kernel:
             part.vectors, part.first, part.step = vectors, i, count
         return parts
 
-    def variable(self, value: Value) -> Variable:
-        return Variable(self, value)
+    def variable(self, value: Value) -> Array:
+        """A vector `variable[0]` that changes in a loop; the compiler keeps it in a register."""
+        variable = Array(self, 1)
+        variable[0] = value
+        return variable
 
     def pointer(self, address: Value, kind: ir.Type) -> ir.Value:
         return self.builder.inttoptr(address.ir, kind.as_pointer())
@@ -405,7 +390,6 @@ class Compiled:
         self.function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)(self.address)
 
 
-_compiled: dict[Hashable, Compiled] = {}
 _lock = threading.Lock()
 if hasattr(os, "register_at_fork"):  # a child must not inherit the lock from a thread that it does not have
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
@@ -413,14 +397,15 @@ if hasattr(os, "register_at_fork"):  # a child must not inherit the lock from a 
 
 def build(write: Callable[..., None], *options: Hashable) -> Compiled:
     """The kernel that `write(kernel, *options)` describes; compiled once per process."""
-    key = (write, *options)
-    if key not in _compiled:
-        with _lock:
-            if key not in _compiled:  # no other thread was faster
-                kernel = Kernel()
-                write(kernel, *options)
-                _compiled[key] = Compiled(kernel)
-    return _compiled[key]
+    with _lock:
+        return _build(write, *options)
+
+
+@functools.cache
+def _build(write: Callable[..., None], *options: Hashable) -> Compiled:
+    kernel = Kernel()
+    write(kernel, *options)
+    return Compiled(kernel)
 
 
 def _torch_pool() -> Any:
@@ -438,12 +423,9 @@ _parallel_for = _torch_pool()
 
 @functools.cache
 def _warn_of_one_thread() -> None:
-    warnings.warn(
-        f"hear_ssam: torch {torch.__version__} offers its threads to no kernel (2.10 does), so that CPU kernels run on "
-        "one; HEAR_SSAM_BACKEND=torch uses them all, torch.set_num_threads(1) silences this.",
-        RuntimeWarning,
-        stacklevel=3,
-    )
+    reason = f"torch {torch.__version__} offers its threads to no kernel (2.10 does), so that CPU kernels run on one"
+    mend = "HEAR_SSAM_BACKEND=torch uses them all, torch.set_num_threads(1) silences this."
+    warnings.warn(f"hear_ssam: {reason}; {mend}", RuntimeWarning, stacklevel=3)
 
 
 def run(kernel: Compiled, units: int, reverse: bool = False, **arguments: torch.Tensor | int) -> None:

@@ -126,6 +126,7 @@ def self_check() -> None:
 def conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool, reverse: bool
 ) -> Tensor:
+    """Depthwise causal convolution of x (B, L, D), in x's dtype."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = _convolve(_pad(x.to(dtype), weight.shape[1] - 1, initial_state, reverse), weight.to(dtype), bias, reverse)
     return (F.silu(y, inplace=True) if activation else y).to(x.dtype)
