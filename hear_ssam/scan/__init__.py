@@ -211,7 +211,7 @@ def _probe(name: str) -> Exception | None:
 
 
 class _Kernels(Protocol):
-    """What the module of a backend offers; scan_torch tells more."""
+    """What the module of a backend offers; torch_backend tells more."""
 
     def scan_forward(
         self, inputs: ScanInputs, delta_softplus: bool, reverse: bool, save: bool
