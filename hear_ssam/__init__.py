@@ -21,6 +21,7 @@ Contents, in reading order:
     pretraining.store       16 kHz audio on disk, spectrogram frames of it for any front end
     pretraining.recipe      what a training depends on, as typed values; the recipes that ship
     pretraining.codes       cluster codes of a store from a teacher
+    pretraining.leaks       which clips of a store are recordings of an evaluation: acoustic fingerprints
     pretraining.windows     training windows drawn from a store
     pretraining.learner     decoder, heads, objectives around the encoder
     pretraining.loop        steps, processes, saved states, the checkpoint (card: its model card)

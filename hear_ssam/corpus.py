@@ -23,8 +23,8 @@ from typing import IO, Any, NoReturn, cast
 from .audio import SUFFIXES, UNREAD, decode_audio, find_audio, read_audio, tell_left_out
 from .errors import HearSsamError
 from .machine import usable_cpus
-from .paths import read_toml, shipped
-from .pretraining.store import RATE, Clip, build_store
+from .paths import atomic_write, read_toml, shipped
+from .pretraining.store import RATE, Clip, build_store, open_store
 
 
 def audio_clips(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Clip]:
@@ -122,13 +122,17 @@ def add_parser(subparsers: Any) -> None:
         description="Turn audio into a store that `hear-ssam pretrain` reads (16 kHz, 16 bits: 115 MB an hour).",
         epilog="""examples:
   hear-ssam corpus store --audio recordings/ more.tar shards/speech-{000000..000127}.tar
+  hear-ssam corpus store --check-against tasks/ my-test-set.tar    no recording of an evaluation is trained on
   hear-ssam corpus store --audio decoded/       what `python checkpoints/corpus.py packages decoded` wrote
 
 What the shipped encoders were trained on, with its licences: checkpoints/corpus.toml.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("store", metavar="STORE", help="folder to write")
-    parser.add_argument("--audio", nargs="+", required=True, metavar="PATH", help="audio files, folders, tars of them")
+    parser.add_argument("--audio", nargs="+", metavar="PATH", help="audio files, folders, tars of them")
+    parser.add_argument(
+        "--check-against", nargs="+", default=[], metavar="PATH", help="leave out clips that sound like these (tasks)"
+    )
     parser.add_argument("--workers", type=int, default=usable_cpus(), metavar="N", help="decoding threads")
     parser.set_defaults(run=run)
 
@@ -139,6 +143,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.workers < 1:
         raise HearSsamError(f"--workers {args.workers}: needs at least one.")
+    if not args.audio:
+        if not args.check_against:
+            raise HearSsamError(f"{args.store}: name what to do, --audio PATH... or --check-against PATH...")
+        return _check(args.store, args.check_against)
     info = build_store(args.store, tqdm(audio_clips(args.audio), unit=" clips"), args.workers, _terms)
     for row in info["sources"]:
         print(f"{row['clips']:8,} clips {row['hours']:8.2f} h  {row['name']}  {row.get('licence', '')}")
@@ -146,4 +154,20 @@ def run(args: argparse.Namespace) -> int:
     print(f"dropped: {info['short']} under 25 ms, {info['silent']} silent, {info['repeated']} that repeat another")
     for reason in info["skipped"]:
         print(f"skipped {reason}", file=sys.stderr)
+    if args.check_against:
+        _check(args.store, args.check_against)
     return 1 if info["skipped"] else 0
+
+
+def _check(folder: str, known: list[str]) -> int:
+    """Write and print which clips of a store are recordings of `known`; training leaves them out."""
+    from .pretraining.leaks import find_leaks
+
+    store = open_store(folder)
+    leaks = list(find_leaks(store, audio_clips(known)))
+    with atomic_write(store.folder / "left-out.tsv") as path:
+        path.write_text("".join(f"{x.clip}\t{store.name(x.clip)}\t{x.known}\t{x.votes}\n" for x in leaks), "utf-8")
+    for leak in leaks:
+        print(f"left out: {store.name(leak.clip)} sounds like {leak.known} ({leak.votes} votes)")
+    print(f"{len(leaks)} of {len(store)} clips are left out of training: {folder}/left-out.tsv")
+    return 0

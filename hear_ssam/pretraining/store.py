@@ -78,6 +78,12 @@ class Store:
         """Hex SHA-256 of the data: tells whether something computed from a store belongs to this one."""
         return str(self.info.get("sha256") or sha256(self.folder / "frames.f16"))
 
+    @cached_property
+    def left_out(self) -> list[int]:
+        """Clips that are never trained on: those in which `hear-ssam corpus --check-against` heard an evaluation."""
+        file = self.folder / "left-out.tsv"
+        return [int(line.split("\t")[0]) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+
     def name(self, index: int) -> str:
         return f"clip {index}" if self.names is None else str(self.names[index])
 

@@ -52,6 +52,7 @@ class WindowSampler:
         lengths = self.frames.lengths.cpu().numpy()
         usable = (np.arange(len(store)) % HELD_OUT == 0) == held_out
         usable &= lengths >= config.patch_frames
+        usable[store.left_out] = False
         amount = np.bincount(store.source, weights=lengths)
         weights = lengths * usable / np.sqrt(np.maximum(amount, 1))[store.source]
         if not weights.any():

@@ -1,0 +1,89 @@
+"""The leak check: recordings are recognised re-encoded, cut, quieter and under others; different ones are not."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from hear_ssam.cli import main
+from hear_ssam.config import CONFIGS
+from hear_ssam.errors import HearSsamError
+from hear_ssam.pretrain import Recipe
+from hear_ssam.pretraining.leaks import find_leaks, landmarks
+from hear_ssam.pretraining.store import Clip, Store, build_store, open_store
+from hear_ssam.pretraining.windows import WindowSampler
+
+RATE = 16_000
+
+
+def sound(seed: int, seconds: float = 4.0) -> np.ndarray:
+    """Short tones and bursts of noise at random moments: no two seeds share one."""
+    rng = np.random.default_rng(seed)
+    audio = rng.normal(0, 1e-3, int(seconds * RATE))
+    for _ in range(int(12 * seconds)):
+        length = int(rng.integers(600, 5000))
+        start = int(rng.integers(0, len(audio) - length))
+        time = np.arange(length) / RATE
+        tone = np.sin(2 * np.pi * rng.uniform(150, 6000) * time * (1 + rng.uniform(-0.1, 0.1) * time))
+        audio[start : start + length] += rng.uniform(0.05, 0.3) * np.hanning(length) * tone
+    return audio.astype(np.float32)
+
+
+def coded(audio: np.ndarray) -> np.ndarray:
+    file = io.BytesIO()
+    soundfile.write(file, audio, RATE, format="OGG", subtype="VORBIS")
+    file.seek(0)
+    return soundfile.read(file, dtype="float32")[0]
+
+
+CHANGES = {
+    "cut": lambda x: x[11_111:43_210],
+    "quieter": lambda x: 0.05 * x,
+    "coded": coded,
+    "mixed": lambda x: x + 0.7 * sound(999, len(x) / RATE),
+    "all": lambda x: 0.3 * coded(x[7_777:50_000] + 0.3 * sound(998, 42_223 / RATE)),
+}
+
+
+@pytest.fixture(scope="module")
+def known():
+    return [Clip("task", f"known{i}", lambda i=i: sound(i)) for i in range(20)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_altered_recordings_are_found_and_named(tmp_path, known, change):
+    altered = [Clip("s", f"altered{i}", lambda i=i: CHANGES[change](sound(i))) for i in range(0, 20, 2)]
+    others = [Clip("s", f"other{i}", lambda i=i: sound(100 + i)) for i in range(20)]
+    build_store(tmp_path / "store", [*altered, *others], workers=1)
+    leaks = list(find_leaks(open_store(tmp_path / "store"), known))
+    assert [leak.clip for leak in leaks] == list(range(10))  # all of them, and no other
+    assert [leak.known for leak in leaks] == [f"known{i}" for i in range(0, 20, 2)]
+
+
+def test_the_command_leaves_them_out_of_training(tmp_path, capsys):
+    for name, seed in (("train/a", 1), ("train/b", 2), ("tasks/x", 2)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        soundfile.write(tmp_path / f"{name}.wav", sound(seed), RATE)
+    store, tasks = tmp_path / "store", tmp_path / "tasks"
+    assert main(["corpus", str(store), "--audio", str(tmp_path / "train")]) == 0
+    assert main(["corpus", str(store), "--check-against", str(tasks)]) == 0
+    assert "b.wav sounds like" in capsys.readouterr().out
+    opened = open_store(store)
+    assert opened.left_out == [1] and "b.wav" in opened.name(1)
+    with pytest.raises(HearSsamError, match="too few"):  # a is held out, b left out
+        WindowSampler(opened, Recipe(), CONFIGS["ssam_tiny"], torch.device("cpu"))
+    assert main(["corpus", str(store)]) == 2 and "--check-against" in capsys.readouterr().err
+
+
+def test_what_cannot_be_checked_is_said(tmp_path, known):
+    frames = Store(np.zeros((100, 80), np.float16), np.array([0, 100]), np.array([0]), {}, tmp_path)
+    with pytest.raises(HearSsamError, match="holds log-mel frames"):
+        list(find_leaks(frames, known))
+    build_store(tmp_path / "store", known[:1])
+    with pytest.raises(HearSsamError, match="holds no audio"):
+        list(find_leaks(open_store(tmp_path / "store"), []))
+    assert len(landmarks(np.zeros(100, np.float32))[0]) == 0  # silence has no peaks
