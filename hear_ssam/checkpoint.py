@@ -134,7 +134,10 @@ def _read_safetensors(file: Path) -> tuple[EncoderConfig, dict[str, Tensor], dic
         values, info = dict(stored["config"]), dict(stored["info"])
     except (ValueError, TypeError, KeyError) as error:
         raise HearSsamError(f"damaged metadata entry {METADATA!r} ({error!r}); fetch the file again.") from error
-    config = EncoderConfig.from_dict(values)
+    try:
+        config = EncoderConfig.from_dict(values)
+    except HearSsamError as error:
+        raise HearSsamError(f"{error} Fetch the file again, or the version of hear_ssam that wrote it.") from error
     _match_keys(config, state)
     return config, state, info
 

@@ -99,11 +99,13 @@ class HearModel(nn.Module):
         if audio.ndim == 1:
             audio = audio[None]
         if audio.ndim != 2:
-            raise HearSsamError(f"audio must have the shape (clips, samples), mono, not {tuple(audio.shape)}.")
+            raise HearSsamError(
+                f"audio must have the shape (clips, samples), mono, not {tuple(audio.shape)}; average the channels."
+            )
         if audio.shape[1] < self.min_samples:
             raise HearSsamError(
                 f"audio has {audio.shape[1]} samples; {self.name} needs at least {self.min_samples} "
-                f"({1000 * self.min_samples / SAMPLE_RATE:g} ms at 16 kHz)."
+                f"({1000 * self.min_samples / SAMPLE_RATE:g} ms at 16 kHz); pad it with zeros."
             )
         if audio.device != self.device:
             raise HearSsamError(f"audio is on {audio.device}, the model on {self.device}; move one with .to().")
@@ -115,7 +117,8 @@ class HearModel(nn.Module):
         broken = (~torch.isfinite(audio).all(dim=1)).nonzero().flatten().tolist()
         if broken:
             listed = ", ".join(map(str, broken))
-            raise HearSsamError(f"audio has NaN or infinite samples in clip {listed} of the batch (counted from 0).")
+            where = f" in clip {listed} of the batch (counted from 0)" if len(audio) > 1 else ""
+            raise HearSsamError(f"audio has NaN or infinite samples{where}; leave them out or set them to 0.")
         return audio
 
 

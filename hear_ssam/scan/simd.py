@@ -408,17 +408,12 @@ def _build(write: Callable[..., None], *options: Hashable) -> Compiled:
     return Compiled(kernel)
 
 
-def _torch_pool() -> Any:
-    """torch's own parallel loop, a C function (begin, end, grain, kernel, arguments); None before torch 2.10."""
-    try:
-        function = ctypes.CDLL(torch._C.__file__).torch_parallel_for
-    except (AttributeError, OSError):
-        return None
-    function.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
-    return function
-
-
-_parallel_for = _torch_pool()
+_parallel_for: Any  # torch's own loop, a C function (begin, end, grain, kernel, arguments); None before torch 2.10
+try:
+    _parallel_for = ctypes.CDLL(torch._C.__file__).torch_parallel_for
+    _parallel_for.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
+except (AttributeError, OSError):
+    _parallel_for = None
 
 
 @functools.cache
