@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -101,9 +104,38 @@ def test_what_ends_a_command(
     assert capsys.readouterr().err == message
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-def test_any_terminal_shows_tables_and_names(tmp_path: Path, encoding: str) -> None:
-    """Their own signs have plain stand-ins; what else a terminal cannot show is escaped and ends nothing."""
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """Call the command as its entry point does, on a terminal of some encoding."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(encoding: str, *arguments: str) -> tuple[int, str, str]:
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
+        for name, stream in zip(("stdout", "stderr"), streams, strict=True):
+            monkeypatch.setattr(sys, name, stream)
+        monkeypatch.setattr(sys, "argv", ["hear-ssam", *arguments])
+        code = cli.main()
+        for stream in streams:
+            stream.flush()
+        out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams)
+        return code, out, err
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "signs"),
+    [
+        ("ascii", ("82.0 +- 25.4", "~ 81.5", "\\u6a21\\u578b", "-----")),
+        ("cp1252", ("82.0 ± 25.4", "~ 81.5", "\\u6a21\\u578b", "-----")),
+        ("utf-8", ("82.0 ± 25.4", "≈ 81.5", "\u6a21\u578b", "─────")),
+    ],
+)
+def test_any_terminal_shows_tables_and_names(
+    terminal: Callable[..., tuple[int, str, str]], tmp_path: Path, encoding: str, signs: tuple[str, ...]
+) -> None:
+    """Our own signs have plain stand-ins; what else a terminal cannot show is escaped and ends nothing."""
     scores = {"model": (0.8, 0.84), "\u6a21\u578b": (0.81, 0.82)}
     key = {"checkpoint_sha256": "", "task": "birds", "version": "1", "protocol": "ssam", "probe": "exact", "fold": None}
     lines = [
@@ -112,19 +144,10 @@ def test_any_terminal_shows_tables_and_names(tmp_path: Path, encoding: str) -> N
         for seed, s in enumerate(row)
     ]
     (tmp_path / "records.jsonl").write_text("\n".join(lines))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
-    report = [sys.executable, "-m", "hear_ssam", "report", tmp_path]
-    done = subprocess.run(report, env=environment, capture_output=True)
-    text = done.stdout.decode(encoding)
-    assert done.returncode == 0 and done.stderr == b""
-    expected = {
-        "ascii": ("82.0 +- 25.4", "~ 81.5", "\\u6a21\\u578b", "-----"),
-        "cp1252": ("82.0 ± 25.4", "~ 81.5", "\\u6a21\\u578b", "-----"),
-        "utf-8": ("82.0 ± 25.4", "≈ 81.5", "\u6a21\u578b", "─────"),
-    }
-    assert all(part in text for part in expected[encoding])
-    strange = subprocess.run([*report[:-1], b"\xff\xe4"], env=environment, capture_output=True)  # no text at all
-    assert strange.returncode == 2 and b"cannot read results from" in strange.stderr
+    code, out, err = terminal(encoding, "report", str(tmp_path))
+    assert (code, err) == (0, "") and all(sign in out for sign in signs)
+    code, _, err = terminal(encoding, "report", os.fsdecode(b"\xff\xe4"))  # a name that is no text at all
+    assert code == 2 and "\\udcff" in err
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:

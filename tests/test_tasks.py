@@ -24,9 +24,7 @@ def test_folds_rotate_as_in_heareval(golden, tmp_path):
     expected = json.loads((golden / "heareval" / "scores.json").read_text())["folds"]
     for count, splits in expected.items():
         task = read_task(write_task(tmp_path / f"k{count}", folds=int(count), clips=3))
-        assert [
-            {"train": list(s.train), "valid": [s.valid], "test": [s.test]} for s in task.data_splits
-        ] == splits
+        assert [{"train": list(s.train), "valid": [s.valid], "test": [s.test]} for s in task.data_splits] == splits
 
 
 def test_train_valid_test(tmp_path):
