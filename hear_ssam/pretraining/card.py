@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .recipe import Recipe
+from .recipe import RECIPES, Recipe, read_recipe
 
 
 def model_card(facts: dict[str, Any], sources: list[dict[str, Any]]) -> str:
@@ -54,11 +54,16 @@ def _course(training: dict[str, Any]) -> list[str]:
 
 
 def _as_options(recipe: dict[str, Any]) -> str:
-    """The options that make this recipe; objectives stand in its file."""
-    default = Recipe().to_dict()
+    """The options that make this recipe; objectives stand in a file, perhaps in one that ships."""
+    default, words = Recipe().to_dict(), []
+    if recipe.get("objective"):
+        shipped = {path.stem: read_recipe(path).to_dict() for path in sorted(RECIPES.glob("*.toml"))}
+        name = next((k for k, v in shipped.items() if v["objective"] == recipe["objective"]), "RECIPE.toml")
+        default, words = shipped.get(name, default), [f"--recipe {name}"]
     options = {k: v for k, v in recipe.items() if k != "objective" and v != default.get(k)}
-    words = ["--recipe RECIPE.toml"] * bool(recipe.get("objective"))
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
-        words.append(option if value is True else f"{option} {value}")
+        if isinstance(value, bool):
+            option, value = option if value else f"--no-{option[2:]}", ""
+        words.append(f"{option} {value}".strip())
     return " ".join(words)

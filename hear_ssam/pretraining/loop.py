@@ -48,8 +48,8 @@ def pretrain(
 
     The state is saved every `save_minutes` and when a signal (Ctrl-C, SIGTERM) stops the run, both between two steps;
     the same call resumes it exactly, under `torchrun` with any number of processes. The `keep` latest states stay.
-    Written when the last step is done: MODEL.safetensors and its card MODEL.md; meanwhile log.jsonl. A loss that is not
-    finite raises HearSsamError and keeps the state saved last.
+    Written with every state, so that any probe can judge it meanwhile: MODEL.safetensors, its card MODEL.md, and
+    log.jsonl. A loss that is not finite raises HearSsamError and keeps the state saved last.
     """
     with _ranks(device) as ranks:
         config = CONFIGS[recipe.model]
@@ -65,12 +65,20 @@ def pretrain(
         run = _Run(folder, recipe, learner, _optimizer(learner, recipe), generator, keep)
         sampler = WindowSampler(store, recipe, config, ranks.device, codes=codes)
         held_out = WindowSampler(store, recipe, config, ranks.device, True, codes, sampler.frames)
-        _loop(run, ranks, store, sampler, held_out, save_minutes)
-        return _finish(run, store, earlier) if ranks.rank == 0 else folder / f"{recipe.model}.safetensors"
+        _loop(run, ranks, store, sampler, held_out, save_minutes, earlier)
+        if ranks.rank == 0:
+            _publish(run, store, earlier)
+        return folder / f"{recipe.model}.safetensors"
 
 
 def _loop(
-    run: _Run, ranks: _Ranks, store: Store, sampler: WindowSampler, held_out: WindowSampler, save_minutes: float
+    run: _Run,
+    ranks: _Ranks,
+    store: Store,
+    sampler: WindowSampler,
+    held_out: WindowSampler,
+    save_minutes: float,
+    earlier: dict[str, Any],
 ) -> None:
     recipe, learner, optimizer = run.recipe, run.learner, run.optimizer
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -122,7 +130,11 @@ def _loop(
                 since, sums = run.step, torch.zeros(0)
                 if ranks.rank == 0:
                     run.save({**row, "held_out_loss": _held_out_loss(run, held_out, store, autocast)})
-                    bar.set_postfix(loss=f"{row['loss']:.4f}", held_out=f"{run.log[-1]['held_out_loss']:.4f}")
+                    _publish(run, store, earlier)
+                    waiting = row["ms_data"] / sum(value for name, value in row.items() if name.startswith("ms_"))
+                    bar.set_postfix(
+                        loss=f"{row['loss']:.4f}", held_out=f"{run.log[-1]['held_out_loss']:.4f}", data=f"{waiting:.0%}"
+                    )
                 clock("save")
 
 
@@ -349,10 +361,11 @@ def _schedule(done: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
-def _finish(run: _Run, store: Store, earlier: dict[str, Any]) -> Path:
+def _publish(run: _Run, store: Store, earlier: dict[str, Any]) -> None:
+    """Write the encoder of now and its card, without what only pre-training needs."""
     recipe, encoder = run.recipe, run.learner.encoder
     config, device = encoder.config, next(encoder.parameters()).device
-    seen = recipe.steps * recipe.batch_size
+    seen = run.step * recipe.batch_size
     facts = {
         "name": recipe.model,
         "source": "pre-trained by hear_ssam",
@@ -380,4 +393,3 @@ def _finish(run: _Run, store: Store, earlier: dict[str, Any]) -> Path:
     save_checkpoint(path, config, state, facts)
     with atomic_write(run.folder / f"{recipe.model}.md") as card:
         card.write_text(model_card(facts, store.info["sources"]))
-    return path
