@@ -15,6 +15,7 @@ PYTEST = (sys.executable, "-m", "pytest", "-rs")  # says what is skipped, and wh
 
 STEPS: dict[str, tuple[str | Path, ...]] = {
     "ruff": (sys.executable, "-m", "ruff", "check"),
+    "ruff format": (sys.executable, "-m", "ruff", "format", "--check"),
     "mypy": (sys.executable, "-m", "mypy"),
     "import-linter": (BIN / "lint-imports",),
     "pytest": PYTEST,

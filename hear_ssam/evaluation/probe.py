@@ -299,7 +299,7 @@ def predict(head: nn.Sequential, x: Tensor, batch_size: int, multilabel: bool) -
 
 def selects_by_score(task: Task) -> bool:
     """Whether heads are selected by the first score (usual) or by the loss."""
-    return task.metadata.get("use_scoring_for_early_stopping", True)
+    return bool(task.metadata.get("use_scoring_for_early_stopping", True))
 
 
 def selection_sign(task: Task) -> int:
