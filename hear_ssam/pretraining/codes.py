@@ -30,7 +30,8 @@ from .store import Frames, Store
 NONE = 65535  # no code: beyond the last whole time slot that the teacher saw
 SAMPLE = 250_000  # rows that k-means sees
 ROUNDS = 25  # of k-means
-Features = Callable[[int], Tensor]  # clip of the store → (slots, bands or 1, D) float32
+# Clip of the store, and which of its windows, None: all → (slots, bands or 1, D) float32
+Features = Callable[[int, int | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,8 @@ def build_codes(
     rows: list[Tensor] = []
     places: list[Tensor] = []
     while sum(x.shape[0] * x.shape[1] for x in rows) < SAMPLE and len(rows) < 8 * len(store):
-        x = features(int(rng.choice(len(store), p=weights / weights.sum())))
-        start = window * int(rng.integers(0, max(1, len(x) // window)))
-        x = x[start : start + window]
+        clip = int(rng.choice(len(store), p=weights / weights.sum()))
+        x = features(clip, int(rng.integers(0, max(1, slots[clip] // window))))
         rows.append(x)
         places.append(torch.arange(len(x)))
     place, every = torch.cat(places), torch.cat(rows)
@@ -108,7 +108,7 @@ def build_codes(
     codes = np.full((int(slots.sum()), every.shape[1]), NONE, np.uint16)
     first = np.concatenate([[0], np.cumsum(slots)])
     for clip in progress(range(len(store))):
-        x = features(clip)[: slots[clip]]
+        x = features(clip, None)[: slots[clip]]
         x = x - shift[torch.arange(len(x)) % window][:, None]
         found = nearest(x.flatten(0, 1), centres).view(x.shape[:2])
         codes[first[clip] : first[clip] + len(x)] = found.numpy().astype(np.uint16)
@@ -154,15 +154,17 @@ def encoder_features(
     encoder = Encoder(config).eval()
     encoder.load_state_dict(state)
     frames = Frames(store, config, torch.device("cpu"))
-    window, patch, bands = config.window_frames, config.patch_frames, config.grid[1]
+    size, patch, bands = config.window_frames, config.patch_frames, config.grid[1]
 
     @torch.inference_mode()
-    def features(clip: int) -> Tensor:
+    def features(clip: int, window: int | None) -> Tensor:
         length = int(frames.lengths[clip])
         spec = normalize(frames(torch.tensor([clip]), torch.arange(length)[None]), config)[0]
         spec = spec[: length // patch * patch]
-        parts = [*spec[: len(spec) // window * window].view(-1, window, spec.shape[1]).split(4)]
-        if len(rest := spec[len(spec) // window * window :]):
+        if window is not None:
+            spec = spec[window * size : (window + 1) * size]
+        parts = [*spec[: len(spec) // size * size].view(-1, size, spec.shape[1]).split(4)]
+        if len(rest := spec[len(spec) // size * size :]):
             parts.append(rest[None])
         rows = []
         for part in parts:
@@ -189,14 +191,15 @@ def module_features(
         raise HearSsamError(f"{name}: wants audio at {model.sample_rate} Hz; a store holds {SAMPLE_RATE} Hz.")
     hop = 1000 * config.patch_frames * HOP / SAMPLE_RATE  # milliseconds
 
-    def features(clip: int) -> Tensor:
+    def features(clip: int, window: int | None) -> Tensor:
         audio = torch.from_numpy(np.array(store[clip], np.float32) / 32768)[None]
         with torch.inference_mode():
             rows, times = module.get_timestamp_embeddings(audio, model)
         rows, times = rows[0].float().cpu(), times[0].double().cpu()
         centre = hop * (torch.arange(int(audio.shape[1] // (config.patch_frames * HOP)) + 1, dtype=torch.float64) + 0.5)
         nearest_row = (times[None] - centre[:, None]).abs().argmin(1)
-        return rows[nearest_row][:, None]
+        rows = rows[nearest_row][:, None]
+        return rows if window is None else rows[window * config.grid[0] : (window + 1) * config.grid[0]]
 
     digest = sha256(Path(model_path)) if model_path and Path(model_path).is_file() else ""
     return features, {"module": name, "model": Path(model_path).name, "sha256": digest}
