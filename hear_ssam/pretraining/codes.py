@@ -198,8 +198,8 @@ def module_features(
         rows, times = rows[0].float().cpu(), times[0].double().cpu()
         centre = hop * (torch.arange(int(audio.shape[1] // (config.patch_frames * HOP)) + 1, dtype=torch.float64) + 0.5)
         nearest_row = (times[None] - centre[:, None]).abs().argmin(1)
-        rows = rows[nearest_row][:, None]
-        return rows if window is None else rows[window * config.grid[0] : (window + 1) * config.grid[0]]
+        moments: Tensor = rows[nearest_row][:, None]
+        return moments if window is None else moments[window * config.grid[0] : (window + 1) * config.grid[0]]
 
     digest = sha256(Path(model_path)) if model_path and Path(model_path).is_file() else ""
     return features, {"module": name, "model": Path(model_path).name, "sha256": digest}

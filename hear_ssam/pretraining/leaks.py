@@ -63,7 +63,8 @@ def find_leaks(store: Store, known: Iterable[Clip], votes: int = VOTES) -> Itera
     """
     if not store.holds_audio:
         raise HearSsamError(f"{store.folder}: holds log-mel frames, no audio to be recognised; build the store again.")
-    names, whats, whens, owners = [], [], [], []
+    names: list[str] = []
+    whats, whens, owners = [], [], []
     for clip in known:
         audio = clip.decode()
         for late in (0, HOP // 2):  # wherever a copy was cut, its frames lie near those of one of the two

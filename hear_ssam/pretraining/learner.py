@@ -44,7 +44,8 @@ class Decoder(nn.Module):
         x = torch.cat([x[:, :1], grid], dim=1)
         for i, block in enumerate(self.blocks):
             x = block(x, reverse=self.config.flip_odd and i % 2 == 1)
-        return self.norm(x)[:, 1:]
+        predicted: Tensor = self.norm(x)
+        return predicted[:, 1:]
 
 
 class Pass(NamedTuple):
@@ -137,8 +138,9 @@ def _loss(objective: Objective, head: nn.Module, seen: Pass) -> Tensor:
         target = seen.patches if every else pick(seen.patches, hidden)
         if objective.normalised:
             target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
-        return (head(seen.tokens if every else pick(seen.tokens, hidden)).float() - target).square().mean((1, 2))
-    predicted = head(pick(seen.tokens, hidden)).float()  # (B, M, ...)
+        error: Tensor = head(seen.tokens if every else pick(seen.tokens, hidden)).float() - target
+        return error.square().mean((1, 2))
+    predicted: Tensor = head(pick(seen.tokens, hidden)).float()  # (B, M, ...)
     if isinstance(objective, Contrast):
         with torch.autocast(predicted.device.type, enabled=False):
             logits = pick(seen.patches, hidden) @ predicted.transpose(1, 2)  # patch x prediction
