@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -257,22 +258,23 @@ def test_parts_of_a_batch_give_the_step_of_the_whole(store, tmp_path, more):
         pretrain.pretrain(store, tmp_path / "many", dataclasses.replace(recipe, accumulate=6))
 
 
-def test_two_processes_train_as_one_and_each_goes_on_from_the_other(store, tmp_path):
-    recipe = ["--steps", "4", "--batch-size", "4", "--max-frames", "220", "--model", "ssam_tiny", "--save-minutes", "0"]
-    alone = [sys.executable, "-m", "hear_ssam", "pretrain", str(store)]
-    both = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*alone, str(tmp_path / "one"), *recipe], check=True, env=environment, capture_output=True)
-    subprocess.run(
-        [*both, *alone[1:], str(tmp_path / "two"), *recipe], check=True, env=environment, capture_output=True
-    )
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
-    assert [row["step"] for row in one] == [row["step"] for row in two] == [1, 2, 3, 4]
-    np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one], rtol=1e-4)
-    np.testing.assert_allclose([r["held_out_loss"] for r in two], [r["held_out_loss"] for r in one], rtol=1e-4)
+def test_two_processes_train_as_one_and_another_number_goes_on(store, tmp_path):
+    recipe = ["--steps", "4", "--batch-size", "4", "--max-frames", "220", "--save-minutes", "0", "--keep", "9"]
+    launcher = {1: [], 2: ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]}
+
+    def train(name, processes):
+        command = [*launcher[processes], "-m", "hear_ssam", "pretrain", str(store), str(tmp_path / name), *recipe]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *command], check=True, env=environment, capture_output=True)
+        return [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+
+    one, two = train("one", 1), train("two", 2)
+    (tmp_path / "mixed").mkdir()
+    shutil.copy(tmp_path / "two" / "state-000000002.pt", tmp_path / "mixed" / "state.pt")  # as if killed after step 2
+    for other in (two, train("mixed", 1)):
+        assert [row["step"] for row in one] == [row["step"] for row in other] == [1, 2, 3, 4]
+        for key in ("loss", "held_out_loss"):
+            np.testing.assert_allclose([r[key] for r in other], [r[key] for r in one], rtol=1e-4)
 
 
 def test_the_latest_states_are_kept(store, tmp_path):

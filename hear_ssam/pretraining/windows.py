@@ -92,7 +92,7 @@ class WindowSampler:
         spec = self._spectrogram(clip[need], position, slots[need], pad[need])
         place = torch.full((batch,), -1).scatter_(0, need, torch.arange(len(need)))
         own = spec[place[mine].to(self.device)]
-        level = _level(spec)
+        level = spec.flatten(1).logsumexp(dim=1)  # of the whole crop
         with_other = mixed[mine].nonzero()[:, 0].to(self.device)
         if len(with_other):
             a, b = place[mine].to(self.device)[with_other], place[partner].to(self.device)[with_other]
@@ -120,8 +120,3 @@ class WindowSampler:
     def _patches(self, grid: Tensor) -> Tensor:
         """(B, slots, bands) → (B, n) in the order of the tokens."""
         return (grid if self.config.patch_order == "time" else grid.transpose(1, 2)).flatten(1)
-
-
-def _level(spec: Tensor) -> Tensor:
-    """Log of the mean power of log energies (N, F, mels): (N,)."""
-    return spec.flatten(1).logsumexp(dim=1)
