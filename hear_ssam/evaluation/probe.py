@@ -339,7 +339,7 @@ def train_head(
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 hidden = head[:-1](x)
             # the last layer is small, and some CPUs add up its few columns in bfloat16
-            head_loss(head[-1](hidden.float()), target, task.multilabel).backward()
+            torch.autograd.backward(head_loss(head[-1](hidden.float()), target, task.multilabel))
             if bf16:  # what centring took off the first layer's output
                 head[1].running_mean.add_(head[0].weight.detach() @ offset, alpha=head[1].momentum)
             optimizer.step()
