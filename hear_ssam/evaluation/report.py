@@ -14,17 +14,16 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
 
 from .. import BASELINE
 from ..errors import HearSsamError
 from ..paths import atomic_write
 from .records import Record, embeddings_folder, predictions_file, read
 from .tables import FORMATS, Options, Table, as_text, caption, grid, tables
-from .tasks import DONE
-
-if TYPE_CHECKING:
-    import numpy as np
+from .tasks import DONE, read_task
 
 EXAMPLES = """examples:
   hear-ssam report results
@@ -84,8 +83,6 @@ class Predictions(NamedTuple):
 
 def read_predictions(path: Path) -> Predictions:
     """A file of `predictions_file`, the clips of all test folds joined."""
-    import numpy as np
-
     with np.load(path) as stored:
         labels = stored["labels"].tolist()
         folds = [name.removesuffix("/target") for name in stored.files if name.endswith("/target")]
@@ -98,8 +95,6 @@ def read_predictions(path: Path) -> Predictions:
 
 def confusion_matrix(predictions: Predictions) -> np.ndarray:
     """Number of clips (true class, predicted class) of a multiclass task."""
-    import numpy as np
-
     counts = np.zeros((len(predictions.labels),) * 2, int)
     np.add.at(counts, (predictions.target.argmax(1), predictions.prediction.argmax(1)), 1)
     return counts
@@ -111,8 +106,6 @@ def principal_components(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.n
     The sign of a component is free; the one that makes its largest projection positive is taken. Components that the
     rows do not have are zero.
     """
-    import numpy as np
-
     left, singular, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
     missing = max(0, count - len(singular))
     projected = np.pad(left * singular, ((0, 0), (0, missing)))[:, :count]
@@ -164,17 +157,11 @@ def page(records: list[Record], options: Options, results_dir: Path) -> str:
     for table in tables(records):
         parts += [f"<h2>{_text(table.protocol)} protocol</h2>", _sortable(table, options)]
         parts += [f"<p>{_text(caption(table, options))}</p>"]
-        for task, metric in table.tasks.items():
-            words = f"{metric}: mean, 95 % interval and single seeds"
-            parts += [f"<h2>{_text(task)}</h2>"]
-            if any(at[0] == task for at in table.cells):
-                parts += [f'<div class="wide">{_figure(_intervals(table, task), words)}</div>']
-            parts += _models(table, task, results_dir)
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>HEAR scores</title>'
-        '<meta name="viewport" content="width=device-width">'
-        f"<style>{_STYLE}</style><h1>HEAR scores</h1>{''.join(parts)}<script>{_SCRIPT}</script></html>\n"
-    )
+        for task in table.tasks:
+            parts += [f"<h2>{_text(task)}</h2>", _intervals(table, task), *_models(table, task, results_dir)]
+    head = '<meta charset="utf-8"><title>HEAR scores</title><meta name="viewport" content="width=device-width">'
+    body = f"<style>{_STYLE}</style><h1>HEAR scores</h1>{''.join(parts)}<script>{_SCRIPT}</script>"
+    return f'<!doctype html><html lang="en">{head}{body}</html>\n'
 
 
 def _text(value: object) -> str:
@@ -193,29 +180,26 @@ def _sortable(table: Table, options: Options) -> str:
     """The table with headers that sort its tasks; aggregates stay below."""
     header, *rows = grid(table, options, "\x02{}".format)
     head = "".join(f"<th><button>{_text(cell)}</button></th>" for cell in header)
-
-    def cells(row: list[str]) -> str:
-        made = []
+    lines = []
+    for row in rows:
+        cells = []
         for column, cell in enumerate(row):
             text = cell.removeprefix("\x02")
             number = text.removeprefix("≈ ").split(" ")[0]
             value = text if column < 2 else "-1" if number == "–" else number
             bold = f"<b>{_text(text)}</b>" if text != cell else _text(text)
-            made.append(f'<td data-value="{_text(value)}">{bold}</td>')
-        return f"<tr>{''.join(made)}</tr>"
-
-    body = "".join(cells(row) for row in rows[: len(table.tasks)])
-    foot = "".join(cells(row) for row in rows[len(table.tasks) :])
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody><tfoot>{foot}</tfoot></table></div>"
-    )
+            cells.append(f'<td data-value="{_text(value)}">{bold}</td>')
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    body, foot = "".join(lines[: len(table.tasks)]), "".join(lines[len(table.tasks) :])
+    content = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody><tfoot>{foot}</tfoot></table>"
+    return f'<div class="scroll">{content}</div>'
 
 
 def _intervals(table: Table, task: str) -> str:
-    """One row per model: a dot at the mean, a line for the interval, a tick for every seed."""
-    metric = table.tasks[task]
+    """One row per model that has a score: a dot at the mean, a line for the interval, a tick for every seed."""
     cells = [(model, table.cells[task, model]) for model in table.models if (task, model) in table.cells]
+    if not cells:
+        return ""
     ends = [cell.mean + sign * (cell.half_width or 0) for _, cell in cells for sign in (-1, 1)]
     ends += [score for _, cell in cells for score in cell.scores]
     low, high = min(ends), max(ends)
@@ -234,11 +218,11 @@ def _intervals(table: Table, task: str) -> str:
             *(f'<circle class="dot" opacity=".35" cx="{x(s)}" cy="{y + 7}" r="1.5"/>' for s in cell.scores),
         ]
     bottom = 24 * len(cells) + 18
-    shapes += [
-        f'<text x="{x(value)}" y="{bottom}" text-anchor="middle">{as_text(value, metric)}</text>'
-        for value in dict.fromkeys((low, high))
-    ]
-    return _svg(width, bottom + 6, shapes)
+    for value in dict.fromkeys((low, high)):
+        text = as_text(value, table.tasks[task])
+        shapes.append(f'<text x="{x(value)}" y="{bottom}" text-anchor="middle">{text}</text>')
+    words = f"{table.tasks[task]}: mean, 95 % interval and single seeds"
+    return f'<div class="wide">{_figure(_svg(width, bottom + 6, shapes), words)}</div>'
 
 
 def _models(table: Table, task: str, results_dir: Path) -> Iterable[str]:
@@ -248,10 +232,8 @@ def _models(table: Table, task: str, results_dir: Path) -> Iterable[str]:
         if not records:
             continue
         record = min(records, key=lambda r: r["seed"])
-        figures = []
         stored = predictions_file(results_dir, record)
-        if stored.exists():
-            figures += _prediction_figures(stored)
+        figures = _prediction_figures(stored) if stored.exists() else []
         own = embeddings_folder(results_dir, record["model"], record["checkpoint_sha256"], task)
         given = record.get("embeddings", {}).get("folder")  # where an evaluation of finished embeddings found them
         places = [place for place in (own, Path(given or own)) if (place / DONE).exists()]
@@ -285,11 +267,9 @@ def _confusion(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> str:
         for column, count in enumerate(line):
             if count:
                 x, y, share = left + column * step, 5 + row * step, count / sum(line)
-                tip = f"{labels[row]} → {labels[column]}: {count}"
-                shapes.append(
-                    f'<rect class="cell" x="{x:.1f}" y="{y:.1f}" width="{step:.1f}" height="{step:.1f}" '
-                    f'opacity="{share:.2f}"><title>{_text(tip)}</title></rect>'
-                )
+                tip = _text(f"{labels[row]} → {labels[column]}: {count}")
+                square = f'x="{x:.1f}" y="{y:.1f}" width="{step:.1f}" height="{step:.1f}" opacity="{share:.2f}"'
+                shapes.append(f'<rect class="cell" {square}><title>{tip}</title></rect>')
     return _svg(305, 310 - left, shapes)
 
 
@@ -309,10 +289,7 @@ def _curves(histories: Sequence[Sequence[dict[str, float]]], key: str) -> str:
 
 def _embedding_map(folder: Path, most: int = 500) -> tuple[str, str, str]:
     """The first two principal components of (at most 500) test rows, coloured by class, with words and key."""
-    import numpy as np
-
     from .probe import read_rows
-    from .tasks import read_task
 
     task = read_task(folder)
     rows = read_rows(task, task.data_splits[0].test)
@@ -325,11 +302,9 @@ def _embedding_map(folder: Path, most: int = 500) -> tuple[str, str, str]:
     for (across, up), row in zip(places, target, strict=True):
         hue = hues[row.argmax()] if row.any() else "var(--line)"
         label = ", ".join(task.labels[i] for i in np.flatnonzero(row))
-        shapes.append(
-            f'<circle cx="{across:.1f}" cy="{300 - up:.1f}" r="2.5" fill="{hue}"><title>{_text(label)}</title></circle>'
-        )
+        place = f'cx="{across:.1f}" cy="{300 - up:.1f}"'
+        shapes.append(f'<circle {place} r="2.5" fill="{hue}"><title>{_text(label)}</title></circle>')
     named = zip(task.labels, hues, strict=True) if len(hues) <= 16 else ()
     key = "".join(f'<span class="key" style="color: {hue}">● {_text(label)}</span>' for label, hue in named)
-    share = f"{100 * shares.sum():.0f} % of the variance"
-    words = f"{len(chosen)} embeddings of the first test split: two principal components, {share}"
-    return _svg(300, 300, shapes), words, key
+    words = f"{len(chosen)} embeddings of the first test split: two principal components, "
+    return _svg(300, 300, shapes), f"{words}{100 * shares.sum():.0f} % of the variance", key

@@ -236,41 +236,34 @@ class EventJudge:
         self.rows = {file: np.array(rows)[np.argsort(timestamps[rows])] for file, rows in by_file.items()}
         self.grid = [dict(zip(sorted(grid), point, strict=True)) for point in product(*(grid[k] for k in sorted(grid)))]
 
-    def _events(self, probability: np.ndarray, postprocessing: Mapping[str, float]) -> dict[str, Events]:
-        times = {file: self.timestamps[rows] for file, rows in self.rows.items()}
-        return {
-            file: decode_events(
-                active_frames(probability[rows], times[file], postprocessing["median_filter_ms"]),
-                times[file],
-                postprocessing["min_duration"],
-            )
-            for file, rows in self.rows.items()
-        }
-
-    def _score(self, name: str, events: EventsByFile) -> dict[str, float]:
-        parts: dict[str, float] = named_score(name).compute(events, self.reference, self.classes)
-        return parts
+    def _scores(
+        self, names: Sequence[str], probability: np.ndarray, postprocessing: Mapping[str, float]
+    ) -> dict[str, float]:
+        events = {}
+        for file, rows in self.rows.items():
+            times = self.timestamps[rows]
+            active = active_frames(probability[rows], times, postprocessing["median_filter_ms"])
+            events[file] = decode_events(active, times, postprocessing["min_duration"])
+        scores: dict[str, float] = {}
+        for name in names:
+            parts = named_score(name).compute(events, self.reference, self.classes)
+            scores |= {name: next(iter(parts.values()))} | {f"{name}_{part}": value for part, value in parts.items()}
+        return scores
 
     def validate(self, probability: np.ndarray) -> tuple[float, dict[str, float]]:
         """The leading score with the postprocessing that makes it largest (ties: the larger values), and that one."""
-        scored = []
+        leading, scored = self.names[0], []
         for postprocessing in self.grid:
-            score = next(iter(self._score(self.names[0], self._events(probability, postprocessing)).values()))
+            score = self._scores([leading], probability, postprocessing)[leading]
             scored.append((0.0 if math.isnan(score) else score, tuple(postprocessing.items()), score))
-        best = max(scored)
-        return best[2], dict(best[1])
+        _, best, score = max(scored)
+        return score, dict(best)
 
     def test(self, probability: np.ndarray, postprocessing: Mapping[str, float] | None) -> dict[str, float]:
         """Every score by name, and its parts by name and part."""
         if postprocessing is None:  # selected by loss, so there was no choice to make
             (postprocessing,) = self.grid
-        events = self._events(probability, postprocessing)
-        scores: dict[str, float] = {}
-        for name in self.names:
-            parts = self._score(name, events)
-            scores[name] = next(iter(parts.values()))
-            scores |= {f"{name}_{part}": value for part, value in parts.items()}
-        return scores
+        return self._scores(self.names, probability, postprocessing)
 
 
 def aggregate_folds(folds: Sequence[Mapping[str, float]]) -> dict[str, float]:

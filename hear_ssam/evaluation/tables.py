@@ -16,6 +16,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from .. import BASELINE
 from ..errors import unknown_name
@@ -23,20 +24,12 @@ from .records import Record
 from .tasks import known_tasks
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One model on one task: the primary metric of every seed."""
+class Cell(NamedTuple):
+    """One model on one task: the primary metric of every seed, their mean and the `interval` around it."""
 
     scores: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return statistics.mean(self.scores)
-
-    @property
-    def half_width(self) -> float | None:
-        """Half-width of the 95 % t-interval of the mean, None for a single seed."""
-        return interval(self.scores)
+    mean: float
+    half_width: float | None
 
 
 @dataclass(frozen=True)
@@ -48,21 +41,20 @@ class Table:
     tasks: dict[str, str]  # task → primary metric
     models: list[str]
     cells: dict[tuple[str, str], Cell]  # (task, model); missing where there is no result, or none that is defined
-    maximize: dict[str, bool]  # task → direction
+    sign: dict[str, int]  # task → 1 where larger scores are better, else -1
     records: list[Record]
 
     def best(self, task: str) -> str | None:
         """The model with the best mean on a task, None where fewer than two have one."""
-        models = [model for model in self.models if (task, model) in self.cells]
-        sign = 1 if self.maximize[task] else -1
-        return max(models, key=lambda model: sign * self.cells[task, model].mean) if len(models) > 1 else None
+        means = {m: self.sign[task] * self.cells[task, m].mean for m in self.models if (task, m) in self.cells}
+        return max(means, key=means.__getitem__) if len(means) > 1 else None
 
     def close_to_best(self, task: str, model: str) -> bool:
         """Whether a model is not significantly worse than the best (Welch's t-test over seeds, two-sided, 5 %)."""
         best = self.best(task)
-        if best in (None, model) or (task, model) not in self.cells:
+        if best is None or best == model or (task, model) not in self.cells:
             return False
-        a, b = self.cells[task, str(best)].scores, self.cells[task, model].scores
+        a, b = self.cells[task, best].scores, self.cells[task, model].scores
         if min(len(a), len(b)) < 2 or (len(set(a)) == len(set(b)) == 1):
             return False
         from scipy.stats import ttest_ind
@@ -86,8 +78,7 @@ class Table:
         """Mean rank of a model over the common tasks."""
         ranks = []
         for task in self.common_tasks:
-            sign = 1 if self.maximize[task] else -1
-            own, *all_means = (sign * self.cells[task, m].mean for m in (model, *self.models))
+            own, *all_means = (self.sign[task] * self.cells[task, m].mean for m in (model, *self.models))
             better, equal = sum(m > own for m in all_means), sum(m == own for m in all_means)
             ranks.append(better + (equal + 1) / 2)
         return statistics.mean(ranks)
@@ -108,32 +99,22 @@ def tables(records: Iterable[Record]) -> list[Table]:
     A score that is undefined counts in no mean, but its task and model are in the table.
     """
     chosen = [r for r in records if r["fold"] is None and r["primary"]]
-    digests: dict[str, set[str]] = {}
-    for record in chosen:
-        digests.setdefault(record["model"], set()).add(record["checkpoint_sha256"])
-
-    def label(record: Record) -> str:
-        ambiguous = len(digests[record["model"]]) > 1
-        return f"{record['model']}@{record['checkpoint_sha256'][:8]}" if ambiguous else record["model"]
-
+    checkpoints = Counter(model for model, _ in {(r["model"], r["checkpoint_sha256"]) for r in chosen})
     made = []
     for protocol, probe in dict.fromkeys((r["protocol"], r["probe"]) for r in chosen):
-        rows = [r for r in chosen if (r["protocol"], r["probe"]) == (protocol, probe)]
+        rows: list[Record] = []
         scores: dict[tuple[str, str], list[float]] = {}
-        for row in rows:
-            if row["score"] is not None:
-                scores.setdefault((row["task"], label(row)), []).append(row["score"])
-        made.append(
-            Table(
-                protocol,
-                probe,
-                {row["task"]: row["metric"] for row in sorted(rows, key=lambda row: row["task"])},
-                list(dict.fromkeys(map(label, rows))),
-                {at: Cell(tuple(values)) for at, values in scores.items()},
-                {row["task"]: row["maximize"] for row in rows},
-                [{**row, "label": label(row)} for row in rows],
-            )
-        )
+        for row in chosen:
+            if (row["protocol"], row["probe"]) == (protocol, probe):
+                digest = f"@{row['checkpoint_sha256'][:8]}" if checkpoints[row["model"]] > 1 else ""
+                rows.append({**row, "label": row["model"] + digest})
+                if row["score"] is not None:
+                    scores.setdefault((row["task"], rows[-1]["label"]), []).append(row["score"])
+        tasks = {row["task"]: row["metric"] for row in sorted(rows, key=lambda row: row["task"])}
+        models = list(dict.fromkeys(row["label"] for row in rows))
+        cells = {at: Cell(tuple(found), statistics.mean(found), interval(found)) for at, found in scores.items()}
+        sign = {row["task"]: 1 if row["maximize"] else -1 for row in rows}
+        made.append(Table(protocol, probe, tasks, models, cells, sign, rows))
     return made
 
 
@@ -165,18 +146,15 @@ def grid(table: Table, options: Options, bold: Callable[[str], str]) -> list[lis
         row = [task, metric]
         for model in table.models:
             cell = table.cells.get((task, model))
-            text = "–" if cell is None else as_text(cell.mean, metric)
+            text = "≈ " * table.close_to_best(task, model) + (as_text(cell.mean, metric) if cell else "–")
             if cell and cell.half_width is not None:
                 text += f" ± {as_text(cell.half_width, metric)}"
-            if table.close_to_best(task, model):
-                text = f"≈ {text}"
             row.append(bold(text) if model == table.best(task) else text)
-        row += [as_text(scores[task], metric) if task in scores else "–" for scores in outside.values()]
+        row += [as_text(found[task]["score"], metric) if task in found else "–" for found in outside.values()]
         rows.append(row)
+    count = len(table.common_tasks)
     for name, values in aggregates(table, options).items():
-        count = len(table.common_tasks)
-        row = [f"{value:.1f}" for value in values]
-        rows.append([name, f"{count} task{'s' * (count != 1)}", *row, *("–" for _ in outside)])
+        rows.append([name, f"{count} task{'s' * (count != 1)}", *(f"{v:.1f}" for v in values), *("–" for _ in outside)])
     return rows
 
 
@@ -191,12 +169,12 @@ def aggregates(table: Table, options: Options) -> dict[str, list[float]]:
     return rows
 
 
-def _published(table: Table) -> dict[str, dict[str, float]]:
-    """Model → task → published score, for the tasks of the table that are HEAR's own."""
-    found: dict[str, dict[str, float]] = {}
-    for task in table.tasks:
-        for row in known_tasks()[task].published if task in known_tasks() else ():
-            found.setdefault(row["model"], {})[task] = row["score"]
+def _published(table: Table) -> dict[str, dict[str, dict[str, Any]]]:
+    """Model → task → published score and its source, for the tasks of the table that are HEAR's own."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for task, card in known_tasks().items():
+        for row in card.published if task in table.tasks else ():
+            found.setdefault(row["model"], {})[task] = row
     return found
 
 
@@ -218,7 +196,7 @@ def caption(table: Table, options: Options) -> str:
     if below:
         text += "; rank: mean over tasks, 1 is best"
     if options.published and (outside := _published(table)):
-        sources = {r["source"] for t in table.tasks if t in known_tasks() for r in known_tasks()[t].published}
+        sources = {row["source"] for found in outside.values() for row in found.values()}
         text += f"; † published, not measured here ({len(outside)} models; {'; '.join(sorted(sources))})"
     return text + "."
 
@@ -255,8 +233,7 @@ def latex(records: list[Record], options: Options) -> str:
     """One table environment (package booktabs) per protocol and probe."""
     texts = []
     for table in tables(records):
-        # bold is marked by control characters until the rest is escaped
-        rows = grid(table, options, "\x02{}\x03".format)
+        rows = grid(table, options, "\x02{}\x03".format)  # marks of bold, until the rest is escaped
         lines = [" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in rows]
         lines = [line.replace("\x02", r"\textbf{").replace("\x03", "}") for line in lines]
         body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
@@ -281,9 +258,4 @@ def comma_separated(records: list[Record], options: Options) -> str:
     return text.getvalue()
 
 
-FORMATS: dict[str, Callable[[list[Record], Options], str]] = {
-    "terminal": terminal,
-    "markdown": markdown,
-    "csv": comma_separated,
-    "latex": latex,
-}
+FORMATS = {"terminal": terminal, "markdown": markdown, "csv": comma_separated, "latex": latex}
