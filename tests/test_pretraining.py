@@ -20,7 +20,7 @@ from hear_ssam.cli import main
 from hear_ssam.encoder import Encoder, random_mask
 from hear_ssam.errors import HearSsamError
 from hear_ssam.frontend import LogMel, normalize
-from hear_ssam.pretraining import codes
+from hear_ssam.pretraining import codes, loop
 from hear_ssam.pretraining.learner import Learner
 from hear_ssam.pretraining.recipe import (
     RECIPES,
@@ -199,6 +199,11 @@ def test_codes_of_a_checkpoint_train_an_encoder(store, teacher, tmp_path, capsys
             json.loads((tmp_path / f"run{steps}" / "log.jsonl").read_text().splitlines()[-1])["held_out_loss"]
         )
     assert losses[1] < 0.9 * losses[0]
+    (tmp_path / "run40" / "state.pt").write_bytes((tmp_path / "run1" / "state.pt").read_bytes())
+    again = dataclasses.replace(recipe, steps=1, batch_size=8, learning_rate=3e-3)
+    (store / "c.json").write_text(json.dumps({**table.info, "teacher": {"sha256": "another"}}))
+    with pytest.raises(HearSsamError, match=r"state\.pt: holds a run with codes=.*another"):
+        pretrain.pretrain(store, tmp_path / "run40", again)
     with pytest.raises(HearSsamError, match=r"c\.json: codes of another patch grid"):
         codes.open_codes(opened, "c", config.CONFIGS["ssamba_tiny"])
     (store / "c.json").write_text(json.dumps({**table.info, "store": "another"}))
@@ -275,6 +280,21 @@ def test_two_processes_train_as_one_and_another_number_goes_on(store, tmp_path):
         assert [row["step"] for row in one] == [row["step"] for row in other] == [1, 2, 3, 4]
         for key in ("loss", "held_out_loss"):
             np.testing.assert_allclose([r[key] for r in other], [r[key] for r in one], rtol=1e-4)
+
+
+def test_a_process_that_died_and_a_full_disk_are_named(store, tmp_path, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr("torch.distributed.all_reduce", broken)
+    with pytest.raises(
+        HearSsamError, match=r"another process .* ended \(Connection closed by peer\); the same command"
+    ):
+        loop._Ranks(0, 2, CPU).add([torch.zeros(2)], torch.zeros(1))
+    monkeypatch.setattr("torch.save", broken)
+    with pytest.raises(HearSsamError, match=r"state\.pt: cannot be written \(Connection.*; step 0 is kept"):
+        pretrain.pretrain(store, tmp_path / "run", VISIBLE)
+    assert not list((tmp_path / "run").glob("*"))
 
 
 def test_the_latest_states_are_kept(store, tmp_path):

@@ -62,7 +62,7 @@ def pretrain(
             earlier = _start_from(recipe, encoder) if recipe.init else {}
             learner = Learner(encoder, recipe, codes.clusters if codes else 0).to(ranks.device)
         generator = torch.Generator().manual_seed(recipe.seed)
-        run = _Run(folder, recipe, learner, _optimizer(learner, recipe), generator, keep)
+        run = _Run(folder, recipe, learner, _optimizer(learner, recipe), generator, keep, codes.info if codes else {})
         sampler = WindowSampler(store, recipe, config, ranks.device, codes=codes)
         held_out = WindowSampler(store, recipe, config, ranks.device, True, codes, sampler.frames)
         _loop(run, ranks, store, sampler, held_out, save_minutes, earlier)
@@ -270,19 +270,20 @@ class _Run:
         optimizer: torch.optim.Optimizer,
         generator: torch.Generator,
         keep: int,
+        codes: dict[str, Any],
     ) -> None:
         self.folder, self.recipe, self.learner = folder, recipe, learner
         self.optimizer, self.generator, self.keep = optimizer, generator, keep
         self.step, self.seconds = 0, 0.0
         self.log: list[dict[str, float]] = []
+        self.told = recipe.to_dict() | {"codes": codes}  # what a resumed run must repeat
         self.saved = 0  # the step of the state on disk
         path = folder / "state.pt"
         if not path.exists():
             return
-        recipe_now = recipe.to_dict()
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            differing = {k: v for k, v in state["recipe"].items() if v != recipe_now.get(k)}
+            differing = {k: v for k, v in state["recipe"].items() if v != self.told.get(k)}
             if not differing:
                 learner.load_state_dict(state["learner"])
                 optimizer.load_state_dict(state["optimizer"])
@@ -292,7 +293,7 @@ class _Run:
         except Exception as error:  # torch raises many kinds for a damaged file
             raise HearSsamError(f"{path}: cannot be resumed ({error}); delete it to start anew.") from error
         if differing:
-            told = ", ".join(f"{name}={value!r}, not {recipe_now.get(name)!r}" for name, value in differing.items())
+            told = ", ".join(f"{name}={value!r}, not {self.told.get(name)!r}" for name, value in differing.items())
             raise HearSsamError(
                 f"{path}: holds a run with {told}; repeat its recipe to resume it, or choose another folder."
             )
@@ -312,7 +313,7 @@ class _Run:
         path = self.folder / "state.pt"
         self.log.append({"step": self.step, **row, "seconds": round(self.seconds, 1)})
         state = {
-            "recipe": self.recipe.to_dict(), "learner": self.learner.state_dict(),
+            "recipe": self.told, "learner": self.learner.state_dict(),
             "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
             "step": self.step, "seconds": self.seconds, "log": self.log,
         }  # fmt: skip
