@@ -65,20 +65,15 @@ def pretrain(
         run = _Run(folder, recipe, learner, _optimizer(learner, recipe), generator, keep, codes.info if codes else {})
         sampler = WindowSampler(store, recipe, config, ranks.device, codes=codes)
         held_out = WindowSampler(store, recipe, config, ranks.device, True, codes, sampler.frames)
-        _loop(run, ranks, store, sampler, held_out, save_minutes, earlier)
+        run.earlier = earlier
+        _loop(run, ranks, store, sampler, held_out, save_minutes)
         if ranks.rank == 0:
-            _publish(run, store, earlier)
+            _publish(run, store)
         return folder / f"{recipe.model}.safetensors"
 
 
 def _loop(
-    run: _Run,
-    ranks: _Ranks,
-    store: Store,
-    sampler: WindowSampler,
-    held_out: WindowSampler,
-    save_minutes: float,
-    earlier: dict[str, Any],
+    run: _Run, ranks: _Ranks, store: Store, sampler: WindowSampler, held_out: WindowSampler, save_minutes: float
 ) -> None:
     recipe, learner, optimizer = run.recipe, run.learner, run.optimizer
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -130,7 +125,7 @@ def _loop(
                 since, sums = run.step, torch.zeros(0)
                 if ranks.rank == 0:
                     run.save({**row, "held_out_loss": _held_out_loss(run, held_out, store, autocast)})
-                    _publish(run, store, earlier)
+                    _publish(run, store)
                     waiting = row["ms_data"] / sum(value for name, value in row.items() if name.startswith("ms_"))
                     bar.set_postfix(
                         loss=f"{row['loss']:.4f}", held_out=f"{run.log[-1]['held_out_loss']:.4f}", data=f"{waiting:.0%}"
@@ -276,6 +271,7 @@ class _Run:
         self.optimizer, self.generator, self.keep = optimizer, generator, keep
         self.step, self.seconds = 0, 0.0
         self.log: list[dict[str, float]] = []
+        self.earlier: dict[str, Any] = {}  # the training of the weights that it started from
         self.told = recipe.to_dict() | {"codes": codes}  # what a resumed run must repeat
         self.saved = 0  # the step of the state on disk
         path = folder / "state.pt"
@@ -362,7 +358,7 @@ def _schedule(done: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
-def _publish(run: _Run, store: Store, earlier: dict[str, Any]) -> None:
+def _publish(run: _Run, store: Store) -> None:
     """Write the encoder of now and its card, without what only pre-training needs."""
     recipe, encoder = run.recipe, run.learner.encoder
     config, device = encoder.config, next(encoder.parameters()).device
@@ -381,7 +377,7 @@ def _publish(run: _Run, store: Store, earlier: dict[str, Any]) -> None:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "versions": {"hear_ssam": __version__, "torch": torch.__version__},
             "recipe": recipe.to_dict() | {"init": Path(recipe.init).name},
-            "init": earlier,
+            "init": run.earlier,
         },
         "data": [{k: row.get(k, "") for k in ("name", "hours", "clips", "licence")} for row in store.info["sources"]],
     }
