@@ -22,7 +22,7 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -244,10 +244,10 @@ def load_model(
     model: str = "",
     pretrained: bool = True,
     seed: int = 0,
-    token_order: str | None = None,
-    pooling: str | None = None,
+    token_order: Literal["time", "official"] | None = None,
+    pooling: Literal["mean", "mean_std"] | None = None,
     backend: str | None = None,
-    precision: str = "fp32",
+    precision: Literal["fp32", "bf16"] = "fp32",
     device: str = "cpu",
     window_frames: int | None = None,
     **unknown: Any,

@@ -273,6 +273,18 @@ def test_compiled_in_one_graph_with_gradients(backend):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("backend", ["auto", *backends()])
+def test_one_graph_serves_all_sizes(backend):
+    def layer(u, delta, A, B, C, weight):
+        return causal_conv1d(selective_scan(u, delta, A, B, C, delta_softplus=True, backend=backend), weight)
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length, state in ((9, 4), (12, 5), (13, 6)):
+        values = make(length=length, channels=8, state=state)
+        leaves = [values[k] for k in ("u", "delta", "A", "B", "C")]
+        torch.testing.assert_close(compiled(*leaves, values["B"][0, :8]), layer(*leaves, values["B"][0, :8]))
+
+
 def test_explicit_choice_runs_or_raises(monkeypatch):
     values = make(length=3)
     with pytest.raises(HearSsamError, match="Did you mean 'triton'"):

@@ -30,7 +30,7 @@ from .reference import ScanInputs
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("reference", "torch", "cpu", "triton", "mamba_ssm")
-_MOST = {"cpu": 1024}  # states of a channel, or taps: the kernels keep them on the stack, some 1.2 kB for each
+MOST = 1024  # states of a channel, or taps of a convolution: CPU kernels keep them on the stack, some 1.2 kB for each
 _PREFERRED = {"cpu": ("cpu", "torch"), "cuda": ("triton", "mamba_ssm", "torch")}
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("hear_ssam_backend", default=None)
 
@@ -63,7 +63,7 @@ def selective_scan(
     """
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
     _check_scan(inputs)
-    name = _choose(backend, u.device.type, u.dtype, A.shape[1])
+    name = _choose(backend, u.device.type, u.dtype, _beyond(A.shape[1]))
     if name == "mamba_ssm" and return_last_state and _needs_grad(inputs):
         raise HearSsamError(
             "selective_scan: scan backend 'mamba_ssm' gives no gradient of the last state; use backend='triton' or "
@@ -105,7 +105,7 @@ def causal_conv1d(
     before = (x.shape[0], weight.shape[1] - 1, x.shape[2])
     if initial_state is not None and tuple(initial_state.shape) != before:
         raise HearSsamError(f"causal_conv1d: initial_state must have shape {before}, not {tuple(initial_state.shape)}.")
-    name = _choose("torch" if backend == "mamba_ssm" else backend, x.device.type, x.dtype, weight.shape[1])
+    name = _choose("torch" if backend == "mamba_ssm" else backend, x.device.type, x.dtype, _beyond(weight.shape[1]))
     name = "torch" if name == "mamba_ssm" else name  # the adapter has no convolution
     tensors = (x, weight, bias, initial_state)
     if name == "reference":
@@ -191,9 +191,15 @@ def _refuses(name: str, device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _beyond(size: int) -> int:
+    """`size` where it overflows the CPU kernels' stack, else 0: so that no compiled graph depends on it."""
+    return size if size > MOST else 0
+
+
 def _overflows(name: str, size: int) -> str | None:
-    most = _MOST.get(name, size)
-    return f"holds at most {most} states of a channel (or taps of a convolution), not {size}" if size > most else None
+    if name != "cpu" or not size:
+        return None
+    return f"holds at most {MOST} states of a channel (or taps of a convolution), not {size}"
 
 
 @functools.cache
