@@ -1,5 +1,6 @@
 """`hear-ssam check` passes a sound module and finds each fault, those that hear-validator lets pass too."""
 
+import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -78,7 +79,7 @@ def leave(*_):
 def test_nonsense_is_named_and_ends_nothing(scene, timestamps, words):
     sound = load_hear_model("tests.tiny_hear")
     module = SimpleNamespace(get_scene_embeddings=scene, get_timestamp_embeddings=timestamps)
-    hear = SimpleNamespace(module=module, model=sound.model, sample_rate=16000, device="cpu")
+    hear = dataclasses.replace(sound, module=module)
     found = {finding.check: finding for finding in check_model(hear, long_seconds=300)}
     assert list(found) == [name for name, *_ in CHECKS]
     assert words in found["scene embeddings"].text
@@ -98,7 +99,7 @@ def test_audio_is_float32_on_the_models_device_whatever_torchs_defaults():
         return sound.module.get_timestamp_embeddings(audio, model)
 
     module = SimpleNamespace(get_scene_embeddings=scene, get_timestamp_embeddings=timestamps)
-    hear = SimpleNamespace(module=module, model=sound.model, sample_rate=16000, device="cpu")
+    hear = dataclasses.replace(sound, module=module, device=torch.device("cpu"))
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float64)

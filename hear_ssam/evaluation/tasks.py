@@ -126,10 +126,8 @@ class Task:
         if self.metadata["split_mode"] == "trainvaltest":
             return [DataSplit(("train",), "valid", "test")]
         folds = sorted(self.splits)
-        turns = [(fold, folds[(i + 1) % len(folds)]) for i, fold in enumerate(folds)]
-        return [
-            DataSplit(tuple(fold for fold in folds if fold not in (test, valid)), valid, test) for test, valid in turns
-        ]
+        turns = zip(folds, folds[1:] + folds[:1], strict=True)
+        return [DataSplit(tuple(f for f in folds if f not in (test, valid)), valid, test) for test, valid in turns]
 
     def clips(self, split: str) -> dict[str, list[Any]]:
         """File name → labels (scene) or events `{"label", "start", "end"}` in ms, in the file's order.
@@ -169,9 +167,8 @@ class Task:
         for split in self.splits:
             labels = itertools.chain.from_iterable(self.clips(split).values())
             present = {str(label["label"] if self.event else label) for label in labels}
-            if missing := [label for label in self.labels if label not in present]:
-                absent[split] = missing
-        return absent
+            absent[split] = [label for label in self.labels if label not in present]
+        return {split: labels for split, labels in absent.items() if labels}
 
     @cached_property
     def class_index(self) -> dict[str, int]:
@@ -242,8 +239,8 @@ def _check_metadata(metadata: dict[str, Any], path: Path) -> None:
     for name in metadata["evaluation"]:
         if name not in SCORES:
             raise HearSsamError(f"{path}: {unknown_name('score', name, SCORES)}")
-        if SCORES[name].event != (metadata["embedding_type"] == "event"):
-            kind = metadata["embedding_type"]
+        kind = metadata["embedding_type"]
+        if SCORES[name].event != (kind == "event"):
             raise HearSsamError(f"{path}: the score {name} does not fit the embedding_type {kind!r}; choose another.")
 
 
@@ -264,11 +261,10 @@ def require_audio(folder: Path, names: Iterable[str]) -> None:
 
 
 def find_tasks(tasks_dir: Path, names: Sequence[str] = (), unpacked: Iterable[Path] = ()) -> dict[str, list[Path]]:
-    """Task folders by name, sorted, in `tasks_dir` or in `tasks_dir/…/tasks`, as HEAR's archives unpack.
+    """Task folders by name, sorted, in `tasks_dir`, `unpacked`, or a `…/tasks` in them, as HEAR's archives unpack.
 
-    `unpacked` are further places to look at. A task that is in several of them has several folders, perhaps with other
-    sample rates. Hidden folders (names with a dot in front) are ignored. `names` selects folders by name; a missing one
-    raises HearSsamError that says where to get it or which name is near.
+    A task in several places has several folders, perhaps of other sample rates. Hidden folders are ignored. `names`
+    selects folders; a missing one raises HearSsamError that says where to get it or which name is near.
     """
     if not tasks_dir.is_dir():
         raise HearSsamError(f"{tasks_dir}: no such folder; it must hold one folder per HEAR task.")
@@ -290,12 +286,8 @@ def find_tasks(tasks_dir: Path, names: Sequence[str] = (), unpacked: Iterable[Pa
 
 def find_archives(tasks_dir: Path, names: Sequence[str] = ()) -> list[Path]:
     """Archives in `tasks_dir` (.tar, .tar.gz, .tgz), all or those with one of `names` in their name."""
-    archives = [
-        path
-        for path in sorted(tasks_dir.glob("[!.]*"))
-        if path.name.endswith((".tar", ".tar.gz", ".tgz")) and path.is_file()
-    ]
-    return [path for path in archives if not names or any(name in path.name for name in names)]
+    found = (path for path in sorted(tasks_dir.glob("[!.]*")) if not names or any(name in path.name for name in names))
+    return [path for path in found if path.name.endswith((".tar", ".tar.gz", ".tgz")) and path.is_file()]
 
 
 def unpack(archive: Path, folder: Path) -> Path:
@@ -348,10 +340,9 @@ class TaskCard:
     @property
     def source(self) -> str:
         """Where the task can be had."""
-        return (
-            f"get {self.archive} (48000 Hz: https://zenodo.org/records/5885750; 16000, 22050, 32000 and 44100 Hz: "
-            "gs://hear2021-archive/tasks/, requester pays)"
-        )
+        bucket = "gs://hear2021-archive/tasks/, requester pays"
+        zenodo = "https://zenodo.org/records/5885750"
+        return f"get {self.archive} (48000 Hz: {zenodo}; 16000, 22050, 32000 and 44100 Hz: {bucket})"
 
     def differences(self, task: Task) -> list[str]:
         """How a folder on disk differs from HEAR's release; such scores are not HEAR scores."""
@@ -400,11 +391,10 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_vocabulary(path: Path) -> tuple[str, ...]:
+    text = io.StringIO(_read_text(path), newline="")
     try:
-        rows = [(int(row["idx"]), row["label"]) for row in csv.DictReader(io.StringIO(_read_text(path), newline=""))]
+        rows = [(int(row["idx"]), row["label"]) for row in csv.DictReader(text)]
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        if isinstance(error, HearSsamError):
-            raise
         raise HearSsamError(f"{path}: needs the columns idx (0, 1, …) and label, separated by commas.") from error
     labels = tuple(label for _, label in sorted(rows))
     if sorted(index for index, _ in rows) != list(range(len(rows))) or not rows:
