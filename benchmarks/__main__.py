@@ -12,6 +12,7 @@ NAMES = {
     "cpu": "speed and error of the encoder against other implementations and the machine's limit",
     "gpu": "correctness and speed of the GPU kernels, the encoder and a training step",
     "probes": "the scores of both probes over many seeds",
+    "leaks": "recall and false alarms of the search for test recordings in a pre-training store",
     "choices": "the picture of token order and mask position",
 }
 

@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.audio:
         if not args.check_against:
             raise HearSsamError(f"{args.store}: name what to do, --audio PATH... or --check-against PATH...")
-        return _check(args.store, args.check_against)
+        return _check(args)
     info = build_store(args.store, tqdm(audio_clips(args.audio), unit=" clips"), args.workers, _terms)
     for row in info["sources"]:
         print(f"{row['clips']:8,} clips {row['hours']:8.2f} h  {row['name']}  {row.get('licence', '')}")
@@ -155,19 +155,22 @@ def run(args: argparse.Namespace) -> int:
     for reason in info["skipped"]:
         print(f"skipped {reason}", file=sys.stderr)
     if args.check_against:
-        _check(args.store, args.check_against)
+        _check(args)
     return 1 if info["skipped"] else 0
 
 
-def _check(folder: str, known: list[str]) -> int:
-    """Write and print which clips of a store are recordings of `known`; training leaves them out."""
+def _check(args: argparse.Namespace) -> int:
+    """Write and print which clips of a store are recordings of an evaluation; training leaves them out."""
+    from tqdm import tqdm
+
     from .pretraining.leaks import find_leaks
 
-    store = open_store(folder)
-    leaks = list(find_leaks(store, audio_clips(known)))
+    store = open_store(args.store)
+    known = tqdm(audio_clips(args.check_against), unit=" clips")
+    leaks = find_leaks(store, known, workers=args.workers)
     with atomic_write(store.folder / "left-out.tsv") as path:
         path.write_text("".join(f"{x.clip}\t{store.name(x.clip)}\t{x.known}\t{x.votes}\n" for x in leaks), "utf-8")
     for leak in leaks:
         print(f"left out: {store.name(leak.clip)} sounds like {leak.known} ({leak.votes} votes)")
-    print(f"{len(leaks)} of {len(store)} clips are left out of training: {folder}/left-out.tsv")
+    print(f"{len(leaks)} of {len(store)} clips are left out of training: {store.folder}/left-out.tsv")
     return 0

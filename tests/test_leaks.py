@@ -13,6 +13,7 @@ from hear_ssam.cli import main
 from hear_ssam.config import CONFIGS
 from hear_ssam.errors import HearSsamError
 from hear_ssam.pretrain import Recipe
+from hear_ssam.pretraining import leaks
 from hear_ssam.pretraining.leaks import find_leaks, landmarks
 from hear_ssam.pretraining.store import Clip, Store, build_store, open_store
 from hear_ssam.pretraining.windows import WindowSampler
@@ -59,9 +60,60 @@ def test_altered_recordings_are_found_and_named(tmp_path, known, change):
     altered = [Clip("s", f"altered{i}", lambda i=i: CHANGES[change](sound(i))) for i in range(0, 20, 2)]
     others = [Clip("s", f"other{i}", lambda i=i: sound(100 + i)) for i in range(20)]
     build_store(tmp_path / "store", [*altered, *others], workers=1)
-    leaks = list(find_leaks(open_store(tmp_path / "store"), known))
-    assert [leak.clip for leak in leaks] == list(range(10))  # all of them, and no other
-    assert [leak.known for leak in leaks] == [f"known{i}" for i in range(0, 20, 2)]
+    listed = find_leaks(open_store(tmp_path / "store"), known)
+    assert [leak.clip for leak in listed] == list(range(10))  # all of them, and no other
+    assert [leak.known for leak in listed] == [f"known{i}" for i in range(0, 20, 2)]
+
+
+def noisy(seed: int, audio: np.ndarray) -> np.ndarray:
+    return (audio + np.random.default_rng(seed).normal(0, 0.01, len(audio))).astype(np.float32)
+
+
+def clips_of(audio: dict[str, np.ndarray]) -> list[Clip]:
+    return [Clip("s", name, lambda x=x: x) for name, x in audio.items()]
+
+
+def found(tmp_path, clips: dict[str, np.ndarray], known: dict[str, np.ndarray], **options) -> dict[str, str]:
+    """Name of a clip → name of the known clip that it is a copy of."""
+    if not (tmp_path / "store").exists():
+        build_store(tmp_path / "store", clips_of(clips))
+    store = open_store(tmp_path / "store")
+    return {store.name(leak.clip): leak.known for leak in find_leaks(store, clips_of(known), **options)}
+
+
+def test_steady_sounds_alike_are_no_leaks(tmp_path):
+    time = np.arange(4 * RATE) / RATE
+    hums = {f"{f} Hz": 0.3 * np.sin(2 * np.pi * f * time) for f in (50, 440, 440.5, 3000)}
+    hums |= {f"noise {i}": np.random.default_rng(i).normal(0, 0.1, 4 * RATE).astype(np.float32) for i in range(4)}
+    assert not found(tmp_path, {name: noisy(5, x[::-1]) for name, x in hums.items()}, hums)
+
+
+def test_a_piece_of_a_long_clip_in_a_long_clip(tmp_path):
+    long, known = sound(1, 65), sound(2, 63)
+    long[61 * RATE : 64 * RATE] = known[1234 : 1234 + 3 * RATE]
+    assert found(tmp_path, {"long": long}, {"known": known}) == {"long": "known"}
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 1023, 2000])
+def test_clips_too_short_for_peaks(tmp_path, size):
+    assert not found(tmp_path, {"a": sound(1), "short": sound(1)[:500]}, {"short": np.ones(size, np.float32)})
+
+
+def test_memory_is_bounded_by_blocks_that_change_nothing(tmp_path, monkeypatch):
+    known = {f"known {i}": sound(i) for i in range(6)}
+    copies = {f"copy {i}": coded(sound(i)) for i in range(6)}
+    whole = found(tmp_path, copies, known, workers=2)
+    assert whole == {f"copy {i}": f"known {i}" for i in range(6)}
+    sizes, init = [], leaks._Index.__init__
+
+    def counted(self, names, marks):
+        init(self, names, marks)
+        sizes.append(len(self.what))
+
+    monkeypatch.setattr(leaks._Index, "__init__", counted)
+    monkeypatch.setattr(leaks, "BLOCK", 800)
+    assert found(tmp_path, copies, known) == whole
+    assert 1 < len(sizes) < 6 and max(sizes) < 2 * 800
 
 
 def test_the_command_leaves_them_out_of_training(tmp_path, capsys):
@@ -82,8 +134,8 @@ def test_the_command_leaves_them_out_of_training(tmp_path, capsys):
 def test_what_cannot_be_checked_is_said(tmp_path, known):
     frames = Store(np.zeros((100, 80), np.float16), np.array([0, 100]), np.array([0]), {}, tmp_path)
     with pytest.raises(HearSsamError, match="holds log-mel frames"):
-        list(find_leaks(frames, known))
+        find_leaks(frames, known)
     build_store(tmp_path / "store", known[:1])
     with pytest.raises(HearSsamError, match="holds no audio"):
-        list(find_leaks(open_store(tmp_path / "store"), []))
+        find_leaks(open_store(tmp_path / "store"), [])
     assert len(landmarks(np.zeros(100, np.float32))[0]) == 0  # silence has no peaks

@@ -1,7 +1,8 @@
 """Does a store hold recordings of an evaluation? Acoustic fingerprints as in music recognition (Wang, ISMIR 2003).
 
-Peaks of a spectrogram are paired; a pair (two frequencies, the time between) is a landmark that survives other codecs,
-levels, cuts and some noise. Two clips share a recording where many landmarks agree on one shift in time.
+Local maxima of a spectrogram survive coding, cuts, gain and other sounds on top. Two of them, with their frequencies
+and the time between, are a landmark; two clips share a recording where many landmarks agree on one shift in time. Pitch
+and speed must be unchanged. Recall and false alarms: `python -m benchmarks leaks`.
 """
 
 from __future__ import annotations
@@ -10,85 +11,122 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from ..errors import HearSsamError
+from ..machine import work_ahead
 from .store import Clip, Store
 
 SIZE, HOP = 1024, 256  # samples of a frame and between frames: 64 and 16 ms
-NEAR = (31, 15)  # bins and frames in which a peak is the largest
-FLOOR = 12.0  # nepers of power below the clip's loudest peak that still count, 52 dB
-FAN, AHEAD = 6, 63  # partners of a peak: so many, at most so many frames later
-VOTES = 8  # moments that must agree on one shift
-COMMON = 300  # a landmark that is found more often tells nothing (hum, tones of a synthesiser)
-PIECE = 1 << 20  # samples of a long clip that are looked at at once
+PIECE = 3750 * HOP  # samples of a long clip that are compared at once: a minute
+NEAR = 9, 13  # frames and bins in which a peak is the largest: some 80 peaks a second
+FLOOR = 1e-3  # of a piece's highest peak, -60 dB: what lies below is no peak
+FAN, AHEAD, BINS = 6, 63, 127  # partners of a peak: so many, at most so many frames later and so many bins away
+VOTES = 8  # peaks that must agree on one shift; clips that share nothing reach 7
+COMMON = 1000  # a landmark that is found more often tells nothing (hum, tones of a synthesiser)
+BLOCK = 16_000_000  # landmarks of the evaluation in memory at once, some 400 MB; every block reads the store once more
 
 
 class Leak(NamedTuple):
-    """Clip `clip` of a store and the evaluation clip `known` share a recording; `votes` moments say so."""
+    """Clip `clip` of a store and the evaluation clip `known` share a recording; `votes` peaks say so."""
 
     clip: int
     known: str
     votes: int
 
 
-def landmarks(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of float32 samples at 16 kHz: what each landmark is (int64) and the frame where it begins (int64)."""
-    parts = [_landmarks(audio[i : i + PIECE], i // HOP) for i in range(0, max(1, len(audio)), PIECE)]
-    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-
-
-def _landmarks(audio: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
-    x = F.pad(torch.from_numpy(np.asarray(audio, np.float32)), (0, max(0, 2 * SIZE - len(audio))))
-    spectrum = torch.stft(x, SIZE, HOP, window=torch.hann_window(SIZE), center=False, return_complex=True)
-    power = torch.log(torch.view_as_real(spectrum).square().sum(-1) + 1e-10)  # (bins, frames)
-    largest = F.max_pool2d(power[None], NEAR, stride=1, padding=(NEAR[0] // 2, NEAR[1] // 2))[0]
-    peaks = (power == largest) & (power > max(float(power.max()) - FLOOR, -20.0))
-    frame, band = (side.numpy() for side in peaks.T.nonzero(as_tuple=True))  # in order of time
-    what, when = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for step in range(1, FAN + 1):
-        ahead = frame[step:] - frame[:-step] if len(frame) > step else frame[:0]
-        close = (ahead > 0) & (ahead <= AHEAD)
-        f1, f2 = band[: len(ahead)][close], band[step : step + len(ahead)][close]
-        what.append((f1 * 1024 + f2) * 64 + ahead[close])
-        when.append(frame[: len(ahead)][close] + first)
-    return np.concatenate(what), np.concatenate(when)
-
-
-def find_leaks(store: Store, known: Iterable[Clip], votes: int = VOTES) -> Iterator[Leak]:
+def find_leaks(store: Store, known: Iterable[Clip], votes: int = VOTES, workers: int = 1) -> list[Leak]:
     """Clips of a store that share a recording with a clip of `known`, the best match of each.
 
-    Raises HearSsamError for a store of log-mel frames, a known clip that cannot be decoded, or none at all.
+    Memory is bounded whatever the two sizes. Raises HearSsamError for a store of log-mel frames, a known clip that
+    cannot be decoded, or none at all.
     """
     if not store.holds_audio:
         raise HearSsamError(f"{store.folder}: holds log-mel frames, no audio to be recognised; build the store again.")
-    names: list[str] = []
-    whats, whens, owners = [], [], []
-    for clip in known:
-        audio = clip.decode()
-        for late in (0, HOP // 2):  # wherever a copy was cut, its frames lie near those of one of the two
-            what, when = landmarks(audio[late:])
-            whats.append(what)
-            whens.append(when)
-            owners.append(np.full(len(what), len(names)))
-        names.append(clip.name)
-    if not names:
+    best: dict[int, Leak] = {}
+    index = None
+    for index in _indices(known, workers):
+
+        def look_up(piece: tuple[int, np.ndarray], index: _Index = index) -> list[tuple[str, int]]:
+            return index.matches(piece[1].astype(np.float32) / 32768, votes)
+
+        pieces = ((i, piece) for i in range(len(store)) for piece in _pieces(store[i]))
+        for (i, _), found in work_ahead(look_up, pieces, workers, 2 * workers):
+            for name, count in found.result():
+                if i not in best or best[i].votes < count:
+                    best[i] = Leak(i, name, count)
+    if index is None:
         raise HearSsamError("--check-against: holds no audio; name folders or tars of audio.")
-    what, when, owner = np.concatenate(whats), np.concatenate(whens), np.concatenate(owners)
-    order = np.argsort(what, kind="stable")
-    what, when, owner = what[order], when[order], owner[order]
-    for i in range(len(store)):
-        mine, at = landmarks(store[i].astype(np.float32) / 32768)
-        low, high = np.searchsorted(what, mine, "left"), np.searchsorted(what, mine, "right")
-        count = np.where(high - low <= COMMON, high - low, 0)
-        if not count.any():
-            continue
-        row = np.repeat(low - np.cumsum(count) + count, count) + np.arange(count.sum())  # low, low + 1, ..., high - 1
-        moment = np.repeat(at, count)
-        shift = (when[row] - moment + (1 << 30)) // 2  # a shift is known to two frames
-        voice = np.unique(np.stack([owner[row], shift, moment]), axis=1)  # a moment votes once for a clip and shift
-        pairs, ballots = np.unique(voice[:2], axis=1, return_counts=True)
-        best = int(ballots.argmax())
-        if ballots[best] >= votes:
-            yield Leak(i, names[int(pairs[0, best])], int(ballots[best]))
+    return sorted(best.values())
+
+
+def _pieces(audio: np.ndarray) -> Iterator[np.ndarray]:
+    """Every minute, frames that reach over its end included."""
+    for start in range(0, max(1, len(audio) - SIZE + HOP), PIECE):
+        yield audio[start : start + PIECE + SIZE - HOP]
+
+
+def landmarks(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of float32 samples at 16 kHz: what each landmark is, uint32, and the peak where it begins, 512 x frame + bin."""
+    from scipy.ndimage import maximum_filter
+
+    frames = np.lib.stride_tricks.sliding_window_view(np.pad(audio, (0, max(0, SIZE - len(audio)))), SIZE)[::HOP]
+    size = np.abs(np.fft.rfft(frames * np.hanning(SIZE).astype(np.float32))[:, :512]).astype(np.float32)
+    largest = maximum_filter(size, NEAR, mode="constant") == size
+    frame, bin_ = np.nonzero(largest & (size > max(FLOOR * size.max(), 1e-4)))  # in order of time
+    partners = np.zeros(len(frame), np.int64)
+    what, peak = [np.empty(0, np.uint32)], [np.empty(0, np.int64)]
+    for step in range(1, min(len(frame), 80)):
+        later, higher = frame[step:] - frame[:-step], bin_[step:] - bin_[:-step]
+        close = (later > 0) & (later <= AHEAD) & (np.abs(higher) <= BINS) & (partners[:-step] < FAN)
+        partners[:-step] += close
+        i = np.nonzero(close)[0]
+        what.append((bin_[i] << 14 | (higher[i] + BINS) << 6 | later[i]).astype(np.uint32))
+        peak.append(frame[i] << 9 | bin_[i])
+    return np.concatenate(what), np.concatenate(peak)
+
+
+class _Index:
+    """The landmarks of some pieces of known clips, sorted, each with its piece and its frame."""
+
+    def __init__(self, names: list[str], found: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        self.names = names
+        what = np.concatenate([part[0] for part in found])
+        order = np.argsort(what, kind="stable")
+        self.what = what[order]
+        places = [(number << 12) + (part[1] >> 9) for number, part in enumerate(found)]  # a minute: below 4096 frames
+        self.places = np.concatenate(places)[order]
+
+    def matches(self, audio: np.ndarray, votes: int) -> list[tuple[str, int]]:
+        """(name, votes) of the pieces that share a recording with audio."""
+        what, peak = landmarks(audio)
+        low = np.searchsorted(self.what, what)
+        count = np.searchsorted(self.what, what, "right") - low
+        count[count > COMMON] = 0
+        mine = np.repeat(np.arange(len(what)), count)
+        place = self.places[np.arange(len(mine)) - np.repeat(np.cumsum(count) - count, count) + low[mine]]
+        # A piece and a shift are one number; each peak votes once for it.
+        alike = ((place >> 12) << 13) + (place & 4095) - (peak[mine] >> 9) + 4096
+        alike, ballots = np.unique(np.unique(alike << 21 | peak[mine]) >> 21, return_counts=True)
+        enough = ballots >= votes
+        return [(self.names[a >> 13], int(n)) for a, n in zip(alike[enough].tolist(), ballots[enough], strict=True)]
+
+
+def _indices(known: Iterable[Clip], workers: int) -> Iterator[_Index]:
+    def marks(piece: tuple[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        # Wherever a copy was cut, its frames lie near those of one of the two.
+        what, peak = zip(*(landmarks(piece[1][late:]) for late in (0, HOP // 2)), strict=True)
+        return np.concatenate(what), np.concatenate(peak)
+
+    names: list[str] = []
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    size = 0
+    pieces = ((clip.name, piece) for clip in known for piece in _pieces(clip.decode()))
+    for (name, _), result in work_ahead(marks, pieces, workers, 2 * workers):
+        names.append(name)
+        found.append(result.result())
+        size += len(found[-1][0])
+        if size >= BLOCK:
+            yield _Index(names, found)
+            names, found, size = [], [], 0
+    if names:
+        yield _Index(names, found)
