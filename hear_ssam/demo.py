@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from .evaluation.records import Record
     from .evaluation.tasks import Task
 
-TASK = "sound_kinds-v1.0-full"
-RECORDING = "loop_amen_full"  # its clips are consecutive seconds of a drum break
+TASK = "sound_kinds-v2.0-full"
+RECORDING = "beat-loop_amen_full"  # its clips are consecutive pieces of a drum break
 COLOURS = ("#0072B2", "#D55E00", "#009E73")  # of the components; told apart by colour-blind readers too
 INK, PAPER = "#1f2933", "white"
 
@@ -34,8 +34,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="embed and judge a small real task, print a table, draw a picture",
-        description="Embed 222 clips of 11 kinds of sound with the default model and with the log-mel baseline, train "
-        "a probe on each, print both scores, and draw what the model hears. Takes a minute or two.",
+        description="Embed 706 clips of 25 kinds of sound with the default model and with the log-mel baseline, train "
+        "a probe on each, print both scores, and draw what the model hears. Takes two or three minutes.",
         epilog="""examples:
   hear-ssam demo
   hear-ssam demo --out somewhere
@@ -81,7 +81,7 @@ def run_demo(out: Path, model_options: Mapping[str, Any] | None = None) -> tuple
 
 
 def read_recording(task: Task, name: str) -> np.ndarray:
-    """The clips `<name>-<second>.ogg` of the task, joined: float32 (samples,) at 16 kHz."""
+    """The clips `<name>-<number>.ogg` of the task, joined: float32 (samples,) at 16 kHz."""
     import numpy as np
 
     from .audio import read_audio
@@ -115,7 +115,7 @@ def draw(
     figure = Figure(figsize=(13.5, 6.2), dpi=150, layout="constrained", facecolor=PAPER)
     grid = figure.add_gridspec(2, 4, width_ratios=[14, 0.35, 12, 0.35])
     mel, bar = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
-    _draw_log_mel(mel, bar, log_mel, f"{RECORDING}, three seconds of a drum break: log-mel")
+    _draw_log_mel(mel, bar, log_mel, f"{RECORDING}, {seconds:g} seconds of a drum break: log-mel")
     components = figure.add_subplot(grid[1, 0], sharex=mel)
     _draw_components(components, rows, times / 1000, f"embedding of {model.name}")
     mel.tick_params(labelbottom=False)

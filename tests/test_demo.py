@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from hear_ssam.evaluation.tasks import read_task
 from hear_ssam.paths import shipped
 
 TASK = shipped("eval_tasks") / "demo" / "tasks" / demo.TASK
+FREE = ("CC0 1.0", "public domain", "CC BY", "CC BY 3.0", "CC BY 4.0")
 
 
 def test_task_is_whole() -> None:
@@ -31,11 +34,11 @@ def test_task_is_whole() -> None:
         assert sorted(clips) == sorted(path.name for path in (TASK / "16000" / fold).iterdir())
         for name in clips:
             audio, rate = soundfile.read(TASK / "16000" / fold / name, dtype="float32")
-            assert (rate, audio.shape) == (16_000, (16_000,))
+            assert (rate, audio.shape) == (16_000, (32_000,))
             assert 0.01 < np.abs(audio).max() < 1.5
             seen.add(audio.tobytes())
-    assert len(seen) == sum(len(task.clips(fold)) for fold in task.splits)
-    assert sum(path.stat().st_size for path in TASK.rglob("*") if path.is_file()) < 3_000_000
+    assert len(seen) == sum(len(task.clips(fold)) for fold in task.splits) > 625  # standard error below 2 points
+    assert sum(path.stat().st_size for path in TASK.rglob("*") if path.is_file()) < 6_000_000
 
 
 def test_every_clip_is_credited_free_and_in_one_fold_with_its_recording() -> None:
@@ -44,25 +47,57 @@ def test_every_clip_is_credited_free_and_in_one_fold_with_its_recording() -> Non
     assert sorted(row["clip"] for row in rows) == sorted(name for fold in task.splits for name in task.clips(fold))
     folds: dict[str, set[str]] = {}
     for row in rows:
-        assert row["licence"] in ("CC0 1.0", "CC BY 3.0") and row["author"] and row["origin"].startswith("http")
+        assert row["licence"] in FREE and row["author"] and row["origin"].startswith("http")
         assert task.clips(row["fold"])[row["clip"]] == [row["label"]]
-        folds.setdefault(row["file"], set()).add(row["fold"])
+        folds.setdefault(row["source"] + row["file"], set()).add(row["fold"])
+        if re.search(r"/(sounds|s)/\d+", row["origin"]):  # one recording on Freesound may have given several files
+            folds.setdefault(row["label"] + row["origin"], set()).add(row["fold"])
     assert all(len(where) == 1 for where in folds.values())
 
 
 def test_pretraining_leaves_the_task_out() -> None:
     rows = list(csv.DictReader((TASK / "sources.csv").read_text(encoding="utf-8").splitlines()))
-    wanted = {entry["name"]: entry["files"] for entry in corpus.recipe()["package"]}
+    recipe = corpus.recipe()
+    wanted = {entry["name"]: entry["files"] for entry in recipe["package"]}
+    left_out = {name.split(":")[0] for entry in recipe["left_out"] for name in entry["names"]}
     for row in rows:  # only gcin-voice is in both, with another voice
-        assert not any(Path(row["file"]).match(pattern) for pattern in wanted.get(row["package"], []))
+        assert row["source"] in left_out
+        assert not any(Path(row["file"]).match(pattern) for pattern in wanted.get(row["source"], []))
+        assert not any(f"github.com/{row['source']}" in entry["origin"] for entry in recipe["source"])
+
+
+def test_make_cuts_the_clips_again_and_names_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("make", TASK.parent.parent / "make.py")
+    assert spec and spec.loader
+    spec.loader.exec_module(make := importlib.util.module_from_spec(spec))
+    every = csv.DictReader((TASK / "sources.csv").read_text(encoding="utf-8").splitlines())
+    rows = list({row["fold"]: row for row in every}.values())
+    with open(tmp_path / "sources.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    monkeypatch.setattr(make, "TASK", tmp_path)
+    with pytest.raises(SystemExit, match=rows[0]["source"]):
+        make.main(tmp_path)
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 60 * 16_000)
+    for row in rows:
+        (path := tmp_path / row["source"] / row["file"]).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, noise, 16_000, format="WAV")
+    make.main(tmp_path)
+    for row in rows:
+        assert json.loads((tmp_path / f"{row['fold']}.json").read_text())[row["clip"]] == [row["label"]]
+        audio, rate = soundfile.read(tmp_path / "16000" / row["fold"] / row["clip"])
+        start = round(float(row["start"]) * rate)
+        assert np.corrcoef(audio, noise[start : start + 2 * rate])[0, 1] > 0.5
+    assert read_task(tmp_path).labels == tuple(sorted({row["label"] for row in rows}))
 
 
 def test_recording_is_joined_in_order() -> None:
     task = read_task(TASK)
     audio = demo.read_recording(task, demo.RECORDING)
-    assert audio.shape == (3 * 16_000,)
+    assert audio.shape == (3 * 32_000,)
     second, _ = soundfile.read(next(TASK.glob(f"16000/*/{demo.RECORDING}-1.ogg")), dtype="float32")
-    np.testing.assert_array_equal(audio[16_000:32_000], second)
+    np.testing.assert_array_equal(audio[32_000:64_000], second)
     with pytest.raises(HearSsamError, match="no clip of nothing"):
         demo.read_recording(task, "nothing")
 
