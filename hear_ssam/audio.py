@@ -24,7 +24,6 @@ from .errors import HearSsamError
 SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64 .sph".split())
 UNREAD = frozenset(".m4a .mp4 .m4b .aac .wma .webm .mka .amr .ac3 .ape .wv .aax .mp2 .3gp .dsf".split())  # also audio
 BLOCK = 1 << 18  # samples decoded at once: an hour of 96 kHz surround needs no more memory than its mono result
-RATES = (1_000, 1_000_000)  # Hz; outside, a header is wrong
 MEND = "fetch it again, or save what is there (ffmpeg -i OLD NEW.wav)"
 
 
@@ -117,7 +116,7 @@ def _decode(stream: Stream, name: str | os.PathLike[str], sample_rate: int) -> I
     with file:
         file.seekable = lambda: False  # or soundfile seeks after each block, and MP3 loses its bit reservoir
         rate = file.samplerate
-        if not RATES[0] <= rate <= RATES[1]:
+        if not 1_000 <= rate <= 1_000_000:
             raise HearSsamError(f"{name}: its header gives an impossible sample rate of {rate:,} Hz; correct it.")
         resampler = soxr.ResampleStream(rate, sample_rate, num_channels=1, dtype="float32", quality="HQ")
         promised, slack = stream.frames, stream.slack

@@ -41,18 +41,14 @@ class Origin(NamedTuple):
     hosting: str
 
 
-OFFICIAL = {
-    "ssam": Origin("MIT", "the Google Drive folder linked from github.com/SarthakYadav/audio-mamba-official"),
-    "ssast": Origin("MIT", "the Google Drive folder linked from github.com/SarthakYadav/audio-mamba-official"),
-    "axlstm": Origin(
-        "MIT (but vision_lstm.py there: AGPL-3.0)",
-        "the Google Drive folder linked from github.com/SarthakYadav/axlstm-official",
-    ),
-    "ssamba": Origin(
-        "BSD-3-Clause (model card: bsd-3-clause-clear)",
-        "huggingface.co/attentionisallyouneed369/ssamba or github.com/SiavashShams/ssamba",
-    ),
-}  # the licences of the repositories; no other is stated for the weights
+_DRIVE = "the Google Drive folder linked from github.com/SarthakYadav/"
+_HUB = "huggingface.co/attentionisallyouneed369/ssamba or github.com/SiavashShams/ssamba"
+OFFICIAL = {  # the licences of the repositories; no other is stated for the weights
+    "ssam": Origin("MIT", _DRIVE + "audio-mamba-official"),
+    "ssast": Origin("MIT", _DRIVE + "audio-mamba-official"),
+    "axlstm": Origin("MIT (but vision_lstm.py there: AGPL-3.0)", _DRIVE + "axlstm-official"),
+    "ssamba": Origin("BSD-3-Clause (model card: bsd-3-clause-clear)", _HUB),
+}
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[EncoderConfig, dict[str, Tensor], dict[str, Any]]:
@@ -66,8 +62,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[EncoderConfig, dict[s
     info dict: whatever the file tells about itself (source, licence, training facts, dropped keys) and the `sha256` of
     the file read.
 
-    Raises HearSsamError that names the file and, where it applies, the missing, unexpected or wrongly shaped keys, or
-    the refused class or function.
+    Raises HearSsamError that names the file, and the missing, unexpected or wrongly shaped keys or the refused class.
     """
     file = _find(Path(path))
     try:
@@ -91,7 +86,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[EncoderConfig, dict[s
 def save_checkpoint(
     path: str | os.PathLike[str], config: EncoderConfig, state: Mapping[str, Tensor], info: Mapping[str, Any]
 ) -> None:
-    """Write `state` (of an `Encoder(config)`, in the dtypes given: half precision is fine) as safetensors, atomically.
+    """Write `state` of an `Encoder(config)`, in the dtypes given, as safetensors, atomically.
 
     `config` and `info` (JSON values only: source, licence, training facts) travel in the file's metadata.
     """
@@ -117,9 +112,6 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> t
     return config, info
 
 
-# ---------------------------------------------------------------------------------------------------- our files
-
-
 def _read_safetensors(file: Path) -> tuple[EncoderConfig, dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(file, framework="pt") as stream:
@@ -131,18 +123,14 @@ def _read_safetensors(file: Path) -> tuple[EncoderConfig, dict[str, Tensor], dic
         return _read_weights(state, file)
     try:
         stored = json.loads(metadata[METADATA])
-        values, info = dict(stored["config"]), dict(stored["info"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise HearSsamError(f"damaged metadata entry {METADATA!r} ({error!r}); fetch the file again.") from error
-    try:
-        config = EncoderConfig.from_dict(values)
+        config, info = EncoderConfig.from_dict(dict(stored["config"])), dict(stored["info"])
     except HearSsamError as error:
         raise HearSsamError(f"{error} Fetch the file again, or the version of hear_ssam that wrote it.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise HearSsamError(f"damaged metadata entry {METADATA!r} ({error!r}); fetch the file again.") from error
     _match_keys(config, state)
     return config, state, info
 
-
-# ------------------------------------------------------------------------------- state dicts: official ones, and ours
 
 # Our parameter names → the official ones, per system.
 _YADAV = [(r"^patch_embed\.", "patch_embed.proj."), (r"^norm\.", "encoder_norm."), (r"^head\.", "pred.")]
@@ -154,11 +142,7 @@ _RENAMES: dict[str, list[tuple[str, str]]] = {
         (r"\.mlp\.0\.", ".mlp.layer1."),
         (r"\.mlp\.2\.", ".mlp.layer2."),
     ],
-    "axlstm": [
-        *_YADAV,
-        (r"\.conv\.", ".conv1d.conv."),
-        (r"\.layer\.(igate|fgate|outnorm)\.", r".layer.mlstm_cell.\1."),
-    ],
+    "axlstm": [*_YADAV, (r"\.conv\.", ".conv1d.conv."), (r"\.layer\.(igate|fgate|outnorm)", r".layer.mlstm_cell.\1")],
     "ssamba": [
         (r"^(cls_token|pos_embed)$", r"v.\1"),
         (r"^mask_token$", "mask_embed"),
@@ -270,8 +254,7 @@ def _infer_config(system: str, shapes: Mapping[str, torch.Size], rename: Callabl
         return shapes[rename(name)]
 
     width = shape("cls_token")[-1]
-    sizes: dict[str, Any] = {}
-    sizes["depth"] = 1 + max(int(index) for index in _BLOCK.findall(" ".join(shapes)))
+    sizes: dict[str, Any] = {"depth": 1 + max(int(index) for index in _BLOCK.findall(" ".join(shapes)))}
     if rename is str:  # ours: as many pixels, of patches as high as always
         sizes["patch_frames"], sizes["patch_mels"] = shape("patch_embed.weight")[1] // 16, 16
     else:
@@ -314,8 +297,6 @@ class _Inert:
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return super().__new__(cls)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
     def __setstate__(self, state: Any) -> None: ...
 
 
@@ -355,24 +336,16 @@ def _unpickle(file: Path, *, zipped: bool) -> Any:
             stand_ins[path] = _stand_in(path)
 
 
-# ---------------------------------------------------------------------------------------------------- checks
-
-
 def _find(path: Path) -> Path:
     if not path.exists():
         raise HearSsamError(f"{path}: no such file or folder; `hear-ssam models list` tells where weights are.")
     if not path.is_dir():
         return path
-    numbered = {
-        int(match[1]): file
-        for file in (path / "checkpoints").glob("checkpoint-*.pth")
-        if (match := re.fullmatch(r"checkpoint-(\d+)\.pth", file.name))
-    }
+    numbered = [file for file in path.glob("checkpoints/checkpoint-*.pth") if file.stem[11:].isdecimal()]
     if not numbered:
-        raise HearSsamError(
-            f"{path}: no official weights folder (no checkpoints/checkpoint-<number>.pth in it); pass the file itself."
-        )
-    return numbered[max(numbered)]
+        wanted = "checkpoints/checkpoint-<number>.pth"
+        raise HearSsamError(f"{path}: no official weights folder (no {wanted} in it); pass the file itself.")
+    return max(numbered, key=lambda file: int(file.stem[11:]))
 
 
 def _match_keys(
@@ -381,9 +354,8 @@ def _match_keys(
     """Compare `state` with what Encoder(config) holds under `rename`; returns the file's names → ours."""
     blocks = {match[1] for name in state if (match := _BLOCK.search(name))}
     if len(blocks) != config.depth:  # asked first: a config of a hundred million blocks takes hours to build
-        raise HearSsamError(
-            f"does not fit {config.system} of depth {config.depth}: it holds {len(blocks)} blocks; {_AGAIN}"
-        )
+        depth = f"of depth {config.depth}: it holds {len(blocks)} blocks"
+        raise HearSsamError(f"does not fit {config.system} {depth}; {_AGAIN}")
     with torch.device("meta"):
         ours = {rename(name): (name, tensor.shape) for name, tensor in Encoder(config).state_dict().items()}
     problems = {
@@ -397,9 +369,8 @@ def _match_keys(
     }
     if any(problems.values()):
         found = "; ".join(f"{kind}: {_some(entries)}" for kind, entries in problems.items() if entries)
-        raise HearSsamError(
-            f"does not fit {config.system} (width {config.embed_dim}, depth {config.depth}): {found}; {_PASS}"
-        )
+        size = f"width {config.embed_dim}, depth {config.depth}"
+        raise HearSsamError(f"does not fit {config.system} ({size}): {found}; {_PASS}")
     return {name: own for name, (own, _) in ours.items()}
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from . import __version__
 from .errors import HearSsamError
@@ -43,18 +44,20 @@ EXAMPLES = """examples:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its examples keep their lines, as do those of its subcommands."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+
+
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of one command, or of all of them."""
-    parser = argparse.ArgumentParser(
-        prog="hear-ssam",
-        description="Audio embeddings behind the HEAR API, and the HEAR linear probe that judges them.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Audio embeddings behind the HEAR API, and the HEAR linear probe that judges them."
+    parser = _Parser(prog="hear-ssam", description=description, epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"hear-ssam {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    modules = [COMMANDS[command]] if command else dict.fromkeys(COMMANDS.values())
-    for module in modules:
+    for module in [COMMANDS[command]] if command else dict.fromkeys(COMMANDS.values()):
         importlib.import_module(f"hear_ssam.{module}").add_parser(subparsers)
     return parser
 

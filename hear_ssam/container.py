@@ -9,30 +9,28 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import BinaryIO, Literal, NamedTuple
 
 SLACK = 64  # bytes, or samples, by which a header may be wrong without a word: some writers count the header, too
 _ENDLESS = 0x7FFF0000  # sizes from here on, in a smaller file, mean "until the end": a pipe's writer knows no size
 
 
+@dataclass(eq=False)
 class Stream:
-    """A part of a file as a file to read: `head`, then the file's bytes from `start` to `stop`.
+    """A part of a file as a file to read: `head`, then the file's bytes from `start` to `stop`."""
 
-    end     where the next stream begins, if not at `stop`
-    frames  of audio that there must be, `slack` less at most; 0: unknown
-    fault   why it cannot be read whole; empty if it can
-    remark  how its header was wrong, if what it says has been corrected
-    """
-
-    def __init__(
-        self, file: BinaryIO, start: int, stop: int, head: bytes = b"", *,
-        end: int = 0, frames: int = 0, slack: int = 0, fault: str = "", remark: str = "",
-    ) -> None:  # fmt: skip
-        self.file, self.start, self.stop, self.head = file, start, stop, head
-        self.pad = 0  # bytes that it claims to have more than there are
-        self.end, self.frames, self.slack = end or stop, frames, slack
-        self.fault, self.remark = fault, remark
-        self._at = 0
+    file: BinaryIO
+    start: int
+    stop: int
+    head: bytes = b""
+    end: int = 0  # where the next stream begins, if not at `stop`
+    frames: int = 0  # of audio that there must be, `slack` less at most; 0: unknown
+    slack: int = 0
+    fault: str = ""  # why it cannot be read whole; empty if it can
+    remark: str = ""  # how its header was wrong, if what it says has been corrected
+    pad: int = 0  # bytes that it claims to have more than there are
+    _at: int = 0
 
     @property
     def size(self) -> int:
@@ -40,11 +38,9 @@ class Stream:
         return len(self.head) + self.stop - self.start + self.pad
 
     def tell(self) -> int:
-        """The position of the next byte."""
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As of any file; before the beginning is the beginning."""
         self._at = max(0, offset + (0, self._at, self.size)[whence])
         return self._at
 
@@ -81,7 +77,7 @@ def streams(file: BinaryIO) -> Iterator[Stream]:
             walk = _flac if _read(file, start, 4) == b"fLaC" else _mpeg
             stream = walk(file, start, size)
         yield stream
-        start = stream.end
+        start = stream.end or stream.stop
 
 
 def _read(file: BinaryIO, position: int, count: int) -> bytes:
@@ -97,10 +93,9 @@ def _find(file: BinaryIO, pattern: bytes, position: int, stop: int) -> Iterator[
         position += max(1, len(block) - 15)
 
 
-# --- chunks: WAV, RF64, W64, AIFF, CAF, AU ----------------------------------------------------------------------------
-
-
 class _Form(NamedTuple):
+    """The layout of WAV, RF64, W64, AIFF, CAF or AU."""
+
     first: int  # where the first chunk stands
     name: int  # bytes of a chunk's name
     size: int  # bytes of its size
@@ -117,8 +112,6 @@ _FORMS = {
     b"caff": _Form(8, 4, 8, "big", 1),
     b".snd": _Form(0, 4, 4, "big", 1),  # no chunks, but a size
 }
-
-
 _METADATA = frozenset(b"list id3 bext ixml axml fact cue smpl inst junk pad peak labl anno auth name".split())
 
 
@@ -198,11 +191,8 @@ def _behind(file: BinaryIO, form: _Form, magic: bytes, data: _Chunk, stop: int) 
     return stop, not tagged and not padding
 
 
-# --- Ogg --------------------------------------------------------------------------------------------------------------
-
-
 def _ogg(file: BinaryIO, start: int, stop: int) -> Stream:
-    """Pages up to the one that begins another stream (several may begin together, as of a film)."""
+    """Ogg pages up to the one that begins another stream (several may begin together, as of a film)."""
     position, last, begun = start, 0, False
     while position < stop:
         head = _read(file, position, 27)
@@ -220,9 +210,6 @@ def _ogg(file: BinaryIO, start: int, stop: int) -> Stream:
     return Stream(file, start, stop, fault=fault)
 
 
-# --- FLAC -------------------------------------------------------------------------------------------------------------
-
-
 def _flac(file: BinaryIO, start: int, stop: int) -> Stream:
     """The count of samples stands in 36 bits of the first block; without it, libFLAC reads until the end."""
     head = bytearray(_read(file, start, 26))
@@ -232,8 +219,6 @@ def _flac(file: BinaryIO, start: int, stop: int) -> Stream:
     has_tag = _read(file, end - 128, 3) == b"TAG"  # ID3v1
     return Stream(file, start + 26, end - 128 * has_tag, bytes(head), end=end, frames=frames, slack=SLACK)
 
-
-# --- MP3 --------------------------------------------------------------------------------------------------------------
 
 _LAYER_III = rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]"
 _KBPS = {

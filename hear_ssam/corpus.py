@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import functools
 import io
-import itertools
 import lzma
 import os
 import re
@@ -71,9 +70,8 @@ def _tar_clips(path: Path) -> Iterator[Clip]:
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         problem = f"cannot be read to its end as a tar ({error})"
     if problem:
-        yield Clip(
-            path.stem, str(path), functools.partial(_refuse, f"{path}: {problem}; get it again or leave it out.")
-        )
+        refusal = f"{path}: {problem}; get it again or leave it out."
+        yield Clip(path.stem, str(path), functools.partial(_refuse, refusal))
 
 
 def _problem_at_end(tar: tarfile.TarFile) -> str:
@@ -105,17 +103,13 @@ def recipe() -> dict[str, Any]:
 
 
 def _terms(name: str) -> dict[str, str]:
-    for entry in itertools.chain(recipe()["package"], recipe()["source"]):
+    for entry in recipe()["package"] + recipe()["source"]:
         if entry["name"] == name:
             return {"licence": entry["licence"], "attribution": entry["attribution"]}
     return {}
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
 def add_parser(subparsers: Any) -> None:
-    """Add `hear-ssam corpus`."""
     parser = subparsers.add_parser(
         "corpus",
         help="audio for pre-training -> a store",
@@ -126,7 +120,6 @@ def add_parser(subparsers: Any) -> None:
   hear-ssam corpus store --audio decoded/       what `python checkpoints/corpus.py packages decoded` wrote
 
 What the shipped encoders were trained on, with its licences: checkpoints/corpus.toml.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("store", metavar="STORE", help="folder to write")
     parser.add_argument("--audio", nargs="+", metavar="PATH", help="audio files, folders, tars of them")
@@ -138,14 +131,14 @@ What the shipped encoders were trained on, with its licences: checkpoints/corpus
 
 
 def run(args: argparse.Namespace) -> int:
-    """`hear-ssam corpus`: build a store, print its sources; exit code 1 if a file was skipped."""
+    """Exit code 1 if a file was skipped."""
     from tqdm import tqdm
 
     if args.workers < 1:
         raise HearSsamError(f"--workers {args.workers}: needs at least one.")
+    if not args.audio and not args.check_against:
+        raise HearSsamError(f"{args.store}: name what to do, --audio PATH... or --check-against PATH...")
     if not args.audio:
-        if not args.check_against:
-            raise HearSsamError(f"{args.store}: name what to do, --audio PATH... or --check-against PATH...")
         return _check(args)
     info = build_store(args.store, tqdm(audio_clips(args.audio), unit=" clips"), args.workers, _terms)
     for row in info["sources"]:

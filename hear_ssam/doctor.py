@@ -14,7 +14,6 @@ from .machine import FEATURES, cpu
 
 NEEDED = ("numpy", "scipy", "scikit-learn", "soundfile", "soxr", "safetensors", "pyarrow")
 OPTIONAL = ("llvmlite", "triton", "mamba-ssm", "causal-conv1d", "torchaudio")
-HEAR_TOOLS = ("hearvalidator", "heareval")
 
 EXAMPLES = """examples:
   hear-ssam doctor
@@ -29,7 +28,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Report versions, devices, CPU features, which scan backends run here (and why not), the weights "
         "found and the HEAR tools.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.set_defaults(run=run)
@@ -50,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> dict[str, dict[str, Any]]:
     """The report: section → name → finding, ready for JSON."""
+    import soundfile
     import torch
 
     from .scan import available_backends
@@ -60,7 +59,7 @@ def examine() -> dict[str, dict[str, Any]]:
             "python": f"{platform.python_version()} on {platform.platform()}",
             "torch": torch.__version__,  # with its build, cpu or CUDA
             **{name: _version(name) for name in (*NEEDED, *OPTIONAL)},
-            "libsndfile": _libsndfile(),
+            "libsndfile": str(soundfile.__libsndfile_version__),
         },
         "cpu": _cpu(),
         "devices": _devices(),
@@ -78,12 +77,6 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _libsndfile() -> str:
-    import soundfile
-
-    return str(soundfile.__libsndfile_version__)
 
 
 def _cpu() -> dict[str, Any]:
@@ -104,10 +97,8 @@ def _devices() -> dict[str, str]:
 
     devices = {"cpu": "runs"}
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        devices[f"cuda:{index}"] = (
-            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
-        )
+        gpu = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
     if not torch.cuda.is_available():
         devices["cuda"] = "no GPU found" if torch.version.cuda else "this torch is built without CUDA"
     return devices
@@ -123,7 +114,7 @@ def _weights() -> dict[str, str]:
 def _hear_tools() -> dict[str, str]:
     from .heareval import INSTALL
 
-    versions = {name: _version(name) for name in HEAR_TOOLS}
+    versions = {name: _version(name) for name in ("hearvalidator", "heareval")}
     if "not installed" in versions.values():
         versions["to install them"] = "\n    ".join(["", *INSTALL])
     return versions

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import HearSsamError, about
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow as pa
 
     from .hear import HearModel
-
-    _Embedded = tuple[np.ndarray, list[float | None]]
 
 ROW_GROUP = 8192  # rows that are collected before they are written
 KINDS = {"both": ("scene", "timestamps"), "scene": ("scene",), "timestamps": ("timestamps",)}
@@ -40,14 +38,12 @@ columns of the output, in the order of the input files:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `hear-ssam embed`."""
     parser = subparsers.add_parser(
         "embed",
         help="audio files of any rate and channel count to a Parquet file of embeddings",
         description="Write the scene and timestamp embeddings of audio files to one Parquet file. Files that cannot be "
         "read are named and skipped; the exit code is then 1. The output appears only when it is complete.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("inputs", nargs="+", metavar="FILE_OR_FOLDER", help="audio files; folders are searched")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the Parquet file to write")
@@ -79,11 +75,10 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(max(1, cores // workers))  # of this process; 1 unless there are fewer files than cores
     model = load_model(args.model, precision=args.precision, device=args.device)
     try:
-        skipped = embed_files(files, args.output, model, kind=args.kind, workers=workers)
+        return 1 if embed_files(files, args.output, model, kind=args.kind, workers=workers) else 0
     except NothingEmbeddedError as error:
         print(error, file=sys.stderr)
         return 1
-    return 1 if skipped else 0
 
 
 def embed_files(
@@ -101,23 +96,24 @@ def embed_files(
     import pyarrow.parquet as pq
     from tqdm import tqdm
 
+    from .machine import work_ahead
     from .paths import atomic_write
 
     schema = _schema(model, kind)
-    outcomes = _in_order(files, model, kind, workers)
     skipped: list[Path] = []
     pending: list[pa.Table] = []
+    work = functools.partial(_embed, model=model, kind=kind, schema=schema)
     with (
         atomic_write(output) as temporary,
         pq.ParquetWriter(temporary, schema, use_dictionary=["path", "model", "checkpoint_sha256"]) as writer,
-        contextlib.closing(outcomes),
+        contextlib.closing(work_ahead(work, files, workers, 2 * workers)) as outcomes,
     ):
         for file, outcome in tqdm(outcomes, total=len(files), unit="file", disable=None):
-            if isinstance(outcome, HearSsamError):
-                tqdm.write(f"skipped {outcome}", file=sys.stderr)
+            try:
+                pending.append(outcome.result())
+            except Exception as error:  # one file in ten thousand that trips over a defect spoils no other
+                tqdm.write(f"skipped {about(file, error)}", file=sys.stderr)
                 skipped.append(file)
-                continue
-            pending.append(_table(file, outcome, model, schema))
             if sum(table.num_rows for table in pending) >= ROW_GROUP:
                 writer.write_table(pa.concat_tables(pending), ROW_GROUP)
                 pending.clear()
@@ -129,36 +125,28 @@ def embed_files(
     return skipped
 
 
-def _in_order(
-    files: Sequence[Path], model: HearModel, kind: str, workers: int
-) -> Generator[tuple[Path, _Embedded | HearSsamError], None, None]:
-    """Each file with its embeddings or its error, in the order of `files`; the next ones are embedded meanwhile."""
-    from .audio import read_audio
-    from .machine import work_ahead
-
-    def embed(file: Path) -> _Embedded:
-        return _embed(read_audio(file, model.sample_rate), model, kind)
-
-    with contextlib.closing(work_ahead(embed, files, workers, 2 * workers)) as outcomes:
-        for file, outcome in outcomes:
-            try:
-                yield file, outcome.result()
-            except Exception as error:  # one file in ten thousand that trips over a defect spoils no other
-                yield file, about(file, error)
-
-
-def _embed(audio: np.ndarray, model: HearModel, kind: str) -> _Embedded:
-    """Embeddings (rows, width) float32 and the times of the rows in ms; the scene comes first and has none."""
+def _embed(file: Path, model: HearModel, kind: str, schema: pa.Schema) -> pa.Table:
+    """The rows of one file; the scene comes first and has no time."""
+    import pyarrow as pa
     import torch
 
+    from .audio import read_audio
+
+    audio = read_audio(file, model.sample_rate)
     with torch.no_grad():
         scene, rows = model.scene_and_rows(torch.from_numpy(audio)[None].to(model.device))  # (1, E), (1, T, E)
-    embeddings = {"scene": scene, "timestamps": rows[0]}
+    parts = {"scene": scene, "timestamps": rows[0]}
     times = {"scene": [None], "timestamps": model.timestamps(len(audio)).tolist()}
-    return (
-        torch.cat([embeddings[part] for part in KINDS[kind]]).cpu().numpy(),
+    embeddings = torch.cat([parts[part] for part in KINDS[kind]]).cpu().numpy()  # (rows, width)
+    path = os.fsencode(file).decode(errors="replace")  # names that are not UTF-8 have no place in Parquet
+    columns = [
+        [path] * len(embeddings),
         [time for part in KINDS[kind] for time in times[part]],
-    )
+        [model.name] * len(embeddings),
+        [model.checkpoint_sha256] * len(embeddings),
+        pa.FixedSizeListArray.from_arrays(embeddings.reshape(-1), embeddings.shape[1]),
+    ]
+    return pa.table(columns, schema=schema)
 
 
 def _schema(model: HearModel, kind: str) -> pa.Schema:
@@ -171,27 +159,5 @@ def _schema(model: HearModel, kind: str) -> pa.Schema:
             f"{model.name}: embeddings of scenes ({widths['scene']}) and timestamps ({widths['timestamps']}) differ in "
             "width and do not fit one column; choose --kind scene or --kind timestamps."
         )
-    return pa.schema(
-        [
-            ("path", pa.string()),
-            ("start_ms", pa.float64()),
-            ("model", pa.string()),
-            ("checkpoint_sha256", pa.string()),
-            ("embedding", pa.list_(pa.float32(), first)),
-        ]
-    )
-
-
-def _table(file: Path, embedded: _Embedded, model: HearModel, schema: pa.Schema) -> pa.Table:
-    import pyarrow as pa
-
-    rows, times = embedded
-    path = os.fsencode(file).decode(errors="replace")  # names that are not UTF-8 have no place in Parquet
-    columns = [
-        [path] * len(rows),
-        times,
-        [model.name] * len(rows),
-        [model.checkpoint_sha256] * len(rows),
-        pa.FixedSizeListArray.from_arrays(rows.reshape(-1), rows.shape[1]),
-    ]
-    return pa.table(columns, schema=schema)
+    columns = {"path": pa.string(), "start_ms": pa.float64(), "model": pa.string(), "checkpoint_sha256": pa.string()}
+    return pa.schema(columns | {"embedding": pa.list_(pa.float32(), first)})

@@ -77,8 +77,13 @@ class HearModel(nn.Module):
 
     def scene_and_rows(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """Scene embeddings (B, E') and timestamp embeddings (B, T, E) of one pass, float32."""
+        audio = self._checked(audio)
+        count = len(self.timestamps(audio.shape[1]))
+        if not len(audio):
+            sizes = (0, self.scene_embedding_size), (0, count, self.timestamp_embedding_size)
+            return audio.new_zeros(sizes[0]), audio.new_zeros(sizes[1])
         computed = self._rows(audio)
-        rows = computed[:, : len(self.timestamps(audio.shape[-1]))]
+        rows = computed[:, :count]
         return self._scene(rows, computed), rows
 
     def _scene(self, rows: Tensor, computed: Tensor) -> Tensor:
@@ -86,7 +91,7 @@ class HearModel(nn.Module):
         return rows.mean(1)
 
     def _rows(self, audio: Tensor) -> Tensor:
-        """All rows computed for a clip, of which `forward` keeps the first T."""
+        """All rows computed for at least one clip (B, samples), of which `forward` keeps the first T."""
         raise NotImplementedError
 
     def _checked(self, audio: Tensor) -> Tensor:
@@ -99,14 +104,12 @@ class HearModel(nn.Module):
         if audio.ndim == 1:
             audio = audio[None]
         if audio.ndim != 2:
-            raise HearSsamError(
-                f"audio must have the shape (clips, samples), mono, not {tuple(audio.shape)}; average the channels."
-            )
+            shape = tuple(audio.shape)
+            raise HearSsamError(f"audio must have the shape (clips, samples), mono, not {shape}; average the channels.")
         if audio.shape[1] < self.min_samples:
-            raise HearSsamError(
-                f"audio has {audio.shape[1]} samples; {self.name} needs at least {self.min_samples} "
-                f"({1000 * self.min_samples / SAMPLE_RATE:g} ms at 16 kHz); pad it with zeros."
-            )
+            needed = f"{self.min_samples} ({1000 * self.min_samples / SAMPLE_RATE:g} ms at 16 kHz)"
+            found = f"audio has {audio.shape[1]} samples"
+            raise HearSsamError(f"{found}; {self.name} needs at least {needed}; pad it with zeros.")
         if audio.device != self.device:
             raise HearSsamError(f"audio is on {audio.device}, the model on {self.device}; move one with .to().")
         if other := {weight.dtype for weight in [*self.parameters(), *self.buffers()]} - {torch.float32}:
@@ -114,10 +117,8 @@ class HearModel(nn.Module):
                 f"the model's weights are {other.pop()}; call model.float(), and for half precision use "
                 'load_model(..., precision="bf16"), which keeps the weights in float32.'
             )
-        broken = (~torch.isfinite(audio).all(dim=1)).nonzero().flatten().tolist()
-        if broken:
-            listed = ", ".join(map(str, broken))
-            where = f" in clip {listed} of the batch (counted from 0)" if len(audio) > 1 else ""
+        if broken := (~torch.isfinite(audio).all(dim=1)).nonzero().flatten().tolist():
+            where = f" in clip {', '.join(map(str, broken))} of the batch (counted from 0)" if len(audio) > 1 else ""
             raise HearSsamError(f"audio has NaN or infinite samples{where}; leave them out or set them to 0.")
         return audio
 
@@ -127,10 +128,8 @@ class EncoderModel(HearModel):
 
     config: EncoderConfig
 
-    def __init__(
-        self, name: str, config: EncoderConfig, encoder: Encoder, backend: str | None, checkpoint_sha256: str = ""
-    ) -> None:
-        super().__init__(name, config, checkpoint_sha256)
+    def __init__(self, name: str, config: EncoderConfig, encoder: Encoder, backend: str | None, digest: str) -> None:
+        super().__init__(name, config, digest)
         self.frontend = build_frontend(config)
         self.encoder = encoder
         self.backend = backend
@@ -162,14 +161,11 @@ class EncoderModel(HearModel):
         return 1 + ((samples - WINDOW) // HOP if self.kaldi else samples // HOP)
 
     def _rows(self, audio: Tensor) -> Tensor:
-        audio = self._checked(audio)
         window = self.config.window_frames
         if self.official:
             frames = window * math.ceil(self._frames(audio.shape[1]) / window)
         else:
             frames = self.config.patch_frames * len(self.timestamps(audio.shape[1]))
-        if not len(audio):
-            return audio.new_zeros(0, frames // self.config.patch_frames, self.timestamp_embedding_size)
         spec = self._spectrogram(audio, frames)  # (B, frames, mels)
         full = frames // window
         parts = [spec[:, : full * window].reshape(len(audio) * full, window, spec.shape[2]), spec[:, full * window :]]
@@ -228,14 +224,8 @@ class LogMelModel(HearModel):
         return mean_and_deviation(rows)
 
     def _rows(self, audio: Tensor) -> Tensor:
-        audio = self._checked(audio)
-        if not len(audio):
-            return audio.new_zeros(0, len(self.timestamps(audio.shape[1])), self.timestamp_embedding_size)
         rows: Tensor = self.frontend(audio)
         return rows
-
-
-# ---------------------------------------------------------------------------------------------------- HEAR functions
 
 
 def load_model(
@@ -272,25 +262,30 @@ def load_model(
     for option in unknown:
         raise unknown_name("option of load_model", option, load_model.__kwdefaults__ or ())
     if backend not in (None, "auto"):
-        _check_backend(backend)
+        backends = available_backends()
+        if backend not in backends:
+            raise unknown_name("backend", backend, ["auto", *backends])
+        if backends[backend]:
+            raise HearSsamError(f"the backend {backend!r} cannot run here: {backends[backend]}.")
     path = os.fspath(model_file_path or "")
     if path and model:
         raise HearSsamError(f"load_model got both model_file_path={path!r} and model={model!r}; give one.")
     name = path or model or DEFAULT
     if name == BASELINE and (token_order or pooling or backend or window_frames or precision != "fp32"):
         raise HearSsamError(f"{BASELINE} has no encoder: its only options are model and device.")
+    options = {"token_order": token_order, "pooling": pooling, "window_frames": window_frames}
     with torch.device("cpu"), torch.inference_mode(False):  # the same model inside anybody's block
         if name == BASELINE:
             return _move(LogMelModel(), device)
         if name in CONFIGS and not pretrained:
-            config, digest = _with_options(CONFIGS[name], token_order, pooling, window_frames), ""
+            config, digest = _with_options(CONFIGS[name], options), ""
             with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
                 torch.default_generator.manual_seed(seed)
                 encoder = Encoder(config)
         else:
             file = _find_weights(name, pretrained)
             stored, state, info = load_checkpoint(file)
-            config, digest = _with_options(stored, token_order, pooling, window_frames), info["sha256"]
+            config, digest = _with_options(stored, options), info["sha256"]
             if config.window_frames != stored.window_frames:
                 state["pos_embed"] = resize_positions(state["pos_embed"], stored, config.grid[0])
             with torch.device("meta"):  # no random numbers are drawn for weights that are replaced
@@ -339,8 +334,7 @@ def available_models() -> dict[str, ModelRow]:
     rows = {}
     for name, config in CONFIGS.items():
         file = _shipped_file(name)
-        origin = OFFICIAL[config.system]
-        licence, source = origin.licence, origin.hosting
+        licence, source = OFFICIAL[config.system]
         if file:
             config, _, info = load_checkpoint(file)
             licence, source = info.get("licence", ""), info.get("source", "")
@@ -352,9 +346,6 @@ def available_models() -> dict[str, ModelRow]:
     sizes = baseline.scene_embedding_size, baseline.timestamp_embedding_size
     rows[BASELINE] = ModelRow("baseline", 0, *sizes, None, "Apache-2.0", None, "needs no weights")
     return rows
-
-
-# ---------------------------------------------------------------------------------------------------- helpers
 
 
 def _shipped_file(name: str) -> Path | None:
@@ -381,24 +372,10 @@ def _find_weights(name: str, pretrained: bool) -> Path:
     return Path(name)
 
 
-def _check_backend(backend: str) -> None:
-    backends = available_backends()
-    if backend not in backends:
-        raise unknown_name("backend", backend, ["auto", *backends])
-    if backends[backend]:
-        raise HearSsamError(f"the backend {backend!r} cannot run here: {backends[backend]}.")
-
-
-def _with_options(
-    config: EncoderConfig, token_order: str | None, pooling: str | None, window_frames: int | None
-) -> EncoderConfig:
-    given: dict[str, Any] = {"token_order": token_order, "pooling": pooling}
-    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
-    if window_frames is not None:
-        if config.positions != "learned":
-            raise HearSsamError(f"window_frames is an option of SSAMBA; {config.system} has fixed positions for 2 s.")
-        config = dataclasses.replace(config, window_frames=window_frames)
-    return config
+def _with_options(config: EncoderConfig, options: dict[str, Any]) -> EncoderConfig:
+    if options["window_frames"] is not None and config.positions != "learned":
+        raise HearSsamError(f"window_frames is an option of SSAMBA; {config.system} has fixed positions for 2 s.")
+    return dataclasses.replace(config, **{name: value for name, value in options.items() if value is not None})
 
 
 def _move(model: HearModel, device: str) -> HearModel:

@@ -40,7 +40,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Run the unmodified hear-validator 2021.0.6 and heareval 2021.1.3 on a current Python, without "
         "TensorFlow. The arguments go to the tool unchanged. To install the tools:\n\n  " + "\n  ".join(INSTALL),
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("tool", choices=TOOLS, help="check a HEAR module, compute its embeddings, or probe them")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the tool's own arguments")
@@ -82,7 +81,7 @@ def _pkg_resources() -> None:
     _stand_in("pkg_resources", declare_namespace=lambda name: None)
 
 
-def _trust_own_checkpoints() -> None:
+def _trust_written() -> None:
     # heareval reads back checkpoints that it wrote itself a moment before; they hold classes and functions.
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
 
@@ -117,8 +116,5 @@ def _gpu_names() -> None:
 TOOLS: dict[str, tuple[str, tuple[Callable[[], None], ...]]] = {
     "validator": ("hearvalidator.validate", (_tensorflow,)),
     "embeddings": ("heareval.embeddings.runner", (_tensorflow, _gpu_names)),
-    "predictions": (
-        "heareval.predictions.runner",
-        (_pkg_resources, _trust_own_checkpoints, _settable_epoch, _gpu_names),
-    ),
+    "predictions": ("heareval.predictions.runner", (_pkg_resources, _trust_written, _settable_epoch, _gpu_names)),
 }

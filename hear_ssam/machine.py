@@ -32,9 +32,7 @@ def cpu() -> tuple[str, frozenset[str]]:
 
 def usable_cpus() -> int:
     """How many CPUs this process may run on: fewer than there are under taskset, in a container or a batch job."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def work_ahead(

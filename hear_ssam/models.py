@@ -7,17 +7,13 @@ import json
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    models = subparsers.add_parser(
-        "models",
-        help="the table of models",
-        description="The models that load_model and --model-options know by name.",
-    )
+    description = "The models that load_model and --model-options know by name."
+    models = subparsers.add_parser("models", help="the table of models", description=description)
     commands = models.add_subparsers(title="commands", metavar="COMMAND", required=True)
     listing = commands.add_parser(
         "list",
         help="name, size, embedding widths, window, licence, whether weights are here",
         epilog="examples:\n  hear-ssam models list\n  hear-ssam models list --json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     listing.add_argument("--json", action="store_true", help="one JSON object, name → row")
     listing.set_defaults(run=_list)
@@ -30,7 +26,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="examples:\n"
         "  hear-ssam convert ssam_base_200_16x4_4x256_fp16_r1/ ssam_base.safetensors\n"
         "  hear-ssam convert ssamba_tiny_400.pth ssamba_tiny.safetensors",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     convert.add_argument("input", metavar="IN", help="an official .pth file or weights folder, or one of our files")
     convert.add_argument("output", metavar="OUT", help="the safetensors file to write")
