@@ -41,7 +41,6 @@ def add_parser(subparsers: Any) -> None:
   hear-ssam demo --out somewhere
 
 The audio is CC0 and CC BY; eval_tasks/demo/README.md credits its authors.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("hear-ssam-demo"), metavar="DIR", help="default: %(default)s")
     parser.set_defaults(run=run)

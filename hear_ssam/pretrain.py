@@ -50,7 +50,6 @@ def add_parser(subparsers: Any) -> None:
   hear-ssam embed sounds/ -o out.parquet --model run/ssam_tiny.safetensors
 
 recipes that ship: {shipped}""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("store", metavar="STORE", help="folder that `hear-ssam corpus` wrote")
     parser.add_argument("out", metavar="OUT", help="folder of the run: its state, log, checkpoint and card")
@@ -75,7 +74,6 @@ recipes that ship: {shipped}""",
   hear-ssam codes store --checkpoint run/ssam_tiny.safetensors --block 8
   hear-ssam codes store --module some_hear_module --path weights.pt    any HEAR module is a teacher
   hear-ssam pretrain store run --recipe codes                          what they are for""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("store", metavar="STORE", help="folder that `hear-ssam corpus` wrote")
     parser.add_argument("--name", default="codes", help="of the files beside the store (default codes)")

@@ -258,7 +258,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Check a module with the HEAR API: all that hear-validator checks, and what it misses. "
         "Exit code 1 where a check fails; warnings do not count.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("module", metavar="MODULE", help="importable module")

@@ -261,7 +261,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Embed HEAR tasks with any module that has the HEAR API, train heareval's shallow probe on the "
         "embeddings, store one record per result and print a table. Repeat the command to go on after an interruption.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add(

@@ -39,7 +39,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="tables of evaluation results",
         description="Show the results that `hear-ssam evaluate` stored: tasks × models, primary metric of each task.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("results", type=Path, metavar="RESULTS", help="results folder, or its records.jsonl")
