@@ -28,7 +28,8 @@ Contents, in reading order:
     evaluation.module       any module with the HEAR API: imported, loaded, called
     evaluation.tasks        HEAR's task folders, checked
     evaluation.embeddings   such a module on a task → a folder of embeddings, as heareval lays it out
-    evaluation.probe        a folder of embeddings → trained heads, as heareval trains them
+    evaluation.rows         such a folder read: rows, targets, what scores predictions
+    evaluation.probe        rows → trained heads, as heareval trains them
     evaluation.scores       HEAR's metrics
     evaluation.jobs         heads in parallel processes
     evaluation.records      one JSON line per result

@@ -19,8 +19,8 @@ from hear_ssam.evaluation import jobs
 from hear_ssam.evaluation.embeddings import best_folder, embed_task
 from hear_ssam.evaluation.evaluate import run_evaluation
 from hear_ssam.evaluation.module import load_hear_model
-from hear_ssam.evaluation.probe import open_embeddings
 from hear_ssam.evaluation.records import STORE, embeddings_folder, key_of, predictions_file, read
+from hear_ssam.evaluation.rows import open_embeddings
 
 from . import tiny_hear
 from .tiny_tasks import write_task
@@ -324,7 +324,7 @@ def test_results_of_another_origin_are_not_used_again(tmp_path, serial, monkeypa
 def test_seeds_of_a_task_read_it_once(tmp_path, serial, monkeypatch):
     read_folders = []
     monkeypatch.setattr(
-        "hear_ssam.evaluation.probe.open_embeddings",
+        "hear_ssam.evaluation.rows.open_embeddings",
         lambda folder: read_folders.append(folder) or open_embeddings(folder),
     )
     write_task(tmp_path / "tasks" / "tones")

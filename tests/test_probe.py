@@ -18,11 +18,10 @@ from hear_ssam.evaluation.probe import (
     HeadConfig,
     batches,
     grid_points,
-    read_labels,
-    read_rows,
     run_probe,
     train_head,
 )
+from hear_ssam.evaluation.rows import read_labels, read_rows
 from hear_ssam.evaluation.tasks import read_task
 
 DIGITS = "spoken_digit__default_t1_torch2.13.0"
@@ -150,10 +149,10 @@ def test_damaged_embedding_folders_are_named(tmp_path):
     with pytest.raises(HearSsamError, match=r"valid\.embeddings\.npy: row 7 \(5\.wav\) is not finite"):
         run_probe(folder, "ssam", 0)
     x[:50].tofile(folder / "valid.embeddings.npy")
-    with pytest.raises(HearSsamError, match=r"valid\.embeddings\.npy does not have the size"):
+    with pytest.raises(HearSsamError, match=r"valid\.embeddings\.npy: does not have the size .*again"):
         run_probe(folder, "ssam", 0)
     (folder / "valid.embeddings.npy").unlink()
-    with pytest.raises(HearSsamError, match=r"cannot read .*valid\.embeddings\.npy"):
+    with pytest.raises(HearSsamError, match=r"valid\.embeddings\.npy: cannot be read"):
         run_probe(folder, "ssam", 0)
     with pytest.raises(HearSsamError, match="Did you mean 'ssam'"):
         run_probe(write_embeddings(tmp_path / "other", ["train", "valid", "test"]), "sam", 0)

@@ -35,7 +35,8 @@ from ..paths import atomic_write
 from .records import Record, append, finite, make_records, predictions_file
 
 if TYPE_CHECKING:
-    from .probe import ProbeResult, Rows
+    from .probe import ProbeResult
+    from .rows import Rows
     from .tasks import Task
 
 
@@ -157,7 +158,7 @@ def _start_worker(leash: Connection) -> None:
 
 @lru_cache(1)  # seeds of one task follow each other
 def _opened(folder: Path) -> tuple[Task, dict[str, Rows]]:
-    from .probe import open_embeddings
+    from .rows import open_embeddings
 
     return open_embeddings(folder)
 

@@ -15,13 +15,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import json
 import math
-import pickle
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import HearSsamError, unknown_name
-from .scores import EventJudge, SceneJudge, named_score, to_events
-from .tasks import DataSplit, Task, read_task
+from .rows import Rows, open_embeddings
+from .scores import named_score
+from .tasks import DataSplit, Task
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,6 @@ PROTOCOLS = {
 }
 # heareval's own exception for the task whose event scores were slow
 _TASK_GRID = {"dcase2016_task2": {"check_val_every_n_epoch": (10,)}}
-# ways to make events of frames; a task's metadata may state its own
-_POSTPROCESSING = {"median_filter_ms": (250,), "min_duration": (125, 250)}
 
 
 def named_protocol(name: str) -> Protocol:
@@ -106,98 +102,6 @@ def grid_points(protocol: Protocol, metadata: Mapping[str, Any], seed: int) -> l
     ]
     random.Random(seed).shuffle(points)
     return points[: protocol.grid_points]
-
-
-# ---- data ----------------------------------------------------------------------------------------------------------
-
-
-class _LabelReader(pickle.Unpickler):
-    """Reads lists of strings and numbers; anything that would import or call code is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise HearSsamError(f"label pickle refers to {module}.{name}; only lists of plain labels are read.")
-
-
-def read_labels(path: Path) -> list[list[Any]]:
-    """Read `<split>.target-labels.pkl` without executing anything that is in it."""
-    try:
-        with open(path, "rb") as file:
-            labels = _LabelReader(file).load()
-    except OSError as error:
-        raise HearSsamError(f"cannot read {path}: {error.strerror}.") from error
-    except HearSsamError as error:
-        raise HearSsamError(f"{path}: {error}") from None
-    except Exception as error:  # a damaged pickle raises whatever its opcodes run into
-        raise HearSsamError(f"{path} is not a readable pickle: {error}.") from error
-    if not isinstance(labels, list) or not all(isinstance(row, list) for row in labels):
-        raise HearSsamError(f"{path} must hold a list with one list of labels per embedding row.")
-    return labels
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The embedding rows of one split: x float32 (rows, dim) mapped from disk, target float32 (rows, classes)."""
-
-    x: Tensor
-    target: Tensor
-    task: Task
-    split: str
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    @cached_property
-    def judge(self) -> SceneJudge | EventJudge:
-        """What scores predictions of the split; made once, for all heads and seeds."""
-        return make_judge(self.task, self.split, self)
-
-
-def read_rows(task: Task, split: str) -> Rows:
-    """Map one split of an embedding folder; raises HearSsamError where files disagree or a value is not finite."""
-    path = task.folder / f"{split}.embeddings.npy"  # raw float32, no .npy header
-    dimensions = task.folder / f"{split}.embedding-dimensions.json"
-    try:
-        rows, dim = json.loads(dimensions.read_text())
-        mapped = np.memmap(path, np.float32, mode="c", shape=(rows, dim))  # private pages: torch wants them writable
-    except OSError as error:
-        raise HearSsamError(f"cannot read {error.filename}: {error.strerror}; make the embeddings again.") from error
-    except (TypeError, ValueError) as error:
-        raise HearSsamError(f"{path} does not have the size that {dimensions.name} states ({error}).") from error
-    labels_path = task.folder / f"{split}.target-labels.pkl"
-    labels = read_labels(labels_path)
-    if len(labels) != rows:
-        raise HearSsamError(f"{labels_path} has {len(labels)} rows, {path.name} has {rows}.")
-    for start in range(0, rows, 4096):
-        finite = np.isfinite(mapped[start : start + 4096]).all(1)
-        if not finite.all():
-            raise HearSsamError(f"{path}: {_row_name(task, split, start + int(finite.argmin()))} is not finite.")
-    target = torch.from_numpy(task.targets(labels, where=str(labels_path)))
-    return Rows(torch.from_numpy(mapped), target, task, split)
-
-
-def _row_name(task: Task, split: str, row: int) -> str:
-    """The clip that a row of embeddings belongs to, where the files tell."""
-    names = [] if task.event else dict(task.shuffled_clips())[split]
-    return f"row {row} ({names[row]})" if row < len(names) else f"row {row}"
-
-
-def make_judge(task: Task, split: str, rows: Rows) -> SceneJudge | EventJudge:
-    """What scores predictions of a split: its targets, or its true events and the file and time of every frame."""
-    if not task.event:
-        return SceneJudge(task.scores, rows.target.numpy())
-    path = task.folder / f"{split}.filename-timestamps.json"
-    try:
-        stamped = json.loads(path.read_text())
-        files, timestamps = [Path(file).name for file, _ in stamped], np.array([ms for _, ms in stamped], np.float64)
-    except OSError as error:
-        raise HearSsamError(f"cannot read {path}: {error.strerror}.") from error
-    except (TypeError, ValueError) as error:
-        raise HearSsamError(f"{path} must list [file, ms] of every row: {error}.") from error
-    reference = {file: to_events(events, task.class_index) for file, events in task.clips(split).items()}
-    if len(files) != len(rows) or not set(files) <= set(reference):
-        raise HearSsamError(f"{path} does not fit the embeddings and {split}.json beside it.")
-    grid = task.metadata.get("evaluation_params", {}).get("event_postprocessing_grid", _POSTPROCESSING)
-    return EventJudge(task.scores, len(task.labels), files, timestamps, reference, grid)
 
 
 def batches(parts: Sequence[Tensor], size: int, *, merge_single: bool = False) -> list[Tensor]:
@@ -420,15 +324,13 @@ def probe_task(task: Task, splits: Mapping[str, Rows], protocol: str, seed: int,
 def _as_new(seed: int) -> Iterator[None]:
     """torch as a new process with one thread has it, seeded; restored afterwards."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    with contextlib.ExitStack() as stack:
-        for setting in (
-            torch.random.fork_rng(devices=[]),
-            torch.device("cpu"),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-        ):
-            stack.enter_context(setting)
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
         try:
             torch.set_num_threads(1)
             torch.set_default_dtype(torch.float32)
@@ -437,21 +339,6 @@ def _as_new(seed: int) -> Iterator[None]:
         finally:
             torch.set_num_threads(threads)
             torch.set_default_dtype(dtype)
-
-
-def open_embeddings(folder: Path) -> tuple[Task, dict[str, Rows]]:
-    """The task and the rows of every split of an embedding folder; raises HearSsamError where they do not fit."""
-    task = read_task(folder)
-    splits = {name: read_rows(task, name) for name in task.splits}
-    dims = {rows.x.shape[1] for rows in splits.values()}
-    if len(dims) > 1:
-        raise HearSsamError(f"{folder}: the splits have embeddings of different sizes {sorted(dims)}; make them again.")
-    for split in task.data_splits:
-        if sum(len(splits[name]) for name in split.train) < 2:
-            raise HearSsamError(
-                f"{folder}: {' + '.join(split.train)} has a single row to train on; batch normalisation needs two."
-            )
-    return task, splits
 
 
 def score_heads(

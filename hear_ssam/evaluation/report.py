@@ -288,7 +288,7 @@ def _curves(histories: Sequence[Sequence[dict[str, float]]], key: str) -> str:
 
 def _embedding_map(folder: Path, most: int = 500) -> tuple[str, str, str]:
     """The first two principal components of (at most 500) test rows, coloured by class, with words and key."""
-    from .probe import read_rows
+    from .rows import read_rows
 
     task = read_task(folder)
     rows = read_rows(task, task.data_splits[0].test)
