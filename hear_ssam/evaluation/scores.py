@@ -83,11 +83,8 @@ class Events(NamedTuple):
 
 def to_events(events: Sequence[Mapping[str, Any]], class_index: Mapping[str, int]) -> Events:
     """Events as HEAR's JSON lists them: {"label", "start", "end"}."""
-    return Events(
-        np.array([class_index[str(event["label"])] for event in events], np.int64),
-        np.array([event["start"] for event in events], np.float64),
-        np.array([event["end"] for event in events], np.float64),
-    )
+    labels = np.array([class_index[str(event["label"])] for event in events], np.int64)
+    return Events(labels, *(np.array([event[key] for event in events], np.float64) for key in ("start", "end")))
 
 
 def active_frames(probability: np.ndarray, timestamps: np.ndarray, median_filter_ms: float) -> np.ndarray:
@@ -145,23 +142,20 @@ def event_f_measure(
 
 def segment_error_rate(estimated: EventsByFile, reference: EventsByFile, classes: int) -> dict[str, float]:
     """Substitutions, deletions and insertions per reference activity in segments of one second."""
-    substitutions = deletions = insertions = references = 0
+    errors, references = np.zeros(3, np.int64), 0
     for file, found in estimated.items():
         truth = reference[file]
         last = max(np.concatenate([truth.end, found.end, [0]])) / 1000
-        rolls = []
-        for events in (truth, found):
-            roll = np.zeros((math.ceil(last), classes), bool)
+        rolls = np.zeros((2, math.ceil(last), classes), bool)
+        for roll, events in zip(rolls, (truth, found), strict=True):
             for label, start, end in zip(*events, strict=True):
                 roll[math.floor(start / 1000) : math.ceil(end / 1000), label] = True
-            rolls.append(roll)
-        n_truth, n_found = (roll.sum(1) for roll in rolls)
-        substitutions += int((np.minimum(n_truth, n_found) - (rolls[0] & rolls[1]).sum(1)).sum())
-        deletions += int(np.maximum(0, n_truth - n_found).sum())
-        insertions += int(np.maximum(0, n_found - n_truth).sum())
+        n_truth, n_found = rolls.sum(2)
+        substituted = np.minimum(n_truth, n_found) - rolls.all(0).sum(1)
+        deleted, inserted = np.maximum(0, n_truth - n_found), np.maximum(0, n_found - n_truth)
+        errors += [substituted.sum(), deleted.sum(), inserted.sum()]
         references += int(n_truth.sum())
-    errors = (substitutions, deletions, insertions)
-    return {"error_rate": sum(count / references for count in errors) if references else math.nan}
+    return {"error_rate": sum(count / references for count in errors.tolist()) if references else math.nan}
 
 
 # ---- the table of scores -------------------------------------------------------------------------------------------

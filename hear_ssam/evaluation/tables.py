@@ -189,10 +189,8 @@ def caption(table: Table, options: Options) -> str:
         text += "; scores that are not finite are left out"
     below = aggregates(table, options)
     if "s(m)" in below:
-        text += (
-            f"; s(m) = 100 × mean over tasks of max(0, (score − baseline) / (best − baseline)), "
-            f"baseline {options.baseline_of(table)}, best of {', '.join(table.models)}"
-        )
+        text += "; s(m) = 100 × mean over tasks of max(0, (score − baseline) / (best − baseline)), "
+        text += f"baseline {options.baseline_of(table)}, best of {', '.join(table.models)}"
     if below:
         text += "; rank: mean over tasks, 1 is best"
     if options.published and (outside := _published(table)):
