@@ -101,12 +101,9 @@ class SelectiveSSM(nn.Module):
         x = self.conv(x, reverse)
         low, b, c = self.x_proj(x).split(self.split, dim=-1)  # (B, L, R), (B, L, N), (B, L, N)
         with torch.autocast(xz.device.type, enabled=False):
-            weight = self.dt_proj.weight
+            weight, bias, A = self.dt_proj.weight, self.dt_proj.bias, -torch.exp(self.A_log)
             delta = F.linear(low.to(weight.dtype), weight)  # (B, L, I); bias and softplus happen inside the scan
-            y = selective_scan(
-                x, delta, -torch.exp(self.A_log), b, c, self.D, z, self.dt_proj.bias, True, reverse=reverse
-            )
-        return cast(Tensor, y)
+            return cast(Tensor, selective_scan(x, delta, A, b, c, self.D, z, bias, True, reverse=reverse))
 
 
 class Mamba(SelectiveSSM):
@@ -117,8 +114,7 @@ class Mamba(SelectiveSSM):
         self.in_proj, self.out_proj = _in_out(config)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        y: Tensor = self.out_proj(super().forward(self.in_proj(x), reverse))
-        return y
+        return cast(Tensor, self.out_proj(super().forward(self.in_proj(x), reverse)))
 
 
 class BiMamba(nn.Module):
@@ -127,13 +123,11 @@ class BiMamba(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.in_proj, self.out_proj = _in_out(config)
-        self.forward_ = SelectiveSSM(config)
-        self.backward_ = SelectiveSSM(config)
+        self.forward_, self.backward_ = SelectiveSSM(config), SelectiveSSM(config)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
         xz = self.in_proj(x)
-        y: Tensor = self.out_proj((self.forward_(xz, reverse) + self.backward_(xz, not reverse)) / 2)
-        return y
+        return cast(Tensor, self.out_proj((self.forward_(xz, reverse) + self.backward_(xz, not reverse)) / 2))
 
 
 def _in_out(config: EncoderConfig) -> tuple[Projection, Projection]:
@@ -148,27 +142,21 @@ def _in_out(config: EncoderConfig) -> tuple[Projection, Projection]:
 class MambaBlock(nn.Module):
     """x + Mamba(norm(x)), with `reverse` from the last token to the first."""
 
+    mixer_type: type[Mamba | BiMamba] = Mamba
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.norm = build_norm(config)
-        self.mixer = Mamba(config)
+        self.mixer = self.mixer_type(config)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        y: Tensor = self.mixer(self.norm(x), reverse)
-        return x + y
+        return x + self.mixer(self.norm(x), reverse)
 
 
-class BiMambaBlock(nn.Module):
+class BiMambaBlock(MambaBlock):
     """x + BiMamba(norm(x)); `reverse` swaps the directions' weights."""
 
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.norm = build_norm(config)
-        self.mixer = BiMamba(config)
-
-    def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        y: Tensor = self.mixer(self.norm(x), reverse)
-        return x + y
+    mixer_type = BiMamba
 
 
 # ---------------------------------------------------------------------------------------------------- Transformer
@@ -186,8 +174,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, d) each
-        y: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return y
+        return cast(Tensor, self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
 
 
 class TransformerBlock(nn.Module):
@@ -203,10 +190,8 @@ class TransformerBlock(nn.Module):
         xavier_init(self)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        attended: Tensor = self.attn(self.norm1(x))
-        x = x + attended
-        y: Tensor = self.mlp(self.norm2(x))
-        return x + y
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
 
 
 # ---------------------------------------------------------------------------------------------------------- mLSTM
@@ -293,12 +278,9 @@ class MLSTM(nn.Module):
         std = math.sqrt(2 / (5 * width))
         self.learnable_skip = nn.Parameter(torch.ones(inner))
         self.proj_up = Projection(width, 2 * inner, bias=False)
-        self.q_proj = BlockDiagonal(inner, std)
-        self.k_proj = BlockDiagonal(inner, std)
-        self.v_proj = BlockDiagonal(inner, std)
+        self.q_proj, self.k_proj, self.v_proj = (BlockDiagonal(inner, std) for _ in range(3))
         self.conv = CausalConv(inner, config.conv_kernel)
-        self.igate = nn.Linear(3 * inner, self.heads)
-        self.fgate = nn.Linear(3 * inner, self.heads)
+        self.igate, self.fgate = (nn.Linear(3 * inner, self.heads) for _ in range(2))
         self.outnorm = OffsetNorm(inner, groups=self.heads)
         self.proj_down = Projection(inner, width, bias=False)
         nn.init.normal_(self.proj_up.weight, std=std)
@@ -320,8 +302,7 @@ class MLSTM(nn.Module):
             q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv)  # (B, heads, L, d)
             cell = mlstm_parallel if x.shape[1] <= self.PARALLEL_UP_TO else mlstm_chunked
             h = self.outnorm(cell(q, k, v, i, f).transpose(1, 2).flatten(2))  # (B, L, I)
-        y: Tensor = self.proj_down((h + self.learnable_skip * conv) * F.silu(z))
-        return y
+        return cast(Tensor, self.proj_down((h + self.learnable_skip * conv) * F.silu(z)))
 
 
 class MLSTMBlock(nn.Module):
@@ -333,14 +314,10 @@ class MLSTMBlock(nn.Module):
         self.layer = MLSTM(config)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        y: Tensor = self.norm(x)
-        y = self.layer(y.flip(1)).flip(1) if reverse else self.layer(y)
-        return x + y
+        y = self.norm(x)
+        return x + (self.layer(y.flip(1)).flip(1) if reverse else self.layer(y))
 
 
 BLOCKS: dict[str, Callable[[EncoderConfig], nn.Module]] = {
-    "mamba": MambaBlock,
-    "bimamba": BiMambaBlock,
-    "transformer": TransformerBlock,
-    "mlstm": MLSTMBlock,
-}
+    "mamba": MambaBlock, "bimamba": BiMambaBlock, "transformer": TransformerBlock, "mlstm": MLSTMBlock,
+}  # fmt: skip

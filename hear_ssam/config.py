@@ -45,8 +45,7 @@ class EncoderConfig:
     block: Literal["mamba", "bimamba", "transformer", "mlstm"]
     embed_dim: int  # D
     depth: int
-    # spectrogram
-    # logmel: 80 HTK bands, per-clip standardisation; kaldi: 128 bands, data-set statistics
+    # spectrogram; logmel: 80 HTK bands, per-clip standardisation; kaldi: 128 bands, data-set statistics
     frontend: Literal["logmel", "kaldi"] = "logmel"
     n_mels: int = 80
     window_frames: int = 200
@@ -69,8 +68,7 @@ class EncoderConfig:
     paired: bool = False  # bimamba: layers in forward/backward pairs, both residuals added (SSAMBA)
     flip_odd: bool = False  # mlstm: odd blocks read the sequence backwards
     final_norms: int = 1  # SSAMBA applies its final norm twice
-    # pre-training
-    # MSE over all patches; joint: InfoNCE + 10 MSE over masked patches
+    # pre-training; reconstruction: MSE over all patches; joint: InfoNCE + 10 MSE over masked patches
     objective: Literal["reconstruction", "joint"] = "reconstruction"
     mask_ratio: float = 0.5
     # default order of embedding rows: time (ours) or official (for compatibility with published probes)
@@ -82,36 +80,25 @@ class EncoderConfig:
         sizes = ("embed_dim", "depth", "n_mels", "window_frames", "patch_frames", "patch_mels", "expand", "state_dim",
                  "conv_kernel", "final_norms")  # fmt: skip
         check_fields(self, "config field", dict.fromkeys(sizes, (1, math.inf)))
-        for name in ("norm_eps", "fbank_std"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise HearSsamError(f"config field {name} must be positive, not {getattr(self, name)}.")
-        if self.block != SYSTEMS[self.system]["block"]:
-            raise HearSsamError(
-                f"config field block={self.block!r} contradicts system={self.system!r}, whose blocks are "
-                f"{SYSTEMS[self.system]['block']!r}."
-            )
-        if self.n_mels % self.patch_mels:
-            raise HearSsamError(f"config field patch_mels={self.patch_mels} does not divide n_mels={self.n_mels}.")
-        if self.window_frames % self.patch_frames:
-            raise HearSsamError(
-                f"config field patch_frames={self.patch_frames} does not divide window_frames={self.window_frames}."
-            )
-        if self.embed_dim % 4 and (self.positions == "sincos" or self.block == "mlstm"):
-            raise HearSsamError(
-                f"config field embed_dim={self.embed_dim} must be a multiple of 4 for sincos positions and mlstm."
-            )
-        if self.block in ("transformer", "mlstm"):
-            width = self.embed_dim * (self.expand if self.block == "mlstm" else 1)
-            if self.num_heads < 1 or width % self.num_heads:
-                raise HearSsamError(f"config field num_heads={self.num_heads} does not divide the width {width}.")
-        elif self.num_heads:
-            raise HearSsamError(f"config field num_heads={self.num_heads} has no meaning for block={self.block!r}.")
-        if self.paired and (self.block != "bimamba" or self.depth % 2):
-            raise HearSsamError("config field paired needs block='bimamba' and an even depth.")
-        if self.flip_odd and self.block != "mlstm":
-            raise HearSsamError("config field flip_odd needs block='mlstm'.")
-        if not 0 < self.mask_ratio < 1:
-            raise HearSsamError(f"config field mask_ratio={self.mask_ratio} must lie between 0 and 1.")
+        block, heads, frames, system = self.block, self.num_heads, self.window_frames, SYSTEMS[self.system]
+        width, headed = self.inner_dim if block == "mlstm" else self.embed_dim, block in ("transformer", "mlstm")
+        for name, wrong, why in (
+            ("norm_eps", not 0 < self.norm_eps < math.inf, "must be positive"),
+            ("fbank_std", not 0 < self.fbank_std < math.inf, "must be positive"),
+            ("block", block != system["block"], f"contradicts system={self.system!r}, which has {system['block']!r}"),
+            ("patch_mels", self.n_mels % self.patch_mels, f"does not divide n_mels={self.n_mels}"),
+            ("patch_frames", frames % self.patch_frames, f"does not divide window_frames={frames}"),
+            ("embed_dim", self.embed_dim % 4 and (self.positions == "sincos" or block == "mlstm"),
+             "must be a multiple of 4 for sincos positions and mlstm"),
+            ("num_heads", headed and (heads < 1 or width % heads), f"does not divide the width {width}"),
+            ("num_heads", heads and not headed, f"has no meaning for block={block!r}"),
+            ("paired", self.paired and (block != "bimamba" or self.depth % 2),
+             "needs block='bimamba' and an even depth"),
+            ("flip_odd", self.flip_odd and block != "mlstm", "needs block='mlstm'"),
+            ("mask_ratio", not 0 < self.mask_ratio < 1, "must lie between 0 and 1"),
+        ):  # fmt: skip
+            if wrong:
+                raise HearSsamError(f"config field {name}={getattr(self, name)!r} {why}.")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -194,6 +181,5 @@ def build_config(system: str, embed_dim: int, **overrides: Any) -> EncoderConfig
 
 CONFIGS: dict[str, EncoderConfig] = {
     f"{system}_{size}": build_config(system, width, pooling="mean_std")
-    for system in SYSTEMS
-    for size, width in WIDTHS.items()
-}
+    for system in SYSTEMS for size, width in WIDTHS.items()
+}  # fmt: skip

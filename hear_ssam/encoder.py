@@ -6,7 +6,7 @@ Symbols: B batch, F frames, n patch tokens, D width, P pixels of a patch; T time
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,9 +35,7 @@ class _Float32(TorchFunctionMode):
 
     MAKERS = torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.linspace
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
         if func in self.MAKERS and options.get("dtype") is None:
             options["dtype"] = torch.float32
@@ -75,8 +73,7 @@ class Encoder(nn.Module):
                 xavier_init(self.head)
         else:
             nn.init.xavier_normal_(self.mask_token)
-            self.contrast = _head(dim, nn.ReLU(), pixels)
-            self.generate = _head(dim, nn.ReLU(), pixels)
+            self.contrast, self.generate = (_head(dim, nn.ReLU(), pixels) for _ in range(2))
 
     def patchify(self, spec: Tensor) -> Tensor:
         """Spectrogram (B, F, n_mels) → flattened patches (B, n, P), in the order of the tokens.
@@ -90,10 +87,9 @@ class Encoder(nn.Module):
                 f"spec must have the shape (batch, frames, {c.n_mels}) with frames a positive multiple of "
                 f"{c.patch_frames}, not {tuple(spec.shape)}."
             )
-        grid = spec.unflatten(2, (-1, c.patch_mels)).unflatten(1, (-1, c.patch_frames))  # (B, T, dt, f, dm)
+        grid: Tensor = spec.unflatten(2, (-1, c.patch_mels)).unflatten(1, (-1, c.patch_frames))  # (B, T, dt, f, dm)
         order = (0, 1, 3, 2, 4) if c.patch_order == "time" else (0, 3, 1, 4, 2)
-        patches: Tensor = grid.permute(order).flatten(3).flatten(1, 2)
-        return patches
+        return grid.permute(order).flatten(3).flatten(1, 2)
 
     def positions(self, slots: int) -> Tensor:
         """Position embeddings (1, slots * f, D) of the first `slots` time slots of a window."""
@@ -103,10 +99,9 @@ class Encoder(nn.Module):
                 f"this encoder knows {window} time slots ({self.config.window_frames} frames), not {slots}: "
                 "cut the input into windows."
             )
-        shape = (window, bands) if self.config.patch_order == "time" else (bands, window)
-        axis = 1 if self.config.patch_order == "time" else 2
-        positions: Tensor = self.pos_embed[:, 1:].unflatten(1, shape).narrow(axis, 0, slots).flatten(1, 2)
-        return positions
+        shape, axis = ((window, bands), 1) if self.config.patch_order == "time" else ((bands, window), 2)
+        grid: Tensor = self.pos_embed[:, 1:].unflatten(1, shape)
+        return grid.narrow(axis, 0, slots).flatten(1, 2)
 
     def embed(self, spec: Tensor, mask: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
         """Patch tokens before the first block (B, n, D): embedded, masked where `mask` (B, n) is True, positioned.
@@ -152,9 +147,7 @@ class Encoder(nn.Module):
         x = self.embed(spec, mask, visible)
         first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = self.run_blocks(torch.cat([first, x], dim=1), depth)
-        if depth is not None:
-            return x
-        for _ in range(self.config.final_norms):
+        for _ in range(self.config.final_norms if depth is None else 0):
             x = self.norm(x)
         return x
 
@@ -218,8 +211,7 @@ def sincos_positions(config: EncoderConfig) -> Tensor:
     band = wave(bands).expand(slots, -1, -1)  # (T, f, D/2)
     slot = wave(slots)[:, None].expand(-1, bands, -1)
     grid = torch.cat([band, slot], dim=2)  # (T, f, D)
-    if config.patch_order == "frequency":
-        grid = grid.transpose(0, 1)
+    grid = grid.transpose(0, 1) if config.patch_order == "frequency" else grid
     return F.pad(grid.flatten(0, 1), (0, 0, 1, 0))[None]
 
 
@@ -229,26 +221,21 @@ def resize_positions(pos_embed: Tensor, config: EncoderConfig, slots: int) -> Te
     As SSAMBA does it: fewer slots are the centre of the grid, more are interpolated linearly.
     """
     window, bands = config.grid
-    shape = (window, bands) if config.patch_order == "time" else (bands, window)
-    grid = pos_embed[0, 1:].unflatten(0, shape)
-    if config.patch_order == "time":
-        grid = grid.transpose(0, 1)  # (f, T, D)
+    time_first = config.patch_order == "time"
+    grid = pos_embed[0, 1:].unflatten(0, (window, bands) if time_first else (bands, window))
+    grid = grid.transpose(0, 1) if time_first else grid  # (f, T, D)
     if slots <= window:
         grid = grid.narrow(1, window // 2 - slots // 2, slots)
     else:
         grid = F.interpolate(grid.transpose(1, 2), size=slots, mode="linear", align_corners=False).transpose(1, 2)
-    if config.patch_order == "time":
-        grid = grid.transpose(0, 1)
+    grid = grid.transpose(0, 1) if time_first else grid
     return torch.cat([pos_embed[:, :1], grid.flatten(0, 1)[None]], dim=1)
 
 
 def random_mask(
-    batch: int,
-    config: EncoderConfig,
-    generator: torch.Generator | None = None,
-    kind: str = "published",
+    batch: int, config: EncoderConfig, generator: torch.Generator | None = None, kind: str = "published",
     ratio: float | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Which patches to hide: bool (batch, n), exactly round(n * ratio) True per clip, on the generator's device.
 
     random   patches drawn uniformly

@@ -54,8 +54,7 @@ class LogMel(nn.Module):
 
     def of_frames(self, frames: Tensor) -> Tensor:
         """Windows of the waveform (..., 400) → (..., n_mels)."""
-        spectrum = torch.fft.rfft(frames * self.window)
-        power = torch.view_as_real(spectrum).square().sum(-1)  # (..., bins)
+        power = torch.view_as_real(torch.fft.rfft(frames * self.window)).square().sum(-1)  # (..., bins)
         return torch.log(power @ self.filters + EPSILON)
 
 
@@ -94,13 +93,8 @@ class KaldiFbank(nn.Module):
 
 def _in_blocks(waveform: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """`function` of all whole windows (B, F, 400) of a waveform (B, samples) → (B, F, mels), BLOCK frames at a time."""
-    frames = 1 + (waveform.shape[1] - WINDOW) // HOP
-    size = max(1, BLOCK // len(waveform))
-    parts = [
-        function(waveform[:, first * HOP : (min(first + size, frames) - 1) * HOP + WINDOW].unfold(1, WINDOW, HOP))
-        for first in range(0, frames, size)
-    ]
-    return join(parts, dim=1)
+    windows = waveform.unfold(1, WINDOW, HOP)  # a view
+    return join([function(block) for block in windows.split(max(1, BLOCK // len(waveform)), dim=1)], dim=1)
 
 
 def join(parts: list[Tensor], dim: int) -> Tensor:

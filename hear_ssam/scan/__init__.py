@@ -17,15 +17,15 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from typing import Any, List, Protocol  # noqa: UP035
+from collections.abc import Callable, Iterator
+from typing import Any, List, Protocol, cast  # noqa: UP035
 
 import torch
 from torch import Tensor
 
 from ..errors import HearSsamError, unknown_name
 from . import reference
-from .reference import ScanInputs
+from .reference import SAVE_EVERY, ScanInputs
 
 logger = logging.getLogger(__name__)
 
@@ -36,21 +36,10 @@ _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("hear_ssam_
 
 
 def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    *,
-    reverse: bool = False,
-    return_last_state: bool = False,
-    initial_state: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, *, reverse: bool = False,
+    return_last_state: bool = False, initial_state: Tensor | None = None, backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Mamba's selective scan (Gu & Dao 2023, algorithm 2), channel-last and differentiable.
 
     u, delta, z: (batch, length, channels); A: (channels, state); B, C: (batch, length, state);
@@ -80,16 +69,9 @@ def selective_scan(
 
 
 def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: bool = True,
-    reverse: bool = False,
-    return_last_state: bool = False,
-    initial_state: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: bool = True, reverse: bool = False,
+    return_last_state: bool = False, initial_state: Tensor | None = None, backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Depthwise causal convolution, then SiLU if `activation`; differentiable.
 
     x: (batch, length, channels); weight: (channels, kernel); bias: (channels,). A state is the last kernel - 1
@@ -219,40 +201,18 @@ def _probe(name: str) -> Exception | None:
 class _Kernels(Protocol):
     """What the module of a backend offers; torch_backend tells more."""
 
-    def scan_forward(
-        self, inputs: ScanInputs, delta_softplus: bool, reverse: bool, save: bool
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-    def scan_backward(
-        self, dout: Tensor, dlast: Tensor | None, inputs: ScanInputs, saved: Tensor, delta_softplus: bool, reverse: bool
-    ) -> ScanInputs: ...
-
-    def conv_forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool,
-        reverse: bool,
-    ) -> Tensor: ...  # fmt: skip
-
-    def conv_backward(
-        self, dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None,
-        activation: bool, reverse: bool,
-    ) -> tuple[Tensor | None, ...]: ...  # fmt: skip
-
-    def self_check(self) -> None: ...
+    scan_forward: Callable[[ScanInputs, bool, bool, bool], tuple[Tensor, Tensor, Tensor]]
+    scan_backward: Callable[[Tensor, Tensor | None, ScanInputs, Tensor, bool, bool], ScanInputs]
+    conv_forward: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, bool, bool], Tensor]
+    conv_backward: Callable[
+        [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool, bool], tuple[Tensor | None, ...]
+    ]
+    self_check: Callable[[], None]
 
 
 def _kernels(name: str) -> _Kernels:
     """The module of a backend, imported when first used."""
-    if name == "cpu":
-        from . import cpu_backend
-
-        return cpu_backend
-    if name == "triton":
-        from . import triton_backend
-
-        return triton_backend
-    from . import torch_backend
-
-    return torch_backend
+    return cast(_Kernels, importlib.import_module(f".{name}_backend", __name__))
 
 
 def _reason(error: Exception) -> str:
@@ -264,56 +224,29 @@ def _reason(error: Exception) -> str:
 
 @torch.library.custom_op("hear_ssam::selective_scan", mutates_args=())
 def _scan_op(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    save: bool,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, initial_state: Tensor | None, delta_softplus: bool, reverse: bool, save: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
     return _kernels(backend).scan_forward(inputs, delta_softplus, reverse, save)
 
 
 @_scan_op.register_fake
 def _(u: Tensor, delta: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    save = rest[-2]
-    batch, length, channels = u.shape
+    (batch, length, channels), state, save = u.shape, A.shape[1], rest[-2]
     dtype = torch.promote_types(u.dtype, torch.float32)
-    blocks = (length + reference.SAVE_EVERY - 1) // reference.SAVE_EVERY
-    saved = (batch, blocks, A.shape[1], channels) if save else (0,)
-    return (
-        u.new_empty(u.shape),
-        u.new_empty((batch, channels, A.shape[1]), dtype=dtype),
-        u.new_empty(saved, dtype=dtype),
-    )
+    saved = (batch, (length + SAVE_EVERY - 1) // SAVE_EVERY, state, channels) if save else (0,)
+    last = u.new_empty((batch, channels, state), dtype=dtype)
+    return u.new_empty(u.shape), last, u.new_empty(saved, dtype=dtype)
 
 
 @torch.library.custom_op("hear_ssam::selective_scan_backward", mutates_args=())
 def _scan_backward_op(
-    dout: Tensor,
-    dlast: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    saved: Tensor,
-    delta_softplus: bool,
-    reverse: bool,
-    backend: str,
-) -> List[Tensor]:  # noqa: UP006 - torch 2.6 infers no schema from list[Tensor]
+    dout: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None, saved: Tensor, delta_softplus: bool,
+    reverse: bool, backend: str,
+) -> List[Tensor]:  # fmt: skip # noqa: UP006 - torch 2.6 infers no schema from list[Tensor]
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
     grads = _kernels(backend).scan_backward(dout, dlast, inputs, saved, delta_softplus, reverse)
     return [u.new_empty(0) if grad is None else grad for grad in grads]
@@ -344,14 +277,9 @@ _scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup)
 
 @torch.library.custom_op("hear_ssam::causal_conv1d", mutates_args=())
 def _conv_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    activation: bool,
-    reverse: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool, reverse: bool,
     backend: str,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     return _kernels(backend).conv_forward(x, weight, bias, initial_state, activation, reverse)
 
 
@@ -362,15 +290,9 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 @torch.library.custom_op("hear_ssam::causal_conv1d_backward", mutates_args=())
 def _conv_backward_op(
-    dout: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    activation: bool,
-    reverse: bool,
-    backend: str,
-) -> List[Tensor]:  # noqa: UP006 - torch 2.6 infers no schema from list[Tensor]
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool,
+    reverse: bool, backend: str,
+) -> List[Tensor]:  # fmt: skip # noqa: UP006
     grads = _kernels(backend).conv_backward(dout, x, weight, bias, initial_state, activation, reverse)
     return [x.new_empty(0) if grad is None else grad for grad in grads]
 
@@ -409,18 +331,12 @@ def _mamba_ssm_scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> 
     function = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
 
     def channel_first(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        return (x.flip(1) if reverse else x).to(u.dtype).transpose(1, 2).contiguous()
+        return None if x is None else (x.flip(1) if reverse else x).to(u.dtype).transpose(1, 2).contiguous()
 
-    f32 = [None if x is None else x.float() for x in (A, D, delta_bias)]
+    A_, D_, bias_ = (None if x is None else x.float() for x in (A, D, delta_bias))
     u_, delta_, B_, C_, z_ = (channel_first(x) for x in (u, delta, B, C, z))
-    out, last = function(
-        u_, delta_, f32[0], B_, C_, D=f32[1], z=z_, delta_bias=f32[2], delta_softplus=delta_softplus,
-        return_last_state=True,
-    )  # fmt: skip
-    out = out.transpose(1, 2)
-    return (out.flip(1) if reverse else out), last
+    out, last = function(u_, delta_, A_, B_, C_, D_, z_, bias_, delta_softplus, return_last_state=True)
+    return (out.flip(2) if reverse else out).transpose(1, 2), last
 
 
 def _check_scan(inputs: ScanInputs) -> None:
@@ -430,8 +346,7 @@ def _check_scan(inputs: ScanInputs) -> None:
             f"selective_scan needs u (batch, length, channels) and A (channels, state), "
             f"not {tuple(u.shape)} and {tuple(A.shape)}."
         )
-    batch, length, channels = u.shape
-    state = A.shape[1]
+    (batch, length, channels), state = u.shape, A.shape[1]
     row, column = (batch, length, channels), (batch, length, state)
     shapes = (row, row, (channels, state), column, column, (channels,), row, (channels,), (batch, channels, state))
     for name, tensor, shape in zip(ScanInputs._fields, inputs, shapes, strict=True):

@@ -5,18 +5,14 @@ The four functions and the tensor `saved` are those of torch_backend; notation a
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .cpu_kernels import (
-    CHANNELS,
-    write_conv_backward,
-    write_conv_forward,
-    write_scan_backward,
-    write_scan_forward,
-)
+from .cpu_kernels import CHANNELS, write_conv_backward, write_conv_forward, write_scan_backward, write_scan_forward
 from .reference import SAVE_EVERY, ScanInputs
 from .simd import LANES, build, run
 
@@ -92,14 +88,9 @@ def conv_forward(
 
 
 def conv_backward(
-    dout: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    activation: bool,
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of (x, weight, bias, initial_state)."""
     inputs, io = _conv_inputs(x, weight, bias, initial_state)
     channels, kernel, width = *weight.shape, inputs["x"].shape[2]
@@ -125,9 +116,7 @@ def self_check() -> None:
     """
     g = torch.Generator("cpu").manual_seed(0)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float32, device="cpu")
-
+    draw = functools.partial(torch.randn, generator=g, dtype=torch.float32, device="cpu")
     u, delta, z = (draw(1, 19, LANES) for _ in range(3))
     A, B, C = -9 * draw(LANES, 24).abs(), draw(1, 19, 24), draw(1, 19, 24)
     weight, D = draw(LANES, 4), draw(LANES)
@@ -161,16 +150,11 @@ def _conv_inputs(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None
 ) -> tuple[dict[str, Tensor], torch.dtype]:
     io = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    batch, (channels, kernel) = len(x), weight.shape
-    rows = _rows(x, io)
-    return {
-        "x": rows,
-        "weight": _states(weight, weight.new_empty(rows.shape[2], kernel)),
-        "bias": _rows(x.new_zeros(channels) if bias is None else bias),
-        "initial_state": _rows(
-            x.new_zeros(batch, kernel - 1, channels) if initial_state is None else initial_state, io
-        ),
-    }, io
+    rows, batch, (channels, kernel) = _rows(x, io), len(x), weight.shape
+    weight = _states(weight, weight.new_empty(rows.shape[2], kernel))
+    bias = _rows(x.new_zeros(channels) if bias is None else bias)
+    before = _rows(x.new_zeros(batch, kernel - 1, channels) if initial_state is None else initial_state, io)
+    return {"x": rows, "weight": weight, "bias": bias, "initial_state": before}, io
 
 
 def _rows(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

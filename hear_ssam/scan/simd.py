@@ -53,43 +53,28 @@ _EXP2_NEAR = _fit(lambda r: np.expm1(r * np.log(2)) / r, -1 / 64, 1 / 64 + 1e-9,
 _LOG1P = _fit(lambda q: 2 * np.arctanh(np.sqrt(q)) / np.sqrt(q), 0.0, 1 / 9, 5)
 
 
-class Value:
-    """A number or vector in the kernel. An operator emits one instruction; a * b + c becomes a single fused one."""
-
-    def __init__(self, kernel: Kernel, instruction: ir.Value) -> None:
-        self.kernel, self.ir = kernel, instruction
-
-    def _binary(self, name: str, other: Operand, swap: bool = False) -> Value:
+def _operator(name: str, swap: bool = False) -> Callable[[Value, Operand], Value]:
+    def emit(self: Value, other: Operand) -> Value:
         k, b = self.kernel, self.kernel.as_value(other, self)
         left, right = (b.ir, self.ir) if swap else (self.ir, b.ir)
         if isinstance(self.ir.type, ir.IntType):
             return Value(k, getattr(k.builder, name)(left, right))
         return Value(k, getattr(k.builder, f"f{name}")(left, right, flags=("contract",)))
 
-    def __add__(self, other: Operand) -> Value:
-        return self._binary("add", other)
+    return emit
 
-    __radd__ = __add__
 
-    def __sub__(self, other: Operand) -> Value:
-        return self._binary("sub", other)
+class Value:
+    """A number or vector in the kernel. An operator emits one instruction; a * b + c becomes a single fused one."""
 
-    def __rsub__(self, other: Operand) -> Value:
-        return self._binary("sub", other, swap=True)
+    def __init__(self, kernel: Kernel, instruction: ir.Value) -> None:
+        self.kernel, self.ir = kernel, instruction
 
-    def __mul__(self, other: Operand) -> Value:
-        return self._binary("mul", other)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other: Operand) -> Value:
-        return self._binary("div", other)
-
-    def __rtruediv__(self, other: Operand) -> Value:
-        return self._binary("div", other, swap=True)
-
-    def __floordiv__(self, other: Operand) -> Value:  # integers, not negative
-        return self._binary("sdiv", other)
+    __add__ = __radd__ = _operator("add")
+    __mul__ = __rmul__ = _operator("mul")
+    __sub__, __rsub__ = _operator("sub"), _operator("sub", swap=True)
+    __truediv__, __rtruediv__ = _operator("div"), _operator("div", swap=True)
+    __floordiv__ = _operator("sdiv")  # integers, not negative
 
 
 Operand = Value | float
@@ -111,8 +96,7 @@ class Array:
         return view
 
     def at(self, index: Operand) -> ir.Value:
-        b = self.kernel.builder
-        place = self.kernel.as_index(index)
+        b, place = self.kernel.builder, self.kernel.as_index(index)
         if self.step > 1 and self.kind is _vector:
             place = place * self.step + self.first
         elif self.step > 1:
@@ -314,10 +298,9 @@ class Kernel:
 
     def exp2(self, x: Value) -> Value:
         """2^x: 2^n by the exponent bits, 2^r by a polynomial; relative error 2e-7."""
-        b = self.builder
         if AVX512:
             return self._exp2_by_table(x)
-        x = self.minimum(self.maximum(x, -126.0), 127.0)  # 2^n must be a normal number
+        b, x = self.builder, self.minimum(self.maximum(x, -126.0), 127.0)  # 2^n must be a normal number
         n = Value(self, b.call(self.intrinsic(f"llvm.roundeven.v{LANES}f32", _vector, _vector), [x.ir]))
         r = x - n  # in [-1/2, 1/2]
         p = r * self.polynomial(r, _EXP2) + 1.0
@@ -355,13 +338,12 @@ class Kernel:
 
         Starting at bit 1 with LANES vectors, lane i of the result is the sum of all lanes of vector i.
         """
-        bit = first
         while len(vectors) > 1:
-            stay = [(LANES if i & bit else 0) + i for i in range(LANES)]  # a blend: cheaper than any other shuffle
-            move = [lane ^ bit for lane in stay]
+            stay = [(LANES if i & first else 0) + i for i in range(LANES)]  # a blend: cheaper than any other shuffle
+            move = [lane ^ first for lane in stay]
             pairs = zip(vectors[::2], vectors[1::2], strict=True)
             vectors = [self._shuffle(a, b, stay) + self._shuffle(a, b, move) for a, b in pairs]
-            bit *= 2
+            first *= 2
         return vectors[0]
 
     def _shuffle(self, a: Value, b: Value, lanes: list[int]) -> Value:
@@ -408,11 +390,10 @@ def _build(write: Callable[..., None], *options: Hashable) -> Compiled:
     return Compiled(kernel)
 
 
-_parallel_for: Any  # torch's own loop, a C function (begin, end, grain, kernel, arguments); None before torch 2.10
-try:
-    _parallel_for = ctypes.CDLL(torch._C.__file__).torch_parallel_for
+try:  # torch's own loop, a C function (begin, end, grain, kernel, arguments)
+    _parallel_for: Any = ctypes.CDLL(torch._C.__file__).torch_parallel_for
     _parallel_for.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
-except (AttributeError, OSError):
+except (AttributeError, OSError):  # before torch 2.10
     _parallel_for = None
 
 
@@ -430,8 +411,7 @@ def run(kernel: Compiled, units: int, reverse: bool = False, **arguments: torch.
     """
     values: list[int] = []
     for name, dims, timed in kernel.arguments:
-        x = arguments[name]
-        if isinstance(x, int):
+        if isinstance(x := arguments[name], int):
             values.append(x)
             continue
         size, pointer, strides = x.element_size(), x.data_ptr(), list(x.stride()[: dims - 1])

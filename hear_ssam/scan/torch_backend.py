@@ -32,8 +32,7 @@ def scan_forward(inputs: ScanInputs, delta_softplus: bool, reverse: bool, save: 
         last.copy_(initial_state.transpose(1, 2))
     blocks = -(-length // SAVE_EVERY)
     saved = torch.empty((batch, blocks, state, channels) if save else (0,), dtype=dtype, device=u.device)
-    flip = _flip if reverse else _same
-    scan_order = [flip(x.to(dtype)) for x in (uf, dt, B, C)]
+    scan_order = [_flip(x.to(dtype), reverse) for x in (uf, dt, B, C)]
     for rows in _groups(u, state):
         u_, dt_, B_, C_ = (x[rows] for x in scan_order)
         h = last[rows]
@@ -45,7 +44,7 @@ def scan_forward(inputs: ScanInputs, delta_softplus: bool, reverse: bool, save: 
             y[rows, now] = (C_[:, now].unsqueeze(2) @ states).squeeze(2)
             h = states[:, -1]
         last[rows] = h
-    y = flip(y)
+    y = _flip(y, reverse)
     if D is not None:
         y.addcmul_(D.to(dtype), uf)
     if z is not None:
@@ -58,8 +57,7 @@ def scan_backward(
 ) -> ScanInputs:
     """Gradients of the inputs, each in its dtype; None where there is no input."""
     u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
-    dtype = saved.dtype
-    (batch, length, channels), state = u.shape, A.shape[1]
+    (batch, length, channels), state, dtype = u.shape, A.shape[1], saved.dtype
     uf, dt = u.to(dtype), _step_size(delta, delta_bias, delta_softplus, dtype)
     At = A.to(dtype).t().contiguous()
     dy = dout.to(dtype)
@@ -67,10 +65,8 @@ def scan_backward(
         zf = z.to(dtype)
         gate = torch.sigmoid(zf)
         dgated, dy = dy, dy * (zf * gate)
-    flip = _flip if reverse else _same
-    u_all, dt_all, B_all, C_all, dy_all = (flip(x.to(dtype)) for x in (uf, dt, B, C, dy))
-    y = torch.empty_like(u_all)
-    du, ddt = torch.empty_like(u_all), torch.empty_like(u_all)
+    scan_order = [_flip(x.to(dtype), reverse) for x in (uf, dt, B, C, dy)]
+    y, du, ddt = (torch.empty_like(uf) for _ in range(3))
     dB = torch.empty(batch, length, state, dtype=dtype, device=u.device)
     dC = torch.empty_like(dB)
     dAt = torch.zeros_like(At)
@@ -81,7 +77,7 @@ def scan_backward(
         carry = dh[rows]
         for i in reversed(range(saved.shape[1])):
             now = slice(i * SAVE_EVERY, (i + 1) * SAVE_EVERY)
-            u_, dt_, B_, C_, dy_ = (x[rows, now] for x in (u_all, dt_all, B_all, C_all, dy_all))
+            u_, dt_, B_, C_, dy_ = (x[rows, now] for x in scan_order)
             h0 = saved[rows, i]
             decay, states = _run_block(u_, dt_, B_, At, h0)
             y[rows, now] = (C_.unsqueeze(2) @ states).squeeze(2)
@@ -99,7 +95,7 @@ def scan_backward(
             ddt[rows, now] = (grad * At).sum(2).addcmul_(dinput, u_)
             dAt += (grad * dt_.unsqueeze(2)).sum((0, 1))
         dh[rows] = carry
-    y, du, ddt, dB, dC = (flip(x) for x in (y, du, ddt, dB, dC))
+    y, du, ddt, dB, dC = (_flip(x, reverse) for x in (y, du, ddt, dB, dC))
     dD = dz = ddelta_bias = dinitial = None
     if D is not None:
         y.addcmul_(D.to(dtype), uf)
@@ -133,14 +129,9 @@ def conv_forward(
 
 
 def conv_backward(
-    dout: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    activation: bool,
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of (x, weight, bias, initial_state)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     kernel, length = weight.shape[1], x.shape[1]
@@ -177,8 +168,7 @@ def _run_block(u: Tensor, dt: Tensor, B: Tensor, At: Tensor, h: Tensor) -> tuple
 def _groups(u: Tensor, state: int) -> list[slice]:
     """Batch rows whose block buffers fit the cache together; a GPU takes all rows at once."""
     batch = u.shape[0]
-    rows = batch if u.device.type != "cpu" else CACHE_BYTES // (SAVE_EVERY * state * u.shape[2] * 4)
-    rows = max(1, rows)
+    rows = max(1, batch if u.device.type != "cpu" else CACHE_BYTES // (SAVE_EVERY * state * u.shape[2] * 4))
     return [slice(i, min(i + rows, batch)) for i in range(0, batch, rows)]
 
 
@@ -195,8 +185,7 @@ def _pad(x: Tensor, before: int, initial_state: Tensor | None, reverse: bool) ->
 
 
 def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    kernel = weight.shape[1]
-    length = padded.shape[1] - kernel + 1
+    kernel, length = weight.shape[1], padded.shape[1] - weight.shape[1] + 1
     first = 0 if reverse else kernel - 1  # the tap on the token itself
     y = padded[:, first : first + length] * weight[:, kernel - 1]
     for k in range(kernel - 1):
@@ -205,9 +194,5 @@ def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool
     return y if bias is None else y.add_(bias.to(y.dtype))
 
 
-def _flip(x: Tensor) -> Tensor:
-    return x.flip(1)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
+def _flip(x: Tensor, reverse: bool) -> Tensor:
+    return x.flip(1) if reverse else x

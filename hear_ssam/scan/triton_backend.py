@@ -455,14 +455,9 @@ def conv_forward(
 
 
 def conv_backward(
-    dout: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    activation: bool,
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool,
     reverse: bool,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of (x, weight, bias, initial_state)."""
     inputs = (x, weight, bias, initial_state)
     x, before = _lead_in(x, initial_state, reverse)
