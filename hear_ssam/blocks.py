@@ -150,7 +150,7 @@ class MambaBlock(nn.Module):
         self.mixer = self.mixer_type(config)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        return x + self.mixer(self.norm(x), reverse)
+        return x + cast(Tensor, self.mixer(self.norm(x), reverse))
 
 
 class BiMambaBlock(MambaBlock):
@@ -191,7 +191,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        return x + cast(Tensor, self.mlp(self.norm2(x)))
 
 
 # ---------------------------------------------------------------------------------------------------------- mLSTM
@@ -314,8 +314,9 @@ class MLSTMBlock(nn.Module):
         self.layer = MLSTM(config)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        y = self.norm(x)
-        return x + (self.layer(y.flip(1)).flip(1) if reverse else self.layer(y))
+        y: Tensor = self.norm(x)
+        y = self.layer(y.flip(1)).flip(1) if reverse else self.layer(y)
+        return x + y
 
 
 BLOCKS: dict[str, Callable[[EncoderConfig], nn.Module]] = {

@@ -65,6 +65,19 @@ def _first(pointer, row, row_stride, stride, length, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def _tile(A, states, row, first, size: tl.constexpr, N: tl.constexpr, d, channels):
+    """Of states n = first ...: n, mask and place in (N, channels), A log2(e), and `states` of the row (None: zeros)."""
+    n = first + tl.arange(0, size)
+    mask = (n < N)[:, None] & (d < channels)[None, :]
+    at = n[:, None] * channels + d[None, :]
+    A_tile = _load(A + at, mask) * LOG2E
+    h = tl.zeros((size, d.shape[0]), tl.float32)
+    if states is not None:
+        h = _load(states + row * N * channels + at, mask)
+    return n, mask, at, A_tile, h
+
+
+@triton.jit
 def _advance(h, A, dt, dtu, B):
     decay = tl.exp2(dt[None, :] * A)
     return tl.fma(decay, h, dtu[None, :] * B[:, None])
@@ -81,21 +94,9 @@ def _scan_forward(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     inside = d < channels
-    n1 = tl.arange(0, N1)
-    mask1 = (n1 < N)[:, None] & inside[None, :]
-    at1 = n1[:, None] * channels + d[None, :]
-    A1 = _load(A + at1, mask1) * LOG2E
-    h1 = tl.zeros((N1, BD), tl.float32)
-    if initial is not None:
-        h1 = _load(initial + row * N * channels + at1, mask1)
+    n1, mask1, at1, A1, h1 = _tile(A, initial, row, 0, N1, N, d, channels)
     if N2:
-        n2 = N1 + tl.arange(0, N2)
-        mask2 = (n2 < N)[:, None] & inside[None, :]
-        at2 = n2[:, None] * channels + d[None, :]
-        A2 = _load(A + at2, mask2) * LOG2E
-        h2 = tl.zeros((N2, BD), tl.float32)
-        if initial is not None:
-            h2 = _load(initial + row * N * channels + at2, mask2)
+        n2, mask2, at2, A2, h2 = _tile(A, initial, row, N1, N2, N, d, channels)
     if D is not None:
         skip = _load(D + d, inside)
     if delta_bias is not None:
@@ -113,8 +114,7 @@ def _scan_forward(
     if SAVE:
         saved += row * tl.cdiv(length, EVERY) * N * channels
     for step in range(length):
-        u_t = u_next
-        dt = dt_next
+        u_t, dt = u_next, dt_next
         more = d < tl.where(step + 1 < length, channels, 0)
         u += u_l
         delta += delta_l
@@ -179,23 +179,11 @@ def _scan_backward(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     inside = d < channels
-    n1 = tl.arange(0, N1)
-    mask1 = (n1 < N)[:, None] & inside[None, :]
-    at1 = n1[:, None] * channels + d[None, :]
-    A1 = _load(A + at1, mask1) * LOG2E
-    g1 = tl.zeros((N1, BD), tl.float32)
+    n1, mask1, at1, A1, g1 = _tile(A, dlast, row, 0, N1, N, d, channels)
     dA1 = tl.zeros((N1, BD), tl.float32)
-    if dlast is not None:
-        g1 = _load(dlast + row * N * channels + at1, mask1)
     if N2:
-        n2 = N1 + tl.arange(0, N2)
-        mask2 = (n2 < N)[:, None] & inside[None, :]
-        at2 = n2[:, None] * channels + d[None, :]
-        A2 = _load(A + at2, mask2) * LOG2E
-        g2 = tl.zeros((N2, BD), tl.float32)
+        n2, mask2, at2, A2, g2 = _tile(A, dlast, row, N1, N2, N, d, channels)
         dA2 = tl.zeros((N2, BD), tl.float32)
-        if dlast is not None:
-            g2 = _load(dlast + row * N * channels + at2, mask2)
     if D is not None:
         skip = _load(D + d, inside)
     if delta_bias is not None:
@@ -371,11 +359,8 @@ def _conv_backward(
             s = t + (K - 1 - k) if REVERSE else t - (K - 1 - k)
             seen = _load(x + s[:, None] * x_l + d[None, :], inside & ((s >= 0) & (s < length))[:, None])
             dweight_d += tl.where(taps[:, None] == k, tl.sum(dy_t * seen, 0)[None, :], 0.0)
-    tl.store(
-        dweight + (row * channels + d[None, :]) * K + taps[:, None],
-        dweight_d,
-        mask=(taps[:, None] < K) & (d < channels)[None, :],
-    )
+    at = (row * channels + d[None, :]) * K + taps[:, None]
+    tl.store(dweight + at, dweight_d, mask=(taps[:, None] < K) & (d < channels)[None, :])
     tl.store(dbias + row * channels + d, dbias_d, mask=d < channels)
 
 
@@ -388,10 +373,9 @@ def scan_forward(inputs: ScanInputs, delta_softplus: bool, reverse: bool, save: 
     (batch, length, channels), state = u.shape, A.shape[1]
     out = u.new_empty(u.shape)
     last = u.new_empty((batch, channels, state), dtype=torch.float32)
-    saved_shape = (batch, triton.cdiv(length, SAVE_EVERY), state, channels) if save else (0,)
-    saved = u.new_empty(saved_shape, dtype=torch.float32)
+    steps, blocks = triton.cdiv(length, SAVE_EVERY), triton.cdiv(channels, CHANNELS)
+    saved = u.new_empty((batch, steps, state, channels) if save else (0,), dtype=torch.float32)
     u, delta, z = (_rows(x) for x in (u, delta, z))
-    blocks = triton.cdiv(channels, CHANNELS)
     if last.numel():
         with _on(u):
             _scan_forward[(batch * blocks,)](
