@@ -51,10 +51,7 @@ def selective_scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> t
         delta = delta + delta_bias.to(dtype)
     if delta_softplus:
         delta = F.softplus(delta)
-    if initial_state is None:
-        h = u_.new_zeros(u.shape[0], u.shape[2], A.shape[1])  # (B, D, N)
-    else:
-        h = initial_state.to(dtype)
+    h = u_.new_zeros(len(u), u.shape[2], A.shape[1]) if initial_state is None else initial_state.to(dtype)  # (B, D, N)
     length = u.shape[1]
     outputs: list[Tensor] = [u_[:, 0]] * length
     for t in reversed(range(length)) if reverse else range(length):

@@ -140,7 +140,10 @@ class Argument:
 
     def prefetch(self, *index: Operand, write: bool = False) -> None:
         """Ask for the cache line at `index`, which may lie outside the tensor."""
-        self.kernel.prefetch(self.address(*index), write)
+        k, i8 = self.kernel, _i8.as_pointer()
+        function = k.intrinsic("llvm.prefetch.p0", ir.VoidType(), i8, _i32, _i32, _i32)
+        hints = [ir.Constant(_i32, hint) for hint in (int(write), 3, 1)]  # into the first level of the data cache
+        k.builder.call(function, [k.pointer(self.address(*index), _i8), *hints])
 
     def load_number(self, *index: Operand) -> Value:
         b = self.kernel.builder
@@ -227,11 +230,6 @@ class Kernel:
         to = self.builder.bitcast(target.at(start), pointer)
         size, not_volatile = ir.Constant(_i64, 4 * count), ir.Constant(_i1, 0)
         self.builder.call(memcpy, [to, self.pointer(source, _i8), size, not_volatile])
-
-    def prefetch(self, address: Value, write: bool) -> None:
-        function = self.intrinsic("llvm.prefetch.p0", ir.VoidType(), _i8.as_pointer(), _i32, _i32, _i32)
-        hints = [ir.Constant(_i32, hint) for hint in (int(write), 3, 1)]  # into the first level of the data cache
-        self.builder.call(function, [self.pointer(address, _i8), *hints])
 
     # --- control
 

@@ -109,10 +109,8 @@ def scan_backward(
         ddelta_bias = ddt.sum((0, 1)).to(delta_bias.dtype)
     if initial_state is not None:
         dinitial = dh.transpose(1, 2).to(initial_state.dtype)
-    dA = dAt.t().to(A.dtype)
-    return ScanInputs(
-        du.to(u.dtype), ddt.to(delta.dtype), dA, dB.to(B.dtype), dC.to(C.dtype), dD, dz, ddelta_bias, dinitial
-    )
+    du, ddt, dA, dB, dC = (g.to(x.dtype) for g, x in zip((du, ddt, dAt.t(), dB, dC), inputs[:5], strict=True))
+    return ScanInputs(du, ddt, dA, dB, dC, dD, dz, ddelta_bias, dinitial)
 
 
 def self_check() -> None:
