@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import pickle
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,8 +51,8 @@ def embed_task(
     finite or not of the promised shape; and for an `out_dir` that holds something else, which stays as it is.
     """
     task = task if isinstance(task, Task) else read_task(task)
-    made_by: dict[str, Any] = origin(hear, task, out_dir, resample)
-    if not again and is_current(out_dir, made_by):
+    made_by = origin(hear, task, out_dir, resample)
+    if not again and (out_dir / DONE).exists() and made_by.items() <= provenance(out_dir).items():
         return out_dir
     for split in task.splits:
         require_audio(audio_folder(task, split, hear.sample_rate, resample), task.clips(split))
@@ -64,31 +64,28 @@ def embed_task(
     started = time.time()
     _write_json(out_dir / PROVENANCE, made_by)
     for name in _described_by(task):
-        with atomic_write(out_dir / name) as path:
-            shutil.copyfile(task.folder / name, path)
+        _write(out_dir / name, (task.folder / name).read_bytes())
     count, dim = 0, 0
     for split, order in task.shuffled_clips():
         dim = _embed_split(hear, task, split, order, out_dir, resample)
         count += len(order)
-    made_by |= {
-        "clips": count,
-        "dim": dim,
-        "device": hear.device.type,
-        "backend": getattr(hear.model, "backend", None),
-        "dtype": str(next((p.dtype for p in hear.model.parameters()), torch.float32)).removeprefix("torch."),
-        "seconds": round(time.time() - started, 3),
-    }
-    profile = {"time_elapsed": time.time() - started, "gpu_max_mem": None, "gpu_device_name": hear.device.type}
-    _write_json(out_dir / PROVENANCE, made_by)
+    seconds, device = time.time() - started, hear.device.type
+    dtype = str(next((p.dtype for p in hear.model.parameters()), torch.float32)).removeprefix("torch.")
+    made_by |= {"clips": count, "dim": dim, "device": device, "backend": getattr(hear.model, "backend", None)}
+    _write_json(out_dir / PROVENANCE, {**made_by, "dtype": dtype, "seconds": round(seconds, 3)})
+    profile = {"time_elapsed": seconds, "gpu_max_mem": None, "gpu_device_name": device}
     _write_json(out_dir / "profile.embeddings.json", profile)
-    with atomic_write(out_dir / DONE) as path:
-        path.touch()
+    _write(out_dir / DONE, b"")
     return out_dir
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def _write(path: Path, content: bytes) -> None:
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1))
+        temporary.write_bytes(content)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    _write(path, json.dumps(value, indent=1).encode())
 
 
 def _described_by(task: Task) -> list[str]:
@@ -112,13 +109,8 @@ def origin(hear: JudgedModule, task: Task, out_dir: Path, resample: bool) -> dic
         rates = sorted({int(folder.parent.name) for folder in folders})
     else:
         rates = provenance(out_dir).get("audio_hz", [])
-    return {
-        "model": hear.name,
-        "checkpoint_sha256": hear.checkpoint_sha256,
-        **hear.source,
-        "task_sha256": task_digest(task),
-        "audio_hz": rates,
-    }
+    model = {"model": hear.name, "checkpoint_sha256": hear.checkpoint_sha256, **hear.source}
+    return {**model, "task_sha256": task_digest(task), "audio_hz": rates}
 
 
 def given_origin(task: Task) -> dict[str, Any]:
@@ -127,12 +119,6 @@ def given_origin(task: Task) -> dict[str, Any]:
     names = ("model", "checkpoint_sha256", "module", "module_version", "module_sha256", "audio_hz")
     given = {name: noted.get(name) for name in names} if noted else {"folder": str(task.folder.resolve())}
     return {**given, "task_sha256": task_digest(task)}
-
-
-def is_current(out_dir: Path, wanted: Mapping[str, Any]) -> bool:
-    """Whether `out_dir` is finished and comes from what is wanted (see `origin`)."""
-    noted = provenance(out_dir)
-    return (out_dir / DONE).exists() and all(noted.get(name) == value for name, value in wanted.items())
 
 
 def require_done(folder: Path) -> None:
@@ -154,13 +140,14 @@ def provenance(folder: Path) -> dict[str, Any]:
 def audio_folder(task: Task, split: str, sample_rate: int, resample: bool) -> Path:
     """`<task>/<rate>/<split>` at the model's rate, or with `resample` at the best other rate on disk."""
     rates = [rate for rate in _rates(task.folder) if (task.folder / str(rate) / split).is_dir()]
+    card = known_tasks().get(task.name)
+    where = f"; {card.source}" if card else ""
     if not rates:
-        where = _where_to_get(task)
         raise HearSsamError(f"{task.folder} has no audio: the folder {sample_rate}/{split} is missing{where}.")
     if sample_rate not in rates and not resample:
         raise HearSsamError(
             f"{task.folder} has no {sample_rate} Hz audio for {split}, only {', '.join(map(str, rates))} Hz; "
-            f"allow resampling (--resample) or get it at the model's rate{_where_to_get(task)}."
+            f"allow resampling (--resample) or get it at the model's rate{where}."
         )
     return task.folder / str(min(rates, key=lambda rate: _worse(rate, sample_rate))) / split
 
@@ -179,11 +166,6 @@ def _worse(rate: int, wanted: int) -> tuple[bool, float]:
     return rate < wanted, abs(rate - wanted)
 
 
-def _where_to_get(task: Task) -> str:
-    card = known_tasks().get(task.name)
-    return f"; {card.source}" if card else ""
-
-
 def _embed_split(
     hear: JudgedModule, task: Task, split: str, order: Sequence[str], out_dir: Path, resample: bool
 ) -> int:
@@ -194,9 +176,8 @@ def _embed_split(
     labels: dict[str, list[list[Any]]] = {}
     timestamps: dict[str, list[float]] = {}
     rows, dim = 0, 0
-    target = out_dir / f"{split}.embeddings.npy"
     with (
-        atomic_write(target) as shuffled,
+        atomic_write(out_dir / f"{split}.embeddings.npy") as shuffled,
         tempfile.TemporaryFile(dir=out_dir) as unshuffled,
         tqdm(total=len(clips), desc=f"{task.name} {split}", unit="clip", disable=None, leave=False) as bar,
     ):
@@ -215,16 +196,11 @@ def _embed_split(
         with open(shuffled, "wb") as file:
             for name in order:
                 file.write(mapped[slice(*spans[name])].tobytes())
-    contents: dict[str, bytes] = {
-        "embedding-dimensions.json": json.dumps([rows, dim]).encode(),
-        "target-labels.pkl": pickle.dumps([label for name in order for label in labels[name]]),
-    }
+    _write(out_dir / f"{split}.embedding-dimensions.json", json.dumps([rows, dim]).encode())
+    _write(out_dir / f"{split}.target-labels.pkl", pickle.dumps([row for name in order for row in labels[name]]))
     if task.event:
         stamped = [[f"{out_dir / split / name}", ms] for name in order for ms in timestamps[name]]
-        contents["filename-timestamps.json"] = json.dumps(stamped).encode()
-    for suffix, content in contents.items():
-        with atomic_write(out_dir / f"{split}.{suffix}") as path:
-            path.write_bytes(content)
+        _write(out_dir / f"{split}.filename-timestamps.json", json.dumps(stamped).encode())
     return dim
 
 
@@ -248,14 +224,10 @@ def _read_batches(
                     raise HearSsamError(f"{path} has {rate} Hz, the model needs {sample_rate} Hz (see --resample).")
         return read_audio(path, sample_rate)
 
-    batch: list[tuple[str, np.ndarray]] = []
-    for name, reading in work_ahead(read, names, workers=1, depth=2 * size):
-        audio = reading.result()
-        if batch and (len(batch) == size or len(audio) != len(batch[0][1])):
-            yield [n for n, _ in batch], np.stack([a for _, a in batch])
-            batch = []
-        batch.append((name, audio))
-    yield [n for n, _ in batch], np.stack([a for _, a in batch])
+    clips = ((name, reading.result()) for name, reading in work_ahead(read, names, workers=1, depth=2 * size))
+    for _, group in itertools.groupby(clips, key=lambda clip: len(clip[1])):
+        while batch := list(itertools.islice(group, size)):
+            yield [name for name, _ in batch], np.stack([audio for _, audio in batch])
 
 
 def _embed_batch(hear: JudgedModule, task: Task, names: list[str], audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -267,11 +239,9 @@ def _embed_batch(hear: JudgedModule, task: Task, names: list[str], audio: np.nda
     embedded, times = hear.embed(kind, audio, clips)
     expected = (len(names), *times.shape[-1:], size) if task.event else (len(names), size)
     if embedded.shape != expected or (task.event and times.shape != expected[:2]):
-        raise HearSsamError(
-            f"{function} returned embeddings {embedded.shape}"
-            + (f" and timestamps {times.shape}" if task.event else "")
-            + f" for {clips}; expected {expected} with {kind}_embedding_size={size}."
-        )
+        shapes = f"{embedded.shape} and timestamps {times.shape}" if task.event else f"{embedded.shape}"
+        wanted = f"expected {expected} with {kind}_embedding_size={size}"
+        raise HearSsamError(f"{function} returned embeddings {shapes} for {clips}; {wanted}.")
     if not embedded.size:
         raise HearSsamError(f"{function} returned no frames for {clips}; it must pad short clips.")
     if task.event:
@@ -297,10 +267,8 @@ def _check_timestamps(times: np.ndarray, seconds: float, function: str) -> None:
 def frame_labels(events: Sequence[Mapping[str, Any]], timestamps: np.ndarray) -> list[list[Any]]:
     """Labels active at each timestamp t (ms): those of events with start ≤ t < end + 0.0001."""
     timestamps = np.asarray(timestamps, np.float64)
-    frames: list[list[Any]] = [[] for _ in timestamps]
+    frames: list[dict[Any, None]] = [{} for _ in timestamps]  # each label once, in the order of the events
     for event in events:
-        active = (event["start"] <= timestamps) & (timestamps < event["end"] + 0.0001)
-        for frame in np.flatnonzero(active):
-            if event["label"] not in frames[frame]:
-                frames[frame].append(event["label"])
-    return frames
+        for frame in np.flatnonzero((event["start"] <= timestamps) & (timestamps < event["end"] + 0.0001)):
+            frames[frame][event["label"]] = None
+    return [list(frame) for frame in frames]

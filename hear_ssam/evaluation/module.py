@@ -23,9 +23,6 @@ import torch
 from ..errors import HearSsamError
 from ..paths import sha256
 
-_FUNCTIONS = ("load_model", "get_scene_embeddings", "get_timestamp_embeddings")
-_ATTRIBUTES = ("sample_rate", "scene_embedding_size", "timestamp_embedding_size")
-
 
 @dataclass(frozen=True)
 class JudgedModule:
@@ -108,20 +105,18 @@ def load_hear_model(module: str, model: str = "", options: Mapping[str, Any] | N
     options = {**(options or {}), **parse_options(own_options or "{}")}
     with blamed(f"cannot import the HEAR module {module!r}"):
         imported = importlib.import_module(module)
-    for name in _FUNCTIONS:
+    for name in ("load_model", "get_scene_embeddings", "get_timestamp_embeddings"):
         if not callable(getattr(imported, name, None)):
             raise HearSsamError(f"the module {module} has no function {name}; the HEAR API needs it.")
     with blamed(f"{module}.load_model failed"):
         loaded = imported.load_model(*([model] if model else []), **options)
     if not isinstance(loaded, torch.nn.Module):
         raise HearSsamError(f"{module}.load_model returned a {type(loaded).__name__}, not a torch.nn.Module.")
-    for name in _ATTRIBUTES:
+    for name in ("sample_rate", "scene_embedding_size", "timestamp_embedding_size"):
         value = getattr(loaded, name, None)
         if not isinstance(value, int) or value < 1:
-            raise HearSsamError(
-                f"the model of {module} needs the attribute {name} (an int above 0, not {value!r}); "
-                "the HEAR API asks for it."
-            )
+            wanted = f"the attribute {name} (an int above 0, not {value!r}); the HEAR API asks for it"
+            raise HearSsamError(f"the model of {module} needs {wanted}.")
     own_name = getattr(loaded, "name", None)
     if isinstance(own_name, str):
         options.pop("model", None)  # said by the name already
@@ -152,9 +147,8 @@ def blamed(what: str) -> Iterator[None]:
     except HearSsamError:
         raise
     except (Exception, SystemExit) as error:
-        ours = (__file__, importlib.__file__)
-        frames = [
-            f for f in traceback.extract_tb(error.__traceback__) if f.filename[0] != "<" and f.filename not in ours
-        ]
-        where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+        where = ""
+        for frame in traceback.extract_tb(error.__traceback__):  # the last one that is neither ours nor the importer's
+            if frame.filename[0] != "<" and frame.filename not in (__file__, importlib.__file__):
+                where = f" ({frame.filename}, line {frame.lineno})"
         raise HearSsamError(f"{what}: {type(error).__name__}: {error}{where}.") from error

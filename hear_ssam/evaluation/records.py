@@ -84,10 +84,8 @@ def predictions_file(results_dir: Path, record: Mapping[str, Any]) -> Path:
     An .npz with `labels`, `histories` (JSON: the validations of every training) and, for scene tasks,
     `<fold>/prediction` and `<fold>/target`, both float32 (clips, classes).
     """
-    folder: Path = (
-        results_dir / "predictions" / _model_folder(record["model"], record["checkpoint_sha256"]) / record["task"]
-    )
-    return folder / f"{record['protocol']}-{record['probe']}-seed{record['seed']}.npz"
+    folder = results_dir / "predictions" / _model_folder(record["model"], record["checkpoint_sha256"])
+    return folder / str(record["task"]) / f"{record['protocol']}-{record['probe']}-seed{record['seed']}.npz"
 
 
 def make_records(
