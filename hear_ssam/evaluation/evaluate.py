@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,14 +62,8 @@ class Source:
 
     def identity(self, protocol: str, probe: str) -> dict[str, Any]:
         """The fields of a record's key that all seeds share."""
-        return {
-            "model": self.model,
-            "checkpoint_sha256": self.checkpoint_sha256,
-            "task": self.task.name,
-            "version": self.task.version,
-            "protocol": protocol,
-            "probe": probe,
-        }
+        model = {"model": self.model, "checkpoint_sha256": self.checkpoint_sha256}
+        return {**model, "task": self.task.name, "version": self.task.version, "protocol": protocol, "probe": probe}
 
     def key(self, protocol: str, probe: str, seed: int) -> tuple[Any, ...]:
         """Key of the record that says that a job is done."""
@@ -116,10 +111,9 @@ def run_evaluation(
     """
     from .probe import named_protocol
 
-    if existing not in EXISTING:
-        raise unknown_name("policy for existing results", existing, EXISTING)
-    if probe not in PROBES:
-        raise unknown_name("probe", probe, PROBES)
+    for kind, name, known in (("policy for existing results", existing, EXISTING), ("probe", probe, PROBES)):
+        if name not in known:
+            raise unknown_name(kind, name, known)
     if (tasks_dir is None) == (embeddings_dir is None):
         raise HearSsamError("say either where the tasks are (--tasks-dir) or the embeddings (--embeddings-dir).")
     asked = {"MODULE": modules, "--model": model, "--model-options": model_options, "--resample": resample}
@@ -150,8 +144,8 @@ def run_evaluation(
         stored = {key_of(record): record for record in read(store)} if store.exists() and existing != "always" else {}
         work = []  # sources and the seeds that they lack
         for source in sources:
-            have = {seed for seed in seed_range if source.made(stored.get(source.key(protocol, probe, seed)))}
-            work.append((source, [seed for seed in seed_range if seed not in have]))
+            keys = {seed: source.key(protocol, probe, seed) for seed in seed_range}
+            work.append((source, [seed for seed in seed_range if not source.made(stored.get(keys[seed]))]))
         kept = [source.label for source, todo in work if len(todo) < count]
         if existing == "never" and kept:
             raise HearSsamError(f"{store} has results of {', '.join(kept)} already (--existing never).")
@@ -211,11 +205,10 @@ def _module_sources(
     for name, folders in tasks.items():
         for hear in models:
             with noted(f"{hear.name}, {name}", failures):
-                folder = best_folder(folders, hear.sample_rate)
-                task = read_task(folder)
-                if folder not in warned:
+                task = read_task(best_folder(folders, hear.sample_rate))
+                if task.folder not in warned:
                     _warn(task)
-                warned.add(folder)
+                warned.add(task.folder)
                 target = embeddings_folder(results_dir, hear.name, hear.checkpoint_sha256, name)
                 make = functools.partial(embed_task, hear, task, target, resample=resample, again=again)
                 comes_from = origin(hear, task, target, resample)
@@ -224,16 +217,13 @@ def _module_sources(
 
 
 def _warn(task: Task) -> None:
-    """Say on stderr what makes the scores of a task something else than HEAR scores."""
+    """Say on stderr what makes the scores of a task something else than HEAR scores; this reads all its labels."""
     if card := known_tasks().get(task.name):
         for difference in card.differences(task):
             print(f"{task.name} is not as HEAR released it: {difference}.", file=sys.stderr)
     for split, labels in task.absent_classes().items():
-        print(
-            f"{task.name}: {split} has no clip of {', '.join(labels)}; "
-            "mAP counts that as 0, d_prime and aucroc are undefined there.",
-            file=sys.stderr,
-        )
+        effect = "mAP counts that as 0, d_prime and aucroc are undefined there"
+        print(f"{task.name}: {split} has no clip of {', '.join(labels)}; {effect}.", file=sys.stderr)
 
 
 def _given_sources(embeddings_dir: Path, names: Sequence[str], failures: dict[str, str]) -> list[Source]:
@@ -244,9 +234,8 @@ def _given_sources(embeddings_dir: Path, names: Sequence[str], failures: dict[st
         with noted(folder.name, failures):
             made_by = provenance(folder)
             model, digest = made_by.get("model", embeddings_dir.resolve().name), made_by.get("checkpoint_sha256", "")
-            task = read_task(folder)
+            task, make = read_task(folder), functools.partial(require_done, folder)
             _warn(task)
-            make = functools.partial(require_done, folder)
             sources.append(Source(task, model, digest, folder, given_origin(task), make))
     return sources
 
@@ -263,12 +252,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=EXAMPLES,
     )
     add = parser.add_argument
-    add(
-        "modules",
-        nargs="*",
-        metavar="MODULE",
-        help="importable HEAR modules, each with options of its own if need be (default: hear_ssam)",
-    )
+    modules = "importable HEAR modules, each with options of its own if need be (default: hear_ssam)"
+    add("modules", nargs="*", metavar="MODULE", help=modules)
     add("--tasks-dir", type=Path, metavar="DIR", help="folder with one folder per HEAR task")
     add("--tasks", nargs="+", default=[], metavar="NAME", help="only these task folders")
     add("--model", default="", metavar="FILE", help="weights, the first argument of the module's load_model")
@@ -289,21 +274,8 @@ def run(args: argparse.Namespace) -> int:
     from .module import parse_options
 
     sys.path.append(os.getcwd())  # a module in the current folder can be judged too
-    evaluation = run_evaluation(
-        args.modules,
-        args.model,
-        parse_options(args.model_options),
-        results_dir=args.results_dir,
-        tasks_dir=args.tasks_dir,
-        embeddings_dir=args.embeddings_dir,
-        tasks=args.tasks,
-        protocol=args.protocol,
-        probe=args.probe,
-        seeds=args.seeds,
-        existing=args.existing,
-        workers=args.workers,
-        resample=args.resample,
-    )
+    given = {**vars(args), "model_options": parse_options(args.model_options)}
+    evaluation = run_evaluation(**{name: given[name] for name in inspect.signature(run_evaluation).parameters})
     if evaluation.records:  # beside what other models have reached on the same tasks
         tasks = {record["task"] for record in evaluation.records}
         rows = [r for r in read(args.results_dir) if r["task"] in tasks and r["protocol"] == args.protocol]

@@ -82,9 +82,8 @@ def run_jobs(jobs: list[Job], store: Path, workers: int, failures: dict[str, str
         while waiting:
             for job in _run_pool(waiting, store, workers, failures, bar):
                 if _run_pool(deque([job]), store, 1, failures, bar):
-                    failures[job.label] = (
-                        "its process was killed or crashed (out of memory?); run again what is missing"
-                    )
+                    reason = "its process was killed or crashed (out of memory?); run again what is missing"
+                    failures[job.label] = reason
                     bar.update(1)
 
 
@@ -105,11 +104,10 @@ def _run_pool(
             while running or (waiting and not broken):
                 while waiting and len(running) < processes and not broken:
                     try:
-                        future = pool.submit(_work, waiting[0])
+                        running[pool.submit(_work, waiting[0])] = waiting[0]
+                        waiting.popleft()
                     except BrokenProcessPool:
                         broken = True
-                    else:
-                        running[future] = waiting.popleft()
                 for future in wait(running, None, FIRST_COMPLETED).done:
                     job = running.pop(future)
                     if isinstance(future.exception(), BrokenProcessPool):
@@ -119,7 +117,9 @@ def _run_pool(
                     with noted(job.label, failures):
                         records = future.result()
                         append(store, records)
-                        bar.write(f"{job.label}: {_headline(records)}", file=sys.stderr)
+                        last = records[-1]  # the score that leads
+                        result = f"{last['metric']} {last['score']} in {last['seconds']:.0f} s"
+                        bar.write(f"{job.label}: {result}", file=sys.stderr)
                     bar.update(1)
             if broken and workers == 1 and started.exception():
                 raise HearSsamError(
@@ -132,12 +132,6 @@ def _run_pool(
         finally:
             pool.shutdown(cancel_futures=True)
     return died
-
-
-def _headline(records: list[Record]) -> str:
-    """The score that leads, and what it took."""
-    last = records[-1]
-    return f"{last['metric']} {last['score']} in {last['seconds']:.0f} s"
 
 
 def _start_worker(leash: Connection) -> None:
@@ -175,14 +169,11 @@ def _work(job: Job) -> list[Record]:
     result = probe_task(task, splits, job.identity["protocol"], job.identity["seed"], bf16=bf16)
     _store_predictions(job, task, result)
     made_by = provenance(job.source_folder)
+    embeddings = {name: made_by.get(name) for name in ("dim", "device", "dtype", "backend", "seconds")}
     common = {
         "grid_point": asdict(result.config),
         "clips": sum(len(names) for _, names in task.shuffled_clips()),
-        "embeddings": {
-            **given_origin(task),
-            **{name: made_by.get(name) for name in ("dim", "device", "dtype", "backend", "seconds")},
-            "folder": str(job.source_folder.resolve()),
-        },
+        "embeddings": {**given_origin(task), **embeddings, "folder": str(job.source_folder.resolve())},
         "device": "cpu",
         "dtype": "bfloat16" if bf16 else "float32",
         "threads": 1,
@@ -191,13 +182,10 @@ def _work(job: Job) -> list[Record]:
         "versions": {"hear_ssam": __version__, "python": platform.python_version(), "torch": torch.__version__},
         "commit": job.commit,
     }
-    folds = {
-        fold.fold: (
-            fold.scores,
-            {"epoch": fold.epoch, "validation_score": finite(fold.validation_score), "loss": finite(fold.loss)},
-        )
-        for fold in result.folds
-    }
+    folds = {}
+    for fold in result.folds:
+        details = {"epoch": fold.epoch, "validation_score": finite(fold.validation_score), "loss": finite(fold.loss)}
+        folds[fold.fold] = fold.scores, details
     return make_records(job.identity, task, folds, common)
 
 
@@ -214,9 +202,8 @@ def _store_predictions(job: Job, task: Task, result: ProbeResult) -> None:
 def git_commit() -> str | None:
     """Commit of the checkout that this package runs from, None for an installed one."""
     root = Path(__file__).resolve().parent.parent.parent
-    if not (root / ".git").exists():
-        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if (root / ".git").exists():
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return None

@@ -53,30 +53,20 @@ class Protocol:
     """A named way to choose and repeat heads: grid values, how many shuffled grid points are tried, usual seeds."""
 
     grid: Mapping[str, Sequence[Any]]
-    grid_points: int
     first_seed: int
     seeds: int
+    grid_points: int = 8
 
 
+_HEAREVAL_GRID: dict[str, Sequence[Any]] = {
+    "hidden_layers": (1, 2),
+    "initialization": ("xavier_uniform", "xavier_normal"),
+    "lr": (3.2e-3, 1e-3, 3.2e-4, 1e-4),
+}
+_SSAM_GRID = {"hidden_layers": (1,), "initialization": ("xavier_normal",), "lr": (1e-4,), "dropout": (0.1, 0.25)}
 PROTOCOLS = {
-    # heareval 2021.1.3 as released: 8 of 16 points, seed 42
-    "heareval": Protocol(
-        {
-            "hidden_layers": (1, 2),
-            "initialization": ("xavier_uniform", "xavier_normal"),
-            "lr": (3.2e-3, 1e-3, 3.2e-4, 1e-4),
-        },
-        grid_points=8,
-        first_seed=42,
-        seeds=1,
-    ),
-    # the SSAM authors' kit: two points, seeds 0–9
-    "ssam": Protocol(
-        {"hidden_layers": (1,), "initialization": ("xavier_normal",), "lr": (1e-4,), "dropout": (0.1, 0.25)},
-        grid_points=8,
-        first_seed=0,
-        seeds=10,
-    ),
+    "heareval": Protocol(_HEAREVAL_GRID, first_seed=42, seeds=1),  # heareval 2021.1.3 as released: 8 of 16 points
+    "ssam": Protocol(_SSAM_GRID, first_seed=0, seeds=10),  # the SSAM authors' kit: two points, seeds 0–9
 }
 # heareval's own exception for the task whose event scores were slow
 _TASK_GRID = {"dcase2016_task2": {"check_val_every_n_epoch": (10,)}}
@@ -96,10 +86,8 @@ def grid_points(protocol: Protocol, metadata: Mapping[str, Any], seed: int) -> l
         if name not in HeadConfig.__dataclass_fields__:
             raise unknown_name("grid parameter", name, HeadConfig.__dataclass_fields__)
     names = sorted(grid)
-    points = [
-        HeadConfig(**dict(zip(names, values, strict=True)))
-        for values in itertools.product(*(grid[name] for name in names))
-    ]
+    combinations = itertools.product(*(grid[name] for name in names))
+    points = [HeadConfig(**dict(zip(names, values, strict=True))) for values in combinations]
     random.Random(seed).shuffle(points)
     return points[: protocol.grid_points]
 
@@ -109,18 +97,14 @@ def batches(parts: Sequence[Tensor], size: int, *, merge_single: bool = False) -
 
     `merge_single`: a last batch of one row joins the batch before it (batch normalisation needs two rows).
     """
-    total = sum(len(part) for part in parts)
-    bounds = [*range(0, total, size), total]
+    offsets = [0, *itertools.accumulate(len(part) for part in parts)]
+    bounds = [*range(0, offsets[-1], size), offsets[-1]]
     if merge_single and len(bounds) > 2 and bounds[-1] - bounds[-2] == 1:
         del bounds[-2]
     cut = []
     for start, stop in itertools.pairwise(bounds):
-        pieces, offset = [], 0
-        for part in parts:
-            piece = part[max(0, start - offset) : max(0, stop - offset)]
-            offset += len(part)
-            if len(piece):
-                pieces.append(piece)
+        pieces = [part[max(0, start - at) : max(0, stop - at)] for part, at in zip(parts, offsets[:-1], strict=True)]
+        pieces = [piece for piece in pieces if len(piece)]
         cut.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
     return cut
 
@@ -143,30 +127,6 @@ def build_head(dim: int, classes: int, config: HeadConfig) -> nn.Sequential:
             layers += [nn.BatchNorm1d(config.hidden_dim), nn.Dropout(config.dropout), nn.ReLU()]
             dim = config.hidden_dim
     return nn.Sequential(*layers)
-
-
-@dataclass
-class EarlyStopping:
-    """heareval's rule: keep the first best validation, stop after `patience` checks without a better one or at NaN."""
-
-    sign: int  # 1 if larger values are better, else -1
-    patience: int
-    epoch: int | None = None  # of the best validation
-    value: float = math.nan
-    key: float = -math.inf  # larger is better
-    stop: bool = False
-    waited: int = 0
-
-    def improved(self, epoch: int, value: float) -> bool:
-        """Take note of a validation; whether it is the best so far."""
-        key = -math.inf if math.isnan(value) else self.sign * value
-        better = self.epoch is None or key > self.key
-        if better:
-            self.epoch, self.value, self.key, self.waited = epoch, value, key, 0
-        else:
-            self.waited += 1
-        self.stop = self.waited >= self.patience or not math.isfinite(value)
-        return better
 
 
 @dataclass(frozen=True)
@@ -201,21 +161,12 @@ def predict(head: nn.Sequential, x: Tensor, batch_size: int, multilabel: bool) -
     return logits, logits.sigmoid() if multilabel else logits.softmax(1)
 
 
-def selects_by_score(task: Task) -> bool:
-    """Whether heads are selected by the first score (usual) or by the loss."""
-    return bool(task.metadata.get("use_scoring_for_early_stopping", True))
-
-
-def selection_sign(task: Task) -> int:
-    """1 if larger validation values are better, -1 if smaller ones are."""
-    return 1 if selects_by_score(task) and named_score(task.scores[0]).maximize else -1
-
-
 def train_head(
     task: Task, splits: Mapping[str, Rows], split: DataSplit, config: HeadConfig, *, bf16: bool = False
 ) -> TrainedHead:
-    """Train one head with early stopping. Uses torch's global generator, in heareval's order.
+    """Train one head. Uses torch's global generator, in heareval's order.
 
+    heareval's rule to stop: keep the first best validation, end after `patience` without a better one or at NaN.
     `bf16` rounds the rows to train on, so their mean is taken off before: a large common offset would swallow what
     tells rows apart. Batch normalisation removes any offset; only its running mean must be told, and then the head
     takes rows as they are. A head without a hidden layer has no normalisation and is trained exactly.
@@ -232,9 +183,10 @@ def train_head(
         offset = (torch.stack([x.sum(0, dtype=torch.float64) for x in train_x]).sum(0) / sum(map(len, train_x))).float()
         train_x = [(x - offset).bfloat16() for x in train_x]
     optimizer = torch.optim.Adam(head.parameters(), lr=config.lr, fused=bf16 or None)
-    stopping = EarlyStopping(selection_sign(task), config.patience)
-    best: tuple[nn.Sequential, dict[str, float] | None] = head, None
-    history = []
+    by_score = bool(task.metadata.get("use_scoring_for_early_stopping", True))  # usual; else heads compete by loss
+    sign = 1 if by_score and named_score(task.scores[0]).maximize else -1
+    best: TrainedHead | None = None
+    waited, history = 0, []
     for epoch in range(config.max_epochs):
         _draw_loader_seed()
         head.train()
@@ -254,17 +206,20 @@ def train_head(
         loss = float(head_loss(logits, valid.target, task.multilabel))
         checked: dict[str, float] = {"epoch": epoch, "val_loss": loss}
         postprocessing = None
-        if selects_by_score(task):
+        if by_score:
             score, postprocessing = valid.judge.validate(probability.numpy())
             checked["val_score"] = float(np.float32(score))  # as heareval compares them
         history.append(checked)
-        if stopping.improved(epoch, checked.get("val_score", loss)):
-            best = copy.deepcopy(head), postprocessing
-        if stopping.stop:
+        value = checked.get("val_score", loss)
+        key = -math.inf if math.isnan(value) else sign * value
+        waited += 1
+        if best is None or key > best.key:
+            best, waited = TrainedHead(config, epoch, value, key, copy.deepcopy(head), postprocessing, history), 0
+        if waited >= config.patience or not math.isfinite(value):
             break
-    if stopping.epoch is None:
+    if best is None:
         raise HearSsamError(f"{task.name}: max_epochs={config.max_epochs} ends before the first validation.")
-    return TrainedHead(config, stopping.epoch, stopping.value, stopping.key, *best, history)
+    return best
 
 
 # ---- one task ------------------------------------------------------------------------------------------------------
@@ -307,17 +262,19 @@ def run_probe(folder: Path, protocol: str, seed: int, *, bf16: bool = False) -> 
 def probe_task(task: Task, splits: Mapping[str, Rows], protocol: str, seed: int, *, bf16: bool = False) -> ProbeResult:
     """`run_probe` of a task that `open_embeddings` has read, for one of several seeds."""
     first, *others = task.data_splits
+    histories: list[list[dict[str, float]]] = []
+
+    def train(split: DataSplit, config: HeadConfig) -> TrainedHead:
+        trained = train_head(task, splits, split, config, bf16=bf16)
+        histories.append(trained.history)
+        return trained
+
     with _as_new(seed):
-        winner: TrainedHead | None = None
-        histories = []
-        for config in grid_points(named_protocol(protocol), task.metadata, seed):
-            trained = train_head(task, splits, first, config, bf16=bf16)
-            histories.append(trained.history)
-            if winner is None or trained.key > winner.key:
-                winner = trained
-        assert winner is not None
-        heads = [winner, *(train_head(task, splits, split, winner.config, bf16=bf16) for split in others)]
-        return score_heads(task, splits, heads, [*histories, *(trained.history for trained in heads[1:])])
+        points = grid_points(named_protocol(protocol), task.metadata, seed)
+        winner = max((train(first, config) for config in points), key=lambda trained: trained.key)  # ties: the earlier
+        heads = [winner, *(train(split, winner.config) for split in others)]
+        folds = [score_head(splits[split.test], head) for split, head in zip(task.data_splits, heads, strict=True)]
+    return ProbeResult(winner.config, folds, histories)
 
 
 @contextlib.contextmanager
@@ -341,17 +298,10 @@ def _as_new(seed: int) -> Iterator[None]:
             torch.set_default_dtype(dtype)
 
 
-def score_heads(
-    task: Task, splits: Mapping[str, Rows], heads: Sequence[TrainedHead], histories: list[list[dict[str, float]]]
-) -> ProbeResult:
-    """Test one trained head per data split, in order."""
-    folds = []
-    for split, trained in zip(task.data_splits, heads, strict=True):
-        rows = splits[split.test]
-        logits, probability = predict(trained.head, rows.x, trained.config.batch_size, task.multilabel)
-        loss = float(head_loss(logits, rows.target, task.multilabel))
-        prediction, target = probability.numpy(), rows.target.numpy()
-        scores = rows.judge.test(prediction, trained.postprocessing)
-        outcome = (scores, loss, trained.validation_score, trained.epoch)
-        folds.append(FoldResult(split.test, *outcome, prediction, target))
-    return ProbeResult(heads[0].config, folds, histories)
+def score_head(rows: Rows, trained: TrainedHead) -> FoldResult:
+    """The result of a trained head on a test split."""
+    logits, probability = predict(trained.head, rows.x, trained.config.batch_size, rows.task.multilabel)
+    loss = float(head_loss(logits, rows.target, rows.task.multilabel))
+    prediction, target = probability.numpy(), rows.target.numpy()
+    scores = rows.judge.test(prediction, trained.postprocessing)
+    return FoldResult(rows.split, scores, loss, trained.validation_score, trained.epoch, prediction, target)

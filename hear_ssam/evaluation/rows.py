@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,30 +32,34 @@ def open_embeddings(folder: Path) -> tuple[Task, dict[str, Rows]]:
         raise HearSsamError(f"{folder}: the splits have embeddings of different sizes {sorted(dims)}; make them again.")
     for split in task.data_splits:
         if sum(len(splits[name]) for name in split.train) < 2:
-            raise HearSsamError(
-                f"{folder}: {' + '.join(split.train)} has a single row to train on; batch normalisation needs two."
-            )
+            names = " + ".join(split.train)
+            raise HearSsamError(f"{folder}: {names} has a single row to train on; batch normalisation needs two.")
     return task, splits
+
+
+@contextlib.contextmanager
+def _made_again(path: Path, problem: str) -> Iterator[None]:
+    """What keeps the files of a split from being read, as a HearSsamError that names `path` and its problem."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+        raise HearSsamError(f"{error.filename or path}: {reason}; make the embeddings again.") from error
+    except Exception as error:  # a damaged pickle raises whatever its opcodes run into
+        raise HearSsamError(f"{path}: {problem} ({error}); make the embeddings again.") from error
 
 
 class _LabelReader(pickle.Unpickler):
     """Reads lists of strings and numbers; anything that would import or call code is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise HearSsamError(f"label pickle refers to {module}.{name}; only lists of plain labels are read.")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}; only lists of plain labels are read")
 
 
 def read_labels(path: Path) -> list[list[Any]]:
     """Read `<split>.target-labels.pkl` without executing anything that is in it."""
-    try:
-        with open(path, "rb") as file:
-            labels = _LabelReader(file).load()
-    except OSError as error:
-        raise HearSsamError(f"{path}: cannot be read: {error.strerror}; make the embeddings again.") from error
-    except HearSsamError as error:
-        raise HearSsamError(f"{path}: {error}") from None
-    except Exception as error:  # a damaged pickle raises whatever its opcodes run into
-        raise HearSsamError(f"{path}: is not a readable pickle ({error}); make the embeddings again.") from error
+    with _made_again(path, "is not a readable pickle"), open(path, "rb") as file:
+        labels = _LabelReader(file).load()
     if not isinstance(labels, list) or not all(isinstance(row, list) for row in labels):
         raise HearSsamError(f"{path}: must hold a list with one list of labels per row; make the embeddings again.")
     return labels
@@ -78,13 +84,9 @@ class Rows:
         if not task.event:
             return SceneJudge(task.scores, self.target.numpy())
         path = task.folder / f"{split}.filename-timestamps.json"
-        try:
+        with _made_again(path, "must list [file, ms] of every row"):
             stamped = json.loads(path.read_text())
             files, times = [Path(file).name for file, _ in stamped], np.array([ms for _, ms in stamped], np.float64)
-        except OSError as error:
-            raise HearSsamError(f"{path}: cannot be read: {error.strerror}; make the embeddings again.") from error
-        except (TypeError, ValueError) as error:
-            raise HearSsamError(f"{path}: must list [file, ms] of every row ({error}); make it again.") from error
         reference = {file: to_events(events, task.class_index) for file, events in task.clips(split).items()}
         if len(files) != len(self) or not set(files) <= set(reference):
             raise HearSsamError(f"{path}: does not fit the embeddings and {split}.json beside it; make them again.")
@@ -96,15 +98,9 @@ def read_rows(task: Task, split: str) -> Rows:
     """Map one split of an embedding folder; raises HearSsamError where files disagree or a value is not finite."""
     path = task.folder / f"{split}.embeddings.npy"  # raw float32, no .npy header
     dimensions = task.folder / f"{split}.embedding-dimensions.json"
-    try:
+    with _made_again(path, f"does not have the size that {dimensions.name} states"):
         rows, dim = json.loads(dimensions.read_text())
         mapped = np.memmap(path, np.float32, mode="c", shape=(rows, dim))  # private pages: torch wants them writable
-    except OSError as error:
-        raise HearSsamError(f"{error.filename}: cannot be read: {error.strerror}; make it again.") from error
-    except (TypeError, ValueError) as error:
-        raise HearSsamError(
-            f"{path}: does not have the size that {dimensions.name} states ({error}); make it again."
-        ) from error
     labels_path = task.folder / f"{split}.target-labels.pkl"
     labels = read_labels(labels_path)
     if len(labels) != rows:
