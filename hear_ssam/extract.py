@@ -31,7 +31,7 @@ columns of the output, in the order of the input files:
   start_ms           time of a timestamp embedding, milliseconds; null: the embedding of the whole file (scene)
   model              name of the model
   checkpoint_sha256  of its file of weights; empty where it has none
-  embedding          fixed-size list of float32
+  embedding          list of float32, of fixed size where scenes and timestamps are as wide
 
   pandas.read_parquet("embeddings.parquet").query("start_ms.isnull()")    only the scenes
 """
@@ -127,6 +127,7 @@ def embed_files(
 
 def _embed(file: Path, model: HearModel, kind: str, schema: pa.Schema) -> pa.Table:
     """The rows of one file; the scene comes first and has no time."""
+    import numpy as np
     import pyarrow as pa
     import torch
 
@@ -137,14 +138,17 @@ def _embed(file: Path, model: HearModel, kind: str, schema: pa.Schema) -> pa.Tab
         scene, rows = model.scene_and_rows(torch.from_numpy(audio)[None].to(model.device))  # (1, E), (1, T, E)
     parts = {"scene": scene, "timestamps": rows[0]}
     times = {"scene": [None], "timestamps": model.timestamps(len(audio)).tolist()}
-    embeddings = torch.cat([parts[part] for part in KINDS[kind]]).cpu().numpy()  # (rows, width)
+    embeddings = [row for part in KINDS[kind] for row in parts[part].cpu().numpy()]
+    values, column = np.concatenate(embeddings), schema.field("embedding").type
     path = os.fsencode(file).decode(errors="replace")  # names that are not UTF-8 have no place in Parquet
     columns = [
         [path] * len(embeddings),
         [time for part in KINDS[kind] for time in times[part]],
         [model.name] * len(embeddings),
         [model.checkpoint_sha256] * len(embeddings),
-        pa.FixedSizeListArray.from_arrays(embeddings.reshape(-1), embeddings.shape[1]),
+        pa.FixedSizeListArray.from_arrays(values, column.list_size)
+        if pa.types.is_fixed_size_list(column)
+        else pa.ListArray.from_arrays(np.cumsum([0, *map(len, embeddings)], dtype=np.int32), values),
     ]
     return pa.table(columns, schema=schema)
 
@@ -154,10 +158,5 @@ def _schema(model: HearModel, kind: str) -> pa.Schema:
 
     widths = {"scene": model.scene_embedding_size, "timestamps": model.timestamp_embedding_size}
     first, *others = {widths[part] for part in KINDS[kind]}
-    if others:
-        raise HearSsamError(
-            f"{model.name}: embeddings of scenes ({widths['scene']}) and timestamps ({widths['timestamps']}) differ in "
-            "width and do not fit one column; choose --kind scene or --kind timestamps."
-        )
     columns = {"path": pa.string(), "start_ms": pa.float64(), "model": pa.string(), "checkpoint_sha256": pa.string()}
-    return pa.schema(columns | {"embedding": pa.list_(pa.float32(), first)})
+    return pa.schema(columns | {"embedding": pa.list_(pa.float32(), -1 if others else first)})

@@ -99,6 +99,14 @@ def test_rows_are_those_of_the_hear_functions(recordings: Path, weights: Path, t
     np.testing.assert_allclose(np.array(data["embedding"]), torch.cat(embeddings).numpy(), atol=1e-5)
 
 
+def test_scenes_and_timestamps_of_different_width_share_a_column(recordings: Path, tmp_path: Path) -> None:
+    assert embed(recordings / "a.wav", "-o", tmp_path / "out", "--model", "logmel") == 0
+    clip, model = torch.from_numpy(read_audio(recordings / "a.wav", 16000))[None], hear_ssam.load_model("logmel")
+    scene, *rows = columns(tmp_path / "out")["embedding"]
+    np.testing.assert_allclose(scene, hear_ssam.get_scene_embeddings(clip, model)[0], atol=1e-5)
+    np.testing.assert_allclose(rows, hear_ssam.get_timestamp_embeddings(clip, model)[0][0], atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "rows"), [("scene", 4), ("timestamps", 50 + 133 + 13 + 25)])
 def test_kinds(recordings: Path, weights: Path, tmp_path: Path, kind: str, rows: int) -> None:
     for output, chosen in {"some": kind, "all": "both"}.items():
@@ -154,7 +162,6 @@ def test_nothing_good_leaves_the_older_output(
         (["a.wav", "-o", "no_audio_here"], "no_audio_here: cannot be written: it is a folder or a device"),
         (["a.wav", "-o", "/dev/null"], "/dev/null: cannot be written: it is a folder or a device"),
         (["a.wav", "-o", "out", "--model", "ssam_tny"], "Did you mean 'ssam_tiny'"),
-        (["a.wav", "-o", "out", "--model", "logmel"], "--kind scene or --kind timestamps"),
         (["a.wav", "-o", "out", "--workers", "0"], "--workers must be at least 1"),
         (["a.wav", "-o", "out", "--device", "cuda:99"], "cuda:99"),
     ],

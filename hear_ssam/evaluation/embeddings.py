@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import pickle
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,7 +65,8 @@ def embed_task(
     started = time.time()
     _write_json(out_dir / PROVENANCE, made_by)
     for name in _described_by(task):
-        _write(out_dir / name, (task.folder / name).read_bytes())
+        with atomic_write(out_dir / name) as temporary:
+            shutil.copyfile(task.folder / name, temporary)
     count, dim = 0, 0
     for split, order in task.shuffled_clips():
         dim = _embed_split(hear, task, split, order, out_dir, resample)
