@@ -25,9 +25,9 @@ import numpy as np
 import soundfile
 
 from hear_ssam.audio import SUFFIXES, decode_audio, read_audio, resample
-from hear_ssam.corpus import recipe
 from hear_ssam.errors import HearSsamError, unknown_name
 from hear_ssam.paths import atomic_write
+from hear_ssam.pretraining.clips import recipe
 from hear_ssam.pretraining.store import RATE, Clip
 
 

@@ -16,8 +16,8 @@ Contents, in reading order:
     models                  the table of models; official files → ours
     container, audio        how much audio a file holds; any file → float32 mono
     extract                 audio files → Parquet
-    corpus                  audio files, folders, tars → a store for pre-training
-    pretrain                a store → an encoder
+    pretrain                audio → a store → its cluster codes → an encoder: the commands
+    pretraining.clips       audio files, folders, tars → clips; the corpus of the shipped encoders
     pretraining.store       16 kHz audio on disk, spectrogram frames of it for any front end
     pretraining.recipe      what a training depends on, as typed values; the recipes that ship
     pretraining.codes       cluster codes of a store from a teacher

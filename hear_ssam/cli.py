@@ -26,7 +26,7 @@ COMMANDS = {
     "check": "evaluation.check",
     "models": "models",
     "convert": "models",
-    "corpus": "corpus",
+    "corpus": "pretrain",
     "codes": "pretrain",
     "pretrain": "pretrain",
     "heareval": "heareval",

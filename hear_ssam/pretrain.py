@@ -1,4 +1,4 @@
-"""`hear-ssam pretrain`: a store of audio → an encoder's checkpoint and its model card; `hear-ssam codes`: its targets.
+"""`hear-ssam corpus`: audio → a store; `hear-ssam codes`: targets; `hear-ssam pretrain`: an encoder and its model card.
 
 One step: draw clips, hide a part of their patches, predict what the recipe asks about them, AdamW. What can differ is a
 field of `Recipe`; the recipes that ship stand beside `pretraining/recipe.py`.
@@ -7,26 +7,16 @@ field of `Recipe`; the recipes that ship stand beside `pretraining/recipe.py`.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import sys
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .config import CONFIGS
 from .errors import HearSsamError, unknown_name
+from .machine import usable_cpus
+from .paths import atomic_write
+from .pretraining.clips import audio_clips, terms
 from .pretraining.recipe import RECIPES, Recipe, read_recipe
-
-
-def pretrain(
-    store_path: str | Path,
-    out: str | Path,
-    recipe: Recipe,
-    device: str = "cpu",
-    save_minutes: float = 2.0,
-    keep: int = 1,
-) -> Path:
-    """Train `recipe.model` on a store, in the folder `out`: see `pretraining.loop.pretrain`."""
-    from .pretraining import loop
-
-    return loop.pretrain(store_path, out, recipe, device, save_minutes, keep)
+from .pretraining.store import RATE, build_store, open_store
 
 
 def _options() -> dict[str, Any]:
@@ -35,6 +25,24 @@ def _options() -> dict[str, Any]:
 
 
 def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "corpus",
+        help="audio for pre-training -> a store",
+        description="Turn audio into a store that `hear-ssam pretrain` reads (16 kHz, 16 bits: 115 MB an hour).",
+        epilog="""examples:
+  hear-ssam corpus store --audio recordings/ more.tar shards/speech-{000000..000127}.tar
+  hear-ssam corpus store --check-against tasks/ my-test-set.tar    no recording of an evaluation is trained on
+  hear-ssam corpus store --audio decoded/       what `python checkpoints/corpus.py packages decoded` wrote
+
+What the shipped encoders were trained on, with its licences: checkpoints/corpus.toml.""",
+    )
+    parser.add_argument("store", metavar="STORE", help="folder to write")
+    parser.add_argument("--audio", nargs="+", metavar="PATH", help="audio files, folders, tars of them")
+    parser.add_argument(
+        "--check-against", nargs="+", default=[], metavar="PATH", help="leave out clips that sound like these (tasks)"
+    )
+    parser.add_argument("--workers", type=int, default=usable_cpus(), metavar="N", help="decoding threads")
+    parser.set_defaults(run=run_corpus)
     shipped = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
     parser = subparsers.add_parser(
         "pretrain",
@@ -65,7 +73,7 @@ recipes that ship: {shipped}""",
             parser.add_argument(option, choices=choices, help=default)
         else:
             parser.add_argument(option, type=kind, metavar=kind.__name__.upper(), help=default)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run_pretrain)
     parser = subparsers.add_parser(
         "codes",
         help="a store and a teacher -> cluster codes for pre-training",
@@ -87,8 +95,49 @@ recipes that ship: {shipped}""",
     parser.set_defaults(run=run_codes)
 
 
-def run(args: argparse.Namespace) -> int:
+def run_corpus(args: argparse.Namespace) -> int:
+    """`hear-ssam corpus`. Exit code 1 if a file was skipped."""
+    from tqdm import tqdm
+
+    if args.workers < 1:
+        raise HearSsamError(f"--workers {args.workers}: needs at least one.")
+    if not args.audio and not args.check_against:
+        raise HearSsamError(f"{args.store}: name what to do, --audio PATH... or --check-against PATH...")
+    if not args.audio:
+        return _check(args)
+    info = build_store(args.store, tqdm(audio_clips(args.audio), unit=" clips"), args.workers, terms)
+    for row in info["sources"]:
+        print(f"{row['clips']:8,} clips {row['hours']:8.2f} h  {row['name']}  {row.get('licence', '')}")
+    print(f"{info['clips']:8,} clips {info['samples'] / RATE / 3600:8.2f} h  in {args.store}")
+    print(f"dropped: {info['short']} under 25 ms, {info['silent']} silent, {info['repeated']} that repeat another")
+    for reason in info["skipped"]:
+        print(f"skipped {reason}", file=sys.stderr)
+    if args.check_against:
+        _check(args)
+    return 1 if info["skipped"] else 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    """Write and print which clips of a store are recordings of an evaluation; training leaves them out."""
+    from tqdm import tqdm
+
+    from .pretraining.leaks import find_leaks
+
+    store = open_store(args.store)
+    known = tqdm(audio_clips(args.check_against), unit=" clips")
+    leaks = find_leaks(store, known, workers=args.workers)
+    with atomic_write(store.folder / "left-out.tsv") as path:
+        path.write_text("".join(f"{x.clip}\t{store.name(x.clip)}\t{x.known}\t{x.votes}\n" for x in leaks), "utf-8")
+    for leak in leaks:
+        print(f"left out: {store.name(leak.clip)} sounds like {leak.known} ({leak.votes} votes)")
+    print(f"{len(leaks)} of {len(store)} clips are left out of training: {store.folder}/left-out.tsv")
+    return 0
+
+
+def run_pretrain(args: argparse.Namespace) -> int:
     """`hear-ssam pretrain`."""
+    from .pretraining.loop import pretrain
+
     options = {name: getattr(args, name) for name in _options()}
     options = {name: value for name, value in options.items() if value is not None}
     recipe = read_recipe(args.recipe, **options) if args.recipe else Recipe(**options)
@@ -102,7 +151,6 @@ def run_codes(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .pretraining.codes import build_codes, encoder_features, module_features
-    from .pretraining.store import open_store
 
     if bool(args.checkpoint) == bool(args.module):
         raise HearSsamError("codes: name one teacher, --checkpoint FILE or --module NAME.")

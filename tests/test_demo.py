@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from hear_ssam import corpus, demo
+from hear_ssam import demo
 from hear_ssam.cli import main
 from hear_ssam.errors import HearSsamError
 from hear_ssam.evaluation.tasks import read_task
 from hear_ssam.paths import shipped
+from hear_ssam.pretraining import clips
 
 TASK = shipped("eval_tasks") / "demo" / "tasks" / demo.TASK
 FREE = ("CC0 1.0", "public domain", "CC BY", "CC BY 3.0", "CC BY 4.0")
@@ -57,7 +58,7 @@ def test_every_clip_is_credited_free_and_in_one_fold_with_its_recording() -> Non
 
 def test_pretraining_leaves_the_task_out() -> None:
     rows = list(csv.DictReader((TASK / "sources.csv").read_text(encoding="utf-8").splitlines()))
-    recipe = corpus.recipe()
+    recipe = clips.recipe()
     wanted = {entry["name"]: entry["files"] for entry in recipe["package"]}
     left_out = {name.split(":")[0] for entry in recipe["left_out"] for name in entry["names"]}
     for row in rows:  # only gcin-voice is in both, with another voice

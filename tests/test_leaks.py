@@ -12,9 +12,9 @@ import torch
 from hear_ssam.cli import main
 from hear_ssam.config import CONFIGS
 from hear_ssam.errors import HearSsamError
-from hear_ssam.pretrain import Recipe
 from hear_ssam.pretraining import leaks
 from hear_ssam.pretraining.leaks import find_leaks, landmarks
+from hear_ssam.pretraining.recipe import Recipe
 from hear_ssam.pretraining.store import Clip, Store, build_store, open_store
 from hear_ssam.pretraining.windows import WindowSampler
 

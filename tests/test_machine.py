@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from hear_ssam import corpus
+from hear_ssam import pretrain
 from hear_ssam.evaluation import evaluate
 from hear_ssam.machine import usable_cpus, work_ahead
 
@@ -30,7 +30,7 @@ def test_affinity_counts_where_there_is_one(one_of_many, monkeypatch):
 
 def test_commands_start_no_more_workers_than_they_may_run(one_of_many, monkeypatch, tmp_path):
     subparsers = argparse.ArgumentParser().add_subparsers()
-    corpus.add_parser(subparsers)
+    pretrain.add_parser(subparsers)
     assert subparsers.choices["corpus"].parse_args(["store", "--audio", "x"]).workers == 1
     seen = []
     monkeypatch.setattr(evaluate, "run_jobs", lambda jobs, store, workers, failures: seen.append(workers))

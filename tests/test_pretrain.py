@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from hear_ssam import checkpoint, config, pretrain
+from hear_ssam import checkpoint, config
 from hear_ssam.cli import main
 from hear_ssam.encoder import Encoder
 from hear_ssam.errors import HearSsamError
 from hear_ssam.frontend import EPSILON
-from hear_ssam.pretrain import Recipe
+from hear_ssam.pretraining.loop import pretrain
+from hear_ssam.pretraining.recipe import Recipe, read_recipe
 from hear_ssam.pretraining.store import Clip, Store, build_store, open_store
 from hear_ssam.pretraining.windows import WindowSampler
 
@@ -82,8 +83,8 @@ def test_short_clips_are_repeated_or_padded_with_silence(monkeypatch):
 
 def test_training_lowers_the_loss_and_writes_a_loadable_checkpoint(store, tmp_path):
     recipe = dataclasses.replace(SMALL, steps=25, batch_size=8, learning_rate=3e-3)
-    untrained = pretrain.pretrain(store, tmp_path / "start", dataclasses.replace(recipe, steps=1))
-    path = pretrain.pretrain(store, tmp_path / "run", recipe)
+    untrained = pretrain(store, tmp_path / "start", dataclasses.replace(recipe, steps=1))
+    path = pretrain(store, tmp_path / "run", recipe)
     loss = [checkpoint.load_checkpoint(p)[2]["training"]["held_out_loss"] for p in (untrained, path)]
     assert loss[1] < 0.8 * loss[0]
     card = path.with_suffix(".md").read_text()
@@ -99,9 +100,7 @@ def test_all_systems_train_from_one_store_of_audio(tmp_path, monkeypatch, system
     build_store(tmp_path / "store", clips)
     sizes = {"window_frames": 64} if system == "ssamba" else {}
     monkeypatch.setitem(config.CONFIGS, f"{system}_tiny", config.build_config(system, 48, depth=2, **sizes))
-    path = pretrain.pretrain(
-        tmp_path / "store", tmp_path / "run", dataclasses.replace(SMALL, model=f"{system}_tiny", steps=1)
-    )
+    path = pretrain(tmp_path / "store", tmp_path / "run", dataclasses.replace(SMALL, model=f"{system}_tiny", steps=1))
     stored, _, info = checkpoint.load_checkpoint(path)
     assert stored.system == system and 0 < info["training"]["held_out_loss"] < 100
 
@@ -110,7 +109,7 @@ def test_all_systems_train_from_one_store_of_audio(tmp_path, monkeypatch, system
 @pytest.mark.parametrize("where", ["after the draw", "in the forward pass", "after the optimiser"])
 def test_a_run_stopped_anywhere_ends_with_the_same_weights(store, tmp_path, monkeypatch, where, number):
     recipe = dataclasses.replace(SMALL, steps=6)
-    whole = pretrain.pretrain(store, tmp_path / "whole", recipe)
+    whole = pretrain(store, tmp_path / "whole", recipe)
     of, name = {
         "after the draw": (WindowSampler, "draw"),
         "in the forward pass": (Encoder, "embed"),
@@ -139,7 +138,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_weights(store, tmp_path, monk
     _, got, _ = checkpoint.load_checkpoint(tmp_path / "run" / "ssam_tiny.safetensors")
     assert all(torch.equal(got[name], want[name]) for name in want)
     with pytest.raises(HearSsamError, match=r"state\.pt: holds a run with steps=6"):
-        pretrain.pretrain(store, tmp_path / "run", dataclasses.replace(recipe, steps=7))
+        pretrain(store, tmp_path / "run", dataclasses.replace(recipe, steps=7))
 
 
 def test_a_second_signal_ends_the_run_at_once(store, tmp_path, monkeypatch):
@@ -152,7 +151,7 @@ def test_a_second_signal_ends_the_run_at_once(store, tmp_path, monkeypatch):
     earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            pretrain.pretrain(store, tmp_path / "run", SMALL)
+            pretrain(store, tmp_path / "run", SMALL)
     finally:
         signal.signal(signal.SIGINT, earlier)
     assert not (tmp_path / "run").exists()
@@ -160,7 +159,7 @@ def test_a_second_signal_ends_the_run_at_once(store, tmp_path, monkeypatch):
 
 def test_three_steps_equal_a_plain_loop(store, tmp_path):
     recipe = dataclasses.replace(SMALL, warmup=0.5, weight_decay=0.3, clip_norm=0.1, learning_rate=1e-2)
-    pretrain.pretrain(store, tmp_path / "run", recipe)
+    pretrain(store, tmp_path / "run", recipe)
     got = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["learner"]
 
     model = config.CONFIGS["ssam_tiny"]
@@ -236,17 +235,17 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(
     with pytest.raises(
         HearSsamError, match=rf"run: the loss became nan at step {step} on clip .*; the state of step 1 is kept"
     ):
-        pretrain.pretrain(store, tmp_path / "run", recipe, save_minutes=0)  # saves after every step
+        pretrain(store, tmp_path / "run", recipe, save_minutes=0)  # saves after every step
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert state["step"] == 1 and all(tensor.isfinite().all() for tensor in state["learner"].values())
     monkeypatch.setattr(WindowSampler, "draw", draw)
-    pretrain.pretrain(store, tmp_path / "run", recipe)  # goes on from there
+    pretrain(store, tmp_path / "run", recipe)  # goes on from there
 
 
 def test_a_run_can_start_from_the_weights_of_another(store, tmp_path):
-    first = pretrain.pretrain(store, tmp_path / "first", dataclasses.replace(SMALL, steps=20, learning_rate=3e-3))
+    first = pretrain(store, tmp_path / "first", dataclasses.replace(SMALL, steps=20, learning_rate=3e-3))
     again = dataclasses.replace(SMALL, steps=1, learning_rate=1e-9, init=str(first))
-    path = pretrain.pretrain(store, tmp_path / "again", again)
+    path = pretrain(store, tmp_path / "again", again)
     (_, old, told), (_, new, info) = checkpoint.load_checkpoint(first), checkpoint.load_checkpoint(path)
     assert all(torch.allclose(new[name], old[name], rtol=2e-3, atol=1e-4) for name in old)  # half precision, 1 step
     assert info["training"]["init"]["sha256"] == told["sha256"]
@@ -254,7 +253,7 @@ def test_a_run_can_start_from_the_weights_of_another(store, tmp_path):
     card = path.with_suffix(".md").read_text()
     assert card.index("--steps 20") < card.index(told["sha256"]) < card.rindex("--steps 1")
     with pytest.raises(HearSsamError, match=r"width 32.* do not fit ssam_small"):
-        pretrain.pretrain(store, tmp_path / "other", dataclasses.replace(again, model="ssam_small"))
+        pretrain(store, tmp_path / "other", dataclasses.replace(again, model="ssam_small"))
 
 
 def options(recipe: Recipe) -> list[str]:
@@ -295,7 +294,7 @@ def test_a_bad_recipe_names_the_file_and_the_field(tmp_path, capsys, line, messa
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(line + "\n")
     with pytest.raises(HearSsamError, match=rf"^{recipe}: .*{message}"):
-        pretrain.read_recipe(recipe)
+        read_recipe(recipe)
     assert main(["pretrain", "no-store", "no-run", "--recipe", str(recipe)]) == 2
     assert str(recipe) in capsys.readouterr().err
 
@@ -303,22 +302,22 @@ def test_a_bad_recipe_names_the_file_and_the_field(tmp_path, capsys, line, messa
 def test_a_recipe_file_and_options_are_checked_together(tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_bytes(b"\xef\xbb\xbf" + b'model = "ssam_base"\nsteps = 200_000\nmax_frames = 700\nmix = 1\n')
-    assert pretrain.read_recipe(recipe) == Recipe("ssam_base", steps=200_000, max_frames=700, mix=1)
-    assert pretrain.read_recipe(recipe, steps=3).steps == 3
+    assert read_recipe(recipe) == Recipe("ssam_base", steps=200_000, max_frames=700, mix=1)
+    assert read_recipe(recipe, steps=3).steps == 3
     with pytest.raises(HearSsamError, match=r"toml --min-frames 800: recipe field max_frames=700 is below"):
-        pretrain.read_recipe(recipe, min_frames=800)
+        read_recipe(recipe, min_frames=800)
     recipe.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(HearSsamError, match=r"recipe\.toml: cannot be read"):
-        pretrain.read_recipe(recipe)
+        read_recipe(recipe)
 
 
 def test_a_missing_or_small_store_is_named(store, tmp_path):
     with pytest.raises(HearSsamError, match="no finished store"):
-        pretrain.pretrain(tmp_path / "nowhere", tmp_path / "run", SMALL)
+        pretrain(tmp_path / "nowhere", tmp_path / "run", SMALL)
     np.savez(store / "clips.npz", offsets=np.array([0, 300]), source=np.array([0]))
     np.zeros((300, 80), np.float16).tofile(store / "frames.f16")
     with pytest.raises(HearSsamError, match=rf"^{store}: 1 clips are too few"):
-        pretrain.pretrain(store, tmp_path / "run", SMALL)
+        pretrain(store, tmp_path / "run", SMALL)
 
 
 @pytest.mark.parametrize("content", [b"half a file", {"step": 3}, ["no", "state"]])
@@ -327,4 +326,4 @@ def test_a_damaged_state_is_refused(store, tmp_path, content):
     path = tmp_path / "run" / "state.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(HearSsamError, match=rf"^{path}: cannot be resumed .*; delete it"):
-        pretrain.pretrain(store, tmp_path / "run", SMALL)
+        pretrain(store, tmp_path / "run", SMALL)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hear_ssam import config, pretrain
+from hear_ssam import config
 from hear_ssam.checkpoint import load_checkpoint, save_checkpoint
 from hear_ssam.cli import main
 from hear_ssam.encoder import Encoder, random_mask
@@ -22,6 +22,7 @@ from hear_ssam.errors import HearSsamError
 from hear_ssam.frontend import LogMel, normalize
 from hear_ssam.pretraining import codes, loop
 from hear_ssam.pretraining.learner import Learner
+from hear_ssam.pretraining.loop import pretrain
 from hear_ssam.pretraining.recipe import (
     RECIPES,
     Codes,
@@ -194,7 +195,7 @@ def test_codes_of_a_checkpoint_train_an_encoder(store, teacher, tmp_path, capsys
     losses = []
     for steps in (1, 40):
         run = dataclasses.replace(recipe, steps=steps, batch_size=8, learning_rate=3e-3, objective=recipe.objective)
-        pretrain.pretrain(store, tmp_path / f"run{steps}", run)
+        pretrain(store, tmp_path / f"run{steps}", run)
         losses.append(
             json.loads((tmp_path / f"run{steps}" / "log.jsonl").read_text().splitlines()[-1])["held_out_loss"]
         )
@@ -203,12 +204,12 @@ def test_codes_of_a_checkpoint_train_an_encoder(store, teacher, tmp_path, capsys
     again = dataclasses.replace(recipe, steps=1, batch_size=8, learning_rate=3e-3)
     (store / "c.json").write_text(json.dumps({**table.info, "teacher": {"sha256": "another"}}))
     with pytest.raises(HearSsamError, match=r"state\.pt: holds a run with codes=.*another"):
-        pretrain.pretrain(store, tmp_path / "run40", again)
+        pretrain(store, tmp_path / "run40", again)
     with pytest.raises(HearSsamError, match=r"c\.json: codes of another patch grid"):
         codes.open_codes(opened, "c", config.CONFIGS["ssamba_tiny"])
     (store / "c.json").write_text(json.dumps({**table.info, "store": "another"}))
     with pytest.raises(HearSsamError, match=r"^.*c\.json: codes of another store"):
-        pretrain.pretrain(store, tmp_path / "other", recipe)
+        pretrain(store, tmp_path / "other", recipe)
     with pytest.raises(HearSsamError, match=r"no finished codes here .*hear-ssam codes"):
         codes.open_codes(opened, "none", model)
 
@@ -243,7 +244,7 @@ def test_any_hear_module_is_a_teacher(store, tmp_path):
     pitches = [set().union(*heard[i::4]) for i in range(4)]
     assert not any(pitches[i] & pitches[j] for i in range(4) for j in range(i))  # each pitch has codes of its own
     recipe = dataclasses.replace(VISIBLE, objective={"codes": Codes(file="foreign")})
-    assert pretrain.pretrain(store, tmp_path / "run", recipe).exists()
+    assert pretrain(store, tmp_path / "run", recipe).exists()
 
 
 # ------------------------------------------------------------------------------------------------- parts and processes
@@ -255,12 +256,12 @@ def test_parts_of_a_batch_give_the_step_of_the_whole(store, tmp_path, more):
     states = []
     for accumulate in (1, 3):
         folder = tmp_path / f"parts{accumulate}"
-        pretrain.pretrain(store, folder, dataclasses.replace(recipe, accumulate=accumulate))
+        pretrain(store, folder, dataclasses.replace(recipe, accumulate=accumulate))
         states.append(torch.load(folder / "state.pt", weights_only=True))
     for name, whole in states[0]["learner"].items():
         torch.testing.assert_close(states[1]["learner"][name], whole, rtol=1e-4, atol=1e-5)
     with pytest.raises(HearSsamError, match="batch_size=5 is below 1 processes x 6 parts"):
-        pretrain.pretrain(store, tmp_path / "many", dataclasses.replace(recipe, accumulate=6))
+        pretrain(store, tmp_path / "many", dataclasses.replace(recipe, accumulate=6))
 
 
 def test_two_processes_train_as_one_and_another_number_goes_on(store, tmp_path):
@@ -293,12 +294,12 @@ def test_a_process_that_died_and_a_full_disk_are_named(store, tmp_path, monkeypa
         loop._Ranks(0, 2, CPU).add([torch.zeros(2)], torch.zeros(1))
     monkeypatch.setattr("torch.save", broken)
     with pytest.raises(HearSsamError, match=r"state\.pt: cannot be written \(Connection.*; step 0 is kept"):
-        pretrain.pretrain(store, tmp_path / "run", VISIBLE)
+        pretrain(store, tmp_path / "run", VISIBLE)
     assert not list((tmp_path / "run").glob("*"))
 
 
 def test_the_latest_states_are_kept(store, tmp_path):
-    pretrain.pretrain(store, tmp_path / "run", dataclasses.replace(VISIBLE, steps=4), save_minutes=0, keep=2)
+    pretrain(store, tmp_path / "run", dataclasses.replace(VISIBLE, steps=4), save_minutes=0, keep=2)
     assert sorted(p.name for p in (tmp_path / "run").glob("state*")) == [
         "state-000000003.pt", "state-000000004.pt", "state.pt",
     ]  # fmt: skip

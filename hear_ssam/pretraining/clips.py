@@ -1,17 +1,12 @@
-"""`hear-ssam corpus`: audio files, folders and tars → a store for pre-training.
-
-Tars may be shards in WebDataset layout. `checkpoints/corpus.py` decodes what the shipped encoders were trained on.
-"""
+"""Audio files, folders and tars (shards in WebDataset layout too) as clips; the corpus of the shipped encoders."""
 
 from __future__ import annotations
 
-import argparse
 import functools
 import io
 import lzma
 import os
 import re
-import sys
 import tarfile
 import zlib
 from collections import Counter
@@ -19,11 +14,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
-from .audio import SUFFIXES, UNREAD, decode_audio, find_audio, read_audio, tell_left_out
-from .errors import HearSsamError
-from .machine import usable_cpus
-from .paths import atomic_write, read_toml, shipped
-from .pretraining.store import RATE, Clip, build_store, open_store
+from ..audio import SUFFIXES, UNREAD, decode_audio, find_audio, read_audio, tell_left_out
+from ..errors import HearSsamError
+from ..paths import read_toml, shipped
+from .store import RATE, Clip
 
 
 def audio_clips(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Clip]:
@@ -102,68 +96,9 @@ def recipe() -> dict[str, Any]:
     return read_toml(shipped("checkpoints") / "corpus.toml")
 
 
-def _terms(name: str) -> dict[str, str]:
+def terms(name: str) -> dict[str, str]:
+    """Licence and attribution of a source that the recipe lists."""
     for entry in recipe()["package"] + recipe()["source"]:
         if entry["name"] == name:
             return {"licence": entry["licence"], "attribution": entry["attribution"]}
     return {}
-
-
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "corpus",
-        help="audio for pre-training -> a store",
-        description="Turn audio into a store that `hear-ssam pretrain` reads (16 kHz, 16 bits: 115 MB an hour).",
-        epilog="""examples:
-  hear-ssam corpus store --audio recordings/ more.tar shards/speech-{000000..000127}.tar
-  hear-ssam corpus store --check-against tasks/ my-test-set.tar    no recording of an evaluation is trained on
-  hear-ssam corpus store --audio decoded/       what `python checkpoints/corpus.py packages decoded` wrote
-
-What the shipped encoders were trained on, with its licences: checkpoints/corpus.toml.""",
-    )
-    parser.add_argument("store", metavar="STORE", help="folder to write")
-    parser.add_argument("--audio", nargs="+", metavar="PATH", help="audio files, folders, tars of them")
-    parser.add_argument(
-        "--check-against", nargs="+", default=[], metavar="PATH", help="leave out clips that sound like these (tasks)"
-    )
-    parser.add_argument("--workers", type=int, default=usable_cpus(), metavar="N", help="decoding threads")
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Exit code 1 if a file was skipped."""
-    from tqdm import tqdm
-
-    if args.workers < 1:
-        raise HearSsamError(f"--workers {args.workers}: needs at least one.")
-    if not args.audio and not args.check_against:
-        raise HearSsamError(f"{args.store}: name what to do, --audio PATH... or --check-against PATH...")
-    if not args.audio:
-        return _check(args)
-    info = build_store(args.store, tqdm(audio_clips(args.audio), unit=" clips"), args.workers, _terms)
-    for row in info["sources"]:
-        print(f"{row['clips']:8,} clips {row['hours']:8.2f} h  {row['name']}  {row.get('licence', '')}")
-    print(f"{info['clips']:8,} clips {info['samples'] / RATE / 3600:8.2f} h  in {args.store}")
-    print(f"dropped: {info['short']} under 25 ms, {info['silent']} silent, {info['repeated']} that repeat another")
-    for reason in info["skipped"]:
-        print(f"skipped {reason}", file=sys.stderr)
-    if args.check_against:
-        _check(args)
-    return 1 if info["skipped"] else 0
-
-
-def _check(args: argparse.Namespace) -> int:
-    """Write and print which clips of a store are recordings of an evaluation; training leaves them out."""
-    from tqdm import tqdm
-
-    from .pretraining.leaks import find_leaks
-
-    store = open_store(args.store)
-    known = tqdm(audio_clips(args.check_against), unit=" clips")
-    leaks = find_leaks(store, known, workers=args.workers)
-    with atomic_write(store.folder / "left-out.tsv") as path:
-        path.write_text("".join(f"{x.clip}\t{store.name(x.clip)}\t{x.known}\t{x.votes}\n" for x in leaks), "utf-8")
-    for leak in leaks:
-        print(f"left out: {store.name(leak.clip)} sounds like {leak.known} ({leak.votes} votes)")
-    print(f"{len(leaks)} of {len(store)} clips are left out of training: {store.folder}/left-out.tsv")
-    return 0
