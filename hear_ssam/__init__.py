@@ -40,6 +40,7 @@ Contents, in reading order:
     heareval                the unmodified hear-validator and heareval on a current Python
     demo, doctor            a small task, drawn; what runs on this machine
     cli                     the commands
+    options                 what several commands share: how a model and a device are named
     paths, machine, errors  files, shipped and atomic; CPUs, threads, memory; the one error class
 """
 

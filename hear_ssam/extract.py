@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import HearSsamError, about
+from .options import add_model, add_model_options, parse_options
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,11 +48,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("inputs", nargs="+", metavar="FILE_OR_FOLDER", help="audio files; folders are searched")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the Parquet file to write")
-    parser.add_argument("--model", default="", metavar="NAME|FILE", help="default: the shipped one")
+    add_model(parser)
     parser.add_argument("--kind", choices=KINDS, default="both", help="default: both")
     parser.add_argument("--workers", type=int, metavar="N", help="files embedded at the same time; default: CPU cores")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
-    parser.add_argument("--device", default="cpu", help="default: cpu")
+    add_model_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -73,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
     if workers < 1:
         raise HearSsamError(f"--workers must be at least 1, not {args.workers}.")
     torch.set_num_threads(max(1, cores // workers))  # of this process; 1 unless there are fewer files than cores
-    model = load_model(args.model, precision=args.precision, device=args.device)
+    model = load_model(
+        args.model, **{"precision": args.precision, "device": args.device, **parse_options(args.model_options)}
+    )
     try:
         return 1 if embed_files(files, args.output, model, kind=args.kind, workers=workers) else 0
     except NothingEmbeddedError as error:

@@ -34,6 +34,7 @@ from .config import CONFIGS, EncoderConfig
 from .encoder import Encoder, resize_positions
 from .errors import HearSsamError, unknown_name
 from .frontend import HOP, SAMPLE_RATE, WINDOW, LogMel, build_frontend, join, normalize
+from .options import pick_device
 from .paths import shipped
 from .scan import available_backends, use_backend
 
@@ -253,7 +254,8 @@ def load_model(
                      default: what the file says (named models of ours: mean_std, official files: mean)
     backend          of the scan, as `hear-ssam doctor` lists them; it runs or raises. Default: the fastest
     precision        "fp32" or "bf16"
-    device           where the weights go; the HEAR tools move the model themselves
+    device           where the weights go: auto, cpu, cuda, mps; one that is not there raises. The HEAR tools move the
+                     model themselves
     window_frames    SSAMBA only: frames that the encoder sees at once (default 1024, 10.24 s)
 
     Raises HearSsamError for an unknown name or option (with the nearest known one), contradictory options, a model
@@ -379,9 +381,10 @@ def _with_options(config: EncoderConfig, options: dict[str, Any]) -> EncoderConf
 
 
 def _move(model: HearModel, device: str) -> HearModel:
+    place = pick_device(device)
     try:
-        return model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+        return model.to(place).eval()
+    except (RuntimeError, AssertionError) as error:  # of a driver, or for want of memory
         raise HearSsamError(f"device {device!r} cannot be used: {error}") from error
 
 

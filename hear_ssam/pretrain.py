@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from .config import CONFIGS
 from .errors import HearSsamError, unknown_name
 from .machine import usable_cpus
+from .options import add_device
 from .paths import atomic_write
 from .pretraining.clips import audio_clips, terms
 from .pretraining.recipe import RECIPES, Recipe, read_recipe
@@ -51,7 +52,7 @@ What the shipped encoders were trained on, with its licences: checkpoints/corpus
         epilog=f"""examples:
   hear-ssam corpus store --audio recordings/        make the store first
   hear-ssam pretrain store run
-  hear-ssam pretrain store run --device cuda --precision bf16 --batch-size 1024
+  hear-ssam pretrain store run --precision bf16 --batch-size 1024
   hear-ssam pretrain store more --init run/ssam_tiny.safetensors --seed 1    go on from weights
   hear-ssam pretrain store run --recipe my.toml --steps 1000    options win over the file
   torchrun --nproc-per-node 2 -m hear_ssam pretrain store run   several processes, on one machine or more
@@ -62,7 +63,7 @@ recipes that ship: {shipped}""",
     parser.add_argument("store", metavar="STORE", help="folder that `hear-ssam corpus` wrote")
     parser.add_argument("out", metavar="OUT", help="folder of the run: its state, log, checkpoint and card")
     parser.add_argument("--recipe", metavar="FILE", help="TOML file with values for the options below, or a name")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+    add_device(parser)
     parser.add_argument("--save-minutes", type=float, default=2.0, metavar="M", help="how often (default 2)")
     parser.add_argument("--keep", type=int, default=1, metavar="K", help="how many saved states stay (default 1)")
     for name, kind in _options().items():

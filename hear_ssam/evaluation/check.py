@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import HearSsamError
+from ..options import add_model_options, parse_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -261,18 +262,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add = parser.add_argument
     add("module", metavar="MODULE", help="importable module")
-    add("--model", default="", metavar="FILE", help="weights, the first argument of the module's load_model")
-    add("--model-options", default="{}", metavar="JSON", help="further arguments of load_model, as a JSON object")
+    add("--model", default="", metavar="NAME|FILE", help="the first argument of the module's load_model")
+    add_model_options(parser)
     add("--long", type=float, default=LONG_SECONDS, metavar="SECONDS", help="audio of the drift check (default: 600 s)")
     add("--json", action="store_true", help="one JSON object per check instead of text")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from .module import load_hear_model, parse_options
+    from .module import load_hear_model
 
     sys.path.append(os.getcwd())  # a module in the current folder can be judged too
-    hear = load_hear_model(args.module, args.model, parse_options(args.model_options))
+    hear = load_hear_model(args.module, args.model, parse_options(args.model_options), args.device)
     levels = set()
     for finding in check_model(hear, args.long):
         levels.add(finding.level)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ..errors import HearSsamError, unknown_name
 from ..machine import usable_cpus
+from ..options import add_model_options, parse_options
 from .jobs import Job, git_commit, noted, run_jobs
 from .records import STORE, Record, embeddings_folder, key_of, read
 from .tables import Options, terminal
@@ -98,11 +99,13 @@ def run_evaluation(
     existing: Existing = "only-missing",
     workers: int | None = None,
     resample: bool = False,
+    device: str = "auto",
 ) -> Evaluation:
     """Judge HEAR modules (default: hear_ssam) on the tasks in `tasks_dir`, or finished embeddings in `embeddings_dir`.
 
     `model` and `model_options` are arguments of every module's `load_model`; a module may carry options of its own,
     as in 'hear_ssam:{"model": "logmel"}'. All are loaded before the work begins, so that a wrong name costs no hours.
+    They run on `device` (auto, cpu, cuda, mps).
     `probe` is exact (heareval's numbers) or bf16 (statistically the same, with products in bfloat16). `seeds` counts
     probe seeds (default: the protocol's own). `existing` says what happens to results that are already in
     `results_dir`: only-missing runs the rest, always runs everything again, never treats them as an error.
@@ -139,7 +142,7 @@ def run_evaluation(
                 with noted(archive.name, failures):
                     unpacked.append(unpack(archive, results_dir / "tasks"))
             folders = find_tasks(tasks_dir, tasks, unpacked)
-            models = _load(modules or ("hear_ssam",), model, model_options, failures)
+            models = _load(modules or ("hear_ssam",), model, model_options, device, failures)
             sources = _module_sources(models, folders, results_dir, resample, existing == "always", failures)
         stored = {key_of(record): record for record in read(store)} if store.exists() and existing != "always" else {}
         work = []  # sources and the seeds that they lack
@@ -176,7 +179,7 @@ def _only_driver(results_dir: Path) -> Iterator[None]:
 
 
 def _load(
-    modules: Sequence[str], model: str, options: Mapping[str, Any] | None, failures: dict[str, str]
+    modules: Sequence[str], model: str, options: Mapping[str, Any] | None, device: str, failures: dict[str, str]
 ) -> list[JudgedModule]:
     """All modules that can be loaded, each once; raises HearSsamError where none can be."""
     from .module import load_hear_model
@@ -184,7 +187,7 @@ def _load(
     models: dict[tuple[str, str], JudgedModule] = {}
     for module in dict.fromkeys(modules):
         with noted(module, failures):
-            hear = load_hear_model(module, model, options)
+            hear = load_hear_model(module, model, options, device)
             models.setdefault((hear.name, hear.checkpoint_sha256), hear)
     if not models:
         raise HearSsamError("; ".join(failures[module] for module in modules if module in failures))
@@ -256,8 +259,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("modules", nargs="*", metavar="MODULE", help=modules)
     add("--tasks-dir", type=Path, metavar="DIR", help="folder with one folder per HEAR task")
     add("--tasks", nargs="+", default=[], metavar="NAME", help="only these task folders")
-    add("--model", default="", metavar="FILE", help="weights, the first argument of the module's load_model")
-    add("--model-options", default="{}", metavar="JSON", help="further arguments of every load_model, a JSON object")
+    add("--model", default="", metavar="NAME|FILE", help="the first argument of the module's load_model")
+    add_model_options(parser)
     add("--protocol", default="heareval", help="heareval (8 of 16 grid points, seed 42; default) or ssam (seeds 0-9)")
     add("--probe", choices=PROBES, default="exact", help="exact: heareval's numbers (default); bf16: others like them")
     add("--seeds", type=int, metavar="N", help="number of probe seeds (default: the protocol's own)")
@@ -271,8 +274,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    from .module import parse_options
-
     sys.path.append(os.getcwd())  # a module in the current folder can be judged too
     given = {**vars(args), "model_options": parse_options(args.model_options)}
     evaluation = run_evaluation(**{name: given[name] for name in inspect.signature(run_evaluation).parameters})

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from ..errors import HearSsamError
+from ..options import parse_options, pick_device
 from ..paths import sha256
 
 
@@ -84,23 +85,15 @@ def as_array(returned: object, function: str) -> np.ndarray:
     return returned
 
 
-def parse_options(text: str) -> dict[str, Any]:
-    """Options of `load_model` from a JSON object."""
-    try:
-        options = json.loads(text)
-    except ValueError as error:
-        raise HearSsamError(f"model options must be a JSON object, not {text!r}: {error}.") from error
-    if not isinstance(options, dict):
-        raise HearSsamError(f"model options must be a JSON object, not {text!r}.")
-    return options
-
-
-def load_hear_model(module: str, model: str = "", options: Mapping[str, Any] | None = None) -> JudgedModule:
-    """Import `module`, call its `load_model([model], **options)`, move the model to the GPU if there is one.
+def load_hear_model(
+    module: str, model: str = "", options: Mapping[str, Any] | None = None, device: str = "auto"
+) -> JudgedModule:
+    """Import `module`, call its `load_model([model], **options)`, move the model to `device` (see `options`).
 
     `module` may carry options of its own: 'hear_ssam:{"model": "logmel"}'.
     Raises HearSsamError for a module that cannot be imported, ends the process, or lacks a part of the HEAR API.
     """
+    place = pick_device(device)
     module, _, own_options = module.partition(":")
     options = {**(options or {}), **parse_options(own_options or "{}")}
     with blamed(f"cannot import the HEAR module {module!r}"):
@@ -127,10 +120,9 @@ def load_hear_model(module: str, model: str = "", options: Mapping[str, Any] | N
         digest = sha256(model) if model and Path(model).is_file() else ""
         if model and not digest:  # a folder, or a name that the module knows
             options["weights"] = model
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = "-".join([own_name, *(f"{key}={_shown(value)}" for key, value in sorted(options.items()))])
-    with blamed(f"the model of {module} cannot be moved to the device {device}"):
-        return JudgedModule(imported, loaded.to(device), name, str(digest), device)
+    with blamed(f"the model of {module} cannot be moved to the device {place}"):
+        return JudgedModule(imported, loaded.to(place), name, str(digest), place)
 
 
 def _shown(value: object) -> str:

@@ -25,6 +25,7 @@ from ..checkpoint import load_checkpoint, save_checkpoint
 from ..config import CONFIGS
 from ..encoder import Encoder
 from ..errors import HearSsamError
+from ..options import pick_device
 from ..paths import atomic_write
 from .card import model_card
 from .codes import open_codes
@@ -40,7 +41,7 @@ def pretrain(
     store_path: str | Path,
     out: str | Path,
     recipe: Recipe,
-    device: str = "cpu",
+    device: str = "auto",
     save_minutes: float = 2.0,
     keep: int = 1,
 ) -> Path:
@@ -208,11 +209,12 @@ class _Ranks:
 
 @contextlib.contextmanager
 def _ranks(device: str) -> Iterator[_Ranks]:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world, place = int(os.environ.get("WORLD_SIZE", "1")), pick_device(device)
     if world == 1:
-        yield _Ranks(0, 1, torch.device(device))
+        yield _Ranks(0, 1, place)
         return
-    place = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device)
+    if place == torch.device("cuda"):
+        place = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
     if place.type == "cuda":
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")

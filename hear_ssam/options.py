@@ -1,0 +1,70 @@
+"""Options that several commands share: one way to name a model, one rule for the device."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from .errors import HearSsamError, unknown_name
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The option --model: what `load_model` of hear_ssam takes first."""
+    parser.add_argument("--model", default="", metavar="NAME|FILE|FOLDER|REPO", help="default: the shipped ssam_tiny")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options --model-options and --device; `parse_options` reads the first."""
+    text = "further arguments of load_model, a JSON object"
+    parser.add_argument("--model-options", default="{}", metavar="JSON", help=text)
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option --device, which `pick_device` understands."""
+    text = "auto (default: the GPU where there is one), cpu, cuda, cuda:1, mps"
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help=text)
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """Options of `load_model` from a JSON object."""
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise HearSsamError(f"model options must be a JSON object, not {text!r}: {error}.") from error
+    if not isinstance(options, dict):
+        raise HearSsamError(f"model options must be a JSON object, not {text!r}.")
+    return options
+
+
+def pick_device(name: str | torch.device) -> torch.device:
+    """The torch device of that name; raises HearSsamError for one that is not there.
+
+    auto is a CUDA (or ROCm) GPU where torch finds one, else the CPU. Apple's GPU must be asked for, by `mps`: nobody
+    has compared its numbers yet.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise unknown_name("device", name, DEVICES) from error
+    index, reason = device.index or 0, ""
+    if device.type not in DEVICES:
+        raise unknown_name("device", name, DEVICES)
+    if device.type == "cuda" and index >= torch.cuda.device_count():
+        found = f"torch finds {torch.cuda.device_count()} GPUs here"
+        reason = found if torch.version.cuda or torch.version.hip else "this torch is built without CUDA"
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        reason = "no GPU of Apple's, or a torch built without it"
+    if reason:
+        raise HearSsamError(f"device {str(name)!r} cannot be used: {reason}; take another one, or auto.")
+    return device
