@@ -15,6 +15,7 @@ Contents, in reading order:
     checkpoint              our safetensors and the official files; nothing in them is executed
     models                  the table of models; official files → ours
     container, audio        how much audio a file holds; any file → float32 mono
+    embedding.clips         hear_ssam.embed: clips of unequal length together, long ones in bounded memory
     extract                 audio files → Parquet
     pretrain                audio → a store → its cluster codes → an encoder: the commands
     pretraining.clips       audio files, folders, tars → clips; the corpus of the shipped encoders
@@ -46,9 +47,11 @@ Contents, in reading order:
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .embedding.clips import embed as embed
     from .errors import HearSsamError as HearSsamError
     from .hear import available_models as available_models
     from .hear import get_scene_embeddings as get_scene_embeddings
@@ -60,6 +63,7 @@ BASELINE = "logmel"  # the model without weights that counts as zero in tables
 __all__ = [
     "HearSsamError",
     "available_models",
+    "embed",
     "get_scene_embeddings",
     "get_timestamp_embeddings",
     "load_model",
@@ -73,7 +77,6 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> object:
     # torch is imported with the first use, so that `hear-ssam --help` answers at once (PEP 562).
     if name in __all__:
-        from . import errors, hear
-
-        return getattr(errors if name == "HearSsamError" else hear, name)
+        module = {"HearSsamError": "errors", "embed": "embedding.clips"}.get(name, "hear")
+        return getattr(importlib.import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

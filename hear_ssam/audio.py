@@ -1,10 +1,12 @@
-"""Audio files as float32 mono at a wanted sample rate: soundfile decodes, soxr resamples.
+"""Audio files as float32 mono at a wanted sample rate: soundfile decodes (PyAV what it cannot), soxr resamples.
 
 The HEAR functions never resample; the commands call this module before them.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import os
 import stat
 import warnings
@@ -22,8 +24,11 @@ from .errors import HearSsamError
 
 # What soundfile decodes without further parameters, as found in folders (its own list also holds .mat and .raw).
 SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64 .sph".split())
-UNREAD = frozenset(".m4a .mp4 .m4b .aac .wma .webm .mka .amr .ac3 .ape .wv .aax .mp2 .3gp .dsf".split())  # also audio
+UNREAD = frozenset(  # what it does not, and FFmpeg does
+    ".m4a .mp4 .m4b .aac .wma .webm .mka .amr .ac3 .ape .wv .mp2 .3gp .dsf .mkv .mov .avi".split()
+)
 BLOCK = 1 << 18  # samples decoded at once: an hour of 96 kHz surround needs no more memory than its mono result
+INSTALL_AV = "pip install 'hear-ssam[av]'"
 MEND = "fetch it again, or save what is there (ffmpeg -i OLD NEW.wav)"
 
 
@@ -43,13 +48,14 @@ def _audio_below(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise HearSsamError(f"{error.filename}: cannot be listed: {error.strerror}; mend its permissions.") from error
 
+    readable = SUFFIXES | UNREAD if importlib.util.find_spec("av") else SUFFIXES
     files: list[Path] = []
     left_out: Counter[str] = Counter()
     for parent, folders, names in os.walk(folder, onerror=refuse):  # unlike Path.rglob it reports unreadable folders
         folders[:] = [name for name in folders if not name.startswith(".")]
         left_out["linked folders"] += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
         for path in (Path(parent, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() not in SUFFIXES:
+            if path.suffix.lower() not in readable:
                 left_out[path.suffix.lower() or "without a suffix"] += 1
             elif path.exists() and not path.is_file():
                 left_out["pipes and devices"] += 1
@@ -57,8 +63,9 @@ def _audio_below(folder: Path) -> list[Path]:
                 files.append(path)
     if not files:
         there = _counts(left_out) or "nothing else"
+        more = f", or {INSTALL_AV}" if UNREAD & left_out.keys() else ""
         raise HearSsamError(
-            f"{folder}: no audio files below it, {there}; convert audio to one of {' '.join(sorted(SUFFIXES))}."
+            f"{folder}: no audio files below it, {there}; convert audio to one of {' '.join(sorted(readable))}{more}."
         )
     tell_left_out(folder, left_out)
     return sorted(files)
@@ -71,40 +78,66 @@ def _counts(kinds: Counter[str]) -> str:
 def tell_left_out(place: str | os.PathLike[str], kinds: Counter[str]) -> None:
     """Warn of what of a folder or archive is not read, counted by kind; without any, do nothing."""
     if counts := _counts(kinds):
-        warnings.warn(f"{place}: left out {counts}; convert what is audio, name linked folders.", stacklevel=4)
+        more = f", or {INSTALL_AV}" if UNREAD & kinds.keys() else ""
+        text = f"{place}: left out {counts}; convert what is audio{more}, name linked folders."
+        warnings.warn(text, stacklevel=4)
 
 
-def read_audio(path: str | os.PathLike[str], sample_rate: int) -> np.ndarray:
+def read_audio(path: str | os.PathLike[str], sample_rate: int, most: int | None = None) -> np.ndarray:
     """Decode a file of any rate and channel count: the mean of its channels at `sample_rate` Hz.
 
-    Returns float32 (samples,), full scale ±1; several streams in one file follow one another. Warns where the header
-    counts less audio than is there and was read. Raises HearSsamError that names the file where it is missing, not a
-    regular file, not audio, cut off or damaged, empty, or holds NaN or infinite samples.
+    Returns float32 (samples,), full scale ±1; several streams in one file follow one another. With `most`, decoding
+    ends once there are more samples than that. Warns where the header counts less audio than is there and was read.
+    Raises HearSsamError that names the file where it is missing, not a regular file, not audio, cut off or damaged,
+    empty, or holds NaN or infinite samples.
     """
+    pieces, size = [], 0
+    for block in audio_blocks(path, sample_rate):
+        pieces.append(block)
+        size += len(block)
+        if most is not None and size > most:
+            break
+    return np.concatenate(pieces)
+
+
+def audio_blocks(path: str | os.PathLike[str], sample_rate: int) -> Iterator[np.ndarray]:
+    """As `read_audio`, block by block: a file of any length in bounded memory."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
             raise HearSsamError(f"{path}: is a folder, a pipe or a device; name an audio file.")
         with open(path, "rb") as handle:
-            return decode_audio(handle, path, sample_rate)
+            yield from _blocks(handle, path, sample_rate)
     except OSError as error:
         raise HearSsamError(f"{path}: cannot be read: {error.strerror or error}; name an audio file.") from error
 
 
 def decode_audio(handle: BinaryIO, name: str | os.PathLike[str], sample_rate: int) -> np.ndarray:
     """As `read_audio`, from an open file or a member of an archive that errors shall call `name`."""
-    pieces = [np.zeros(0, np.float32)]
+    return np.concatenate([*_blocks(handle, name, sample_rate)])
+
+
+def _blocks(handle: BinaryIO, name: str | os.PathLike[str], sample_rate: int) -> Iterator[np.ndarray]:
+    size = 0
+    for block in itertools.chain.from_iterable(_parts(handle, name, sample_rate)):
+        if not np.isfinite(block).all():
+            raise HearSsamError(f"{name}: holds NaN or infinite samples; mend them or leave it out.")
+        size += len(block)
+        yield block
+    if not size:
+        raise HearSsamError(f"{name}: holds no samples; leave it out.")
+
+
+def _parts(handle: BinaryIO, name: str | os.PathLike[str], sample_rate: int) -> Iterator[Iterator[np.ndarray]]:
+    """The blocks of each stream of a file."""
+    if Path(name).suffix.lower() in UNREAD:
+        yield _decode_av(handle, name, sample_rate)
+        return
     for stream in streams(handle):
         if stream.fault:
             raise HearSsamError(f"{name}: {stream.fault}; {MEND}.")
-        pieces += _decode(stream, name, sample_rate)
+        yield _decode(stream, name, sample_rate)
         if stream.remark:
-            warnings.warn(f"{name}: {stream.remark}; write the file again to be rid of this.", stacklevel=3)
-    audio = np.concatenate(pieces)
-    if not len(audio):
-        raise HearSsamError(f"{name}: holds no samples; leave it out.")
-    if not np.isfinite(audio).all():
-        raise HearSsamError(f"{name}: holds NaN or infinite samples; mend them or leave it out.")
-    return audio
+            warnings.warn(f"{name}: {stream.remark}; write the file again to be rid of this.", stacklevel=5)
 
 
 def _decode(stream: Stream, name: str | os.PathLike[str], sample_rate: int) -> Iterator[np.ndarray]:
@@ -142,6 +175,36 @@ def _decode(stream: Stream, name: str | os.PathLike[str], sample_rate: int) -> I
         raise HearSsamError(f"{name}: is cut off or damaged: {text}; {MEND}.")
     if stream.frames and frames > promised + slack:
         stream.remark = f"its header counts {promised / rate:.2f} s, {frames / rate:.2f} s are there and were read"
+
+
+def _decode_av(handle: BinaryIO, name: str | os.PathLike[str], sample_rate: int) -> Iterator[np.ndarray]:
+    """Blocks of the first audio track of what FFmpeg reads and soundfile does not, mono at `sample_rate`."""
+    try:
+        import av
+    except ImportError as error:
+        raise HearSsamError(f"{name}: is read by PyAV only; {INSTALL_AV}, or convert it.") from error
+    seconds, resampler = 0.0, None
+    try:
+        with av.open(handle) as container:
+            if not container.streams.audio:
+                raise HearSsamError(f"{name}: has no audio track; leave it out.")
+            track = container.streams.audio[0]
+            planar = av.AudioResampler(format="fltp")  # float32 (channels, samples), whatever the codec gives
+            for frame in itertools.chain(container.decode(track), (None,)):
+                for part in planar.resample(frame):
+                    rate = part.sample_rate
+                    resampler = resampler or soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ")
+                    seconds += part.samples / rate
+                    yield resampler.resample_chunk(part.to_ndarray().mean(axis=0))
+            promised = float(track.duration * track.time_base) if track.duration and track.time_base else 0.0
+    except av.FFmpegError as error:
+        raise HearSsamError(
+            f"{name}: is damaged or no audio, after {seconds:.2f} s: {error.strerror}; {MEND}."
+        ) from error
+    if seconds < promised - 0.5:
+        raise HearSsamError(f"{name}: is cut off: {seconds:.2f} of {promised:.2f} s are there; {MEND}.")
+    if resampler:
+        yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
 def _reason(error: soundfile.LibsndfileError) -> str:

@@ -6,7 +6,7 @@ Symbols: B batch, F frames, n patch tokens, D width, P pixels of a patch; T time
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -123,15 +123,16 @@ class Encoder(nn.Module):
             return torch.where(mask, self.mask_token, x) + positions
         return torch.where(mask, self.mask_token, x + positions)  # as SSAM was released: masked tokens know no place
 
-    def run_blocks(self, x: Tensor, depth: int | None = None) -> Tensor:
-        """All blocks, or the first `depth`, on any token sequence (B, L, D), without positions and final norm."""
-        blocks = self.blocks[:depth]
+    def run_blocks(self, x: Tensor, depth: int | None = None, start: int = 0) -> Tensor:
+        """The blocks from `start` to `depth`, all if not said, on any token sequence (B, L, D), without positions and
+        final norm."""
+        blocks = self.blocks[start:depth]
         if self.config.paired:
             # Both layers of a pair read the same x, the second one backwards; both residuals are kept, so x doubles.
             for even, odd in zip(blocks[::2], blocks[1::2], strict=True):
                 x = even(x) + odd(x, reverse=True)
         else:
-            for i, block in enumerate(blocks):
+            for i, block in enumerate(blocks, start):
                 x = block(x, reverse=self.config.flip_odd and i % 2 == 1)
         return x
 
@@ -144,12 +145,38 @@ class Encoder(nn.Module):
         of the first time slots. No padding is needed, and for a causal system none would matter. `visible` (B, V) int64
         reads only these patches, in this order → (B, 1 + V, D). `depth`: stop after so many blocks, without the norm.
         """
-        x = self.embed(spec, mask, visible)
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = self.run_blocks(torch.cat([first, x], dim=1), depth)
+        x = self.run_blocks(self._sequence(spec, mask, visible), depth)
         for _ in range(self.config.final_norms if depth is None else 0):
             x = self.norm(x)
         return x
+
+    def _sequence(self, spec: Tensor, mask: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+        x = self.embed(spec, mask, visible)
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        return torch.cat([first, x], dim=1)
+
+    def hidden(self, spec: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
+        """The tokens (B, 1 + n, D) after each of these blocks, counted from 1, in the order asked for.
+
+        The last block's are those of `tokens`, with the final norm; the others have none. None: the last one only.
+        Raises HearSsamError for a block that is not there, or is the first half of a pair (SSAMBA).
+        """
+        last, step = len(self.blocks), 1 + self.config.paired
+        if layers is None:
+            return [self.tokens(spec)]
+        for layer in layers:
+            if layer not in range(step, last + 1, step):
+                known = f"{step}, {2 * step}, ... {last}" if last > 2 * step else f"{step} to {last}"
+                raise HearSsamError(
+                    f"layers={list(layers)}: this encoder has no tokens of block {layer!r}; take {known}."
+                )
+        x, done, found = self._sequence(spec), 0, {}
+        for layer in sorted(set(layers)):
+            x, done = self.run_blocks(x, layer, done), layer
+            found[layer] = x
+        for _ in range(self.config.final_norms if last in found else 0):
+            found[last] = self.norm(found[last])
+        return [found[layer] for layer in layers]
 
     def forward(self, spec: Tensor, mask: Tensor) -> Pretraining:
         """Masked pass: hide the patches where `mask` (B, n) is True, predict, compare.

@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -78,24 +79,24 @@ class HearModel(nn.Module):
 
     def scene_and_rows(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """Scene embeddings (B, E') and timestamp embeddings (B, T, E) of one pass, float32."""
-        audio = self._checked(audio)
+        audio = self.check(audio)
         count = len(self.timestamps(audio.shape[1]))
         if not len(audio):
             sizes = (0, self.scene_embedding_size), (0, count, self.timestamp_embedding_size)
             return audio.new_zeros(sizes[0]), audio.new_zeros(sizes[1])
         computed = self._rows(audio)
         rows = computed[:, :count]
-        return self._scene(rows, computed), rows
+        return self.scene(rows, computed), rows
 
-    def _scene(self, rows: Tensor, computed: Tensor) -> Tensor:
-        """The scene embedding: the mean over the rows."""
-        return rows.mean(1)
+    def scene(self, rows: Tensor, computed: Tensor, pooling: str | None = None) -> Tensor:
+        """Scene embeddings from the kept and from all computed rows; `pooling` as in `load_model`, None: its own."""
+        raise NotImplementedError
 
     def _rows(self, audio: Tensor) -> Tensor:
         """All rows computed for at least one clip (B, samples), of which `forward` keeps the first T."""
         raise NotImplementedError
 
-    def _checked(self, audio: Tensor) -> Tensor:
+    def check(self, audio: Tensor) -> Tensor:
         """`audio` as (B, samples); raises HearSsamError where it cannot be embedded."""
         if not isinstance(audio, Tensor):
             raise HearSsamError(f"audio must be a torch.Tensor, not {type(audio).__name__}; use torch.from_numpy.")
@@ -136,6 +137,7 @@ class EncoderModel(HearModel):
         self.backend = backend
         self.kaldi = config.frontend == "kaldi"
         self.official = config.token_order == "official"
+        self.scene_of_all = self.kaldi and self.official  # rows of padding included
         self.scene_embedding_size, self.timestamp_embedding_size = config.scene_dim, config.embedding_dim
         if self.kaldi:  # one patch of whole frames
             self.min_samples = WINDOW + (config.patch_frames - 1) * HOP
@@ -154,41 +156,49 @@ class EncoderModel(HearModel):
             rows = max(1, math.floor((samples - start) / (patch * HOP)) + 1)
         return (start + patch * HOP * torch.arange(rows, dtype=torch.float64, device="cpu")) / MILLISECOND
 
-    def _scene(self, rows: Tensor, computed: Tensor) -> Tensor:
-        rows = computed if self.kaldi and self.official else rows
-        return mean_and_deviation(rows) if self.config.pooling == "mean_std" else rows.mean(1)
+    def scene(self, rows: Tensor, computed: Tensor, pooling: str | None = None) -> Tensor:
+        rows = computed if self.scene_of_all else rows
+        return mean_and_deviation(rows) if (pooling or self.config.pooling) == "mean_std" else rows.mean(1)
 
     def _frames(self, samples: int) -> int:
         return 1 + ((samples - WINDOW) // HOP if self.kaldi else samples // HOP)
 
-    def _rows(self, audio: Tensor) -> Tensor:
-        window = self.config.window_frames
+    def frames(self, samples: int) -> int:
+        """How many frames of a clip of `samples` samples are encoded, those of padding included."""
         if self.official:
-            frames = window * math.ceil(self._frames(audio.shape[1]) / window)
-        else:
-            frames = self.config.patch_frames * len(self.timestamps(audio.shape[1]))
-        spec = self._spectrogram(audio, frames)  # (B, frames, mels)
-        full = frames // window
+            return self.config.window_frames * math.ceil(self._frames(samples) / self.config.window_frames)
+        return self.config.patch_frames * len(self.timestamps(samples))
+
+    def _rows(self, audio: Tensor) -> Tensor:
+        window, spec = self.config.window_frames, self.spectrogram(audio)
+        full = spec.shape[1] // window
         parts = [spec[:, : full * window].reshape(len(audio) * full, window, spec.shape[2]), spec[:, full * window :]]
-        rows = [self._encode(part) for part in parts if part.numel()]  # (B * full, slots, E) and (B, slots, E)
+        rows = [self.encode(part) for part in parts if part.numel()]  # (B * full, slots, E) and (B, slots, E)
         del spec, parts  # an hour of rows needs the memory
         return join([part.reshape(len(audio), -1, part.shape[2]) for part in rows], dim=1)
 
-    def _spectrogram(self, audio: Tensor, frames: int) -> Tensor:
-        """The normalised spectrogram, cut or zero-padded to `frames`; SSAMBA's zeros come before its statistics."""
+    def spectrogram(self, audio: Tensor) -> Tensor:
+        """What is encoded of clips (B, samples): their normalised spectrograms (B, frames, mels), cut or padded with
+        zeros to the frames that are encoded; SSAMBA's zeros come before its statistics."""
         spec = self.frontend(audio)
-        fit = (0, 0, 0, frames - spec.shape[1])
+        fit = (0, 0, 0, self.frames(audio.shape[1]) - spec.shape[1])
         if self.kaldi:
             return normalize(functional.pad(spec, fit), self.config)
         return functional.pad(normalize(spec, self.config), fit)
 
-    def _encode(self, windows: Tensor) -> Tensor:
-        """Windows of equal length (N, frames, mels) → rows (N, slots, E), a bounded number of windows at a time."""
+    def encode(self, windows: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+        """Windows of equal length (N, frames, mels) → rows (N, slots, E), a bounded number of windows at a time.
+
+        With `layers` the rows of these blocks stand side by side, as in `Encoder.hidden`.
+        """
         bands = self.config.grid[1]
         tokens_per_window = 1 + windows.shape[1] // self.config.patch_frames * bands
         group = GROUP.get(windows.device.type, GPU_GROUP) // (tokens_per_window * self.config.embed_dim)
         with contextlib.nullcontext() if self.backend is None else use_backend(self.backend):
-            parts = [self._regroup(self.encoder.tokens(part)) for part in windows.split(max(1, group))]
+            parts = [
+                join([self._regroup(tokens) for tokens in self.encoder.hidden(part, layers)], dim=2)
+                for part in windows.split(max(1, group))
+            ]
         return join(parts, dim=0)
 
     def _regroup(self, tokens: Tensor) -> Tensor:
@@ -221,8 +231,8 @@ class LogMelModel(HearModel):
     def timestamps(self, samples: int) -> Tensor:
         return torch.arange(1 + samples // HOP, dtype=torch.float64, device="cpu") * HOP / MILLISECOND
 
-    def _scene(self, rows: Tensor, computed: Tensor) -> Tensor:
-        return mean_and_deviation(rows)
+    def scene(self, rows: Tensor, computed: Tensor, pooling: str | None = None) -> Tensor:
+        return rows.mean(1) if pooling == "mean" else mean_and_deviation(rows)
 
     def _rows(self, audio: Tensor) -> Tensor:
         rows: Tensor = self.frontend(audio)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -287,7 +288,8 @@ def test_find_audio_keeps_files_and_opens_folders(tmp_path: Path) -> None:
         assert find_audio([named, tmp_path]) == expected
 
 
-def test_find_audio_counts_what_it_leaves_out(tmp_path: Path) -> None:
+def test_find_audio_counts_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)  # not installed
     make(tmp_path, "in/a.wav", "in/b.M4A", "in/c.m4a", "in/d.wma", "in/LICENSE", "out/f.wav")
     (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
     with pytest.warns(UserWarning, match=r"in: left out 2 \.m4a, 1 \.wma, 1 linked folders, 1 without a suffix;"):

@@ -1,0 +1,264 @@
+"""Clips of any length → embeddings: `hear_ssam.embed`, and what `hear-ssam embed` is made of.
+
+Every clip gets what it gets alone. `embed_clips` cuts the spectrogram of each into windows and encodes windows of equal
+length together, whichever clip they are of: nothing is padded. `embed_long` reads a clip twice, block by block: the
+first pass gathers its statistics, the second encodes; its memory does not grow with the length.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..audio import audio_blocks, read_audio, resample
+from ..errors import HearSsamError, about, unknown_name
+from ..frontend import HOP, WINDOW, normalize
+from ..hear import EncoderModel, HearModel, load_model
+
+Pooling = Literal["mean", "mean_std"]
+Blocks = Callable[[], Iterable[np.ndarray]]  # a clip that can be read again and again: float32 (samples,) in pieces
+LONG = 60  # seconds; what is longer is read twice, in pieces of that length
+SCALES = {"int16": 2**15, "int32": 2**31, "uint8": 2**7}
+
+
+def embed(
+    x: Any,
+    model: HearModel | str | os.PathLike[str] | None = None,
+    *,
+    rate: int = 16_000,
+    lengths: Sequence[int] | None = None,
+    pooling: Pooling | None = None,
+    layers: Sequence[int] | None = None,
+) -> np.ndarray:
+    """Scene embeddings, one row per clip: float32 (clips, E).
+
+    x        the path of an audio file, or a list of them: any rate and length, channels are averaged; an array or
+             tensor (samples,) or (clips, samples); or a list of one-dimensional ones, whose lengths may differ.
+             Floats have full scale ±1, integers that of their type.
+    model    what `load_model` gives or takes; None: the shipped one
+    rate     of arrays, in Hz; files know theirs
+    lengths  (clips,) how many samples of each row of a padded two-dimensional array count
+    pooling  over time: "mean", or "mean_std", mean and standard deviation side by side; None: what the model says
+    layers   blocks, counted from 1, whose embeddings stand side by side; None: the last one
+
+    A clip gets the same row in any company, up to rounding. Raises HearSsamError that names the file or the clip.
+    """
+    model = model if isinstance(model, HearModel) else _load(os.fspath(model or ""))
+    if pooling not in (None, "mean", "mean_std"):
+        raise unknown_name("pooling", pooling, ("mean", "mean_std"))
+    most, rows = LONG * model.sample_rate, []
+    batch: list[Tensor] = []
+
+    def flush() -> None:
+        with torch.no_grad():
+            for scene, _ in embed_clips(model, batch, layers, pooling):
+                rows.append(scene.cpu().numpy())
+        batch.clear()
+
+    for index, item in enumerate(_items(x, lengths)):
+        path = item if isinstance(item, (str, os.PathLike)) else None
+        name = f"clip {index}" if path is None else path
+        try:
+            if path is not None:
+                clip = read_audio(path, model.sample_rate, most)
+            else:
+                clip = resample(_as_float(item), rate, model.sample_rate)
+            checked = model.check(torch.from_numpy(clip).to(model.device))[0]
+        except HearSsamError as error:
+            raise about(name, error) from error
+        if len(clip) > most:
+            flush()
+            blocks: Blocks = functools.partial(audio_blocks, path, model.sample_rate) if path else lambda x=clip: [x]
+            rows.append(embed_long(model, blocks, layers=layers, pooling=pooling)[0].cpu().numpy())
+            continue
+        batch.append(checked)
+        if sum(map(len, batch)) > most * (1 if model.device.type == "cpu" else 32):
+            flush()
+    flush()
+    if not rows:
+        return np.zeros((0, model.scene_embedding_size), np.float32)
+    return np.stack(rows)
+
+
+@functools.lru_cache(1)
+def _load(name: str) -> HearModel:
+    return load_model(name)
+
+
+def _items(x: Any, lengths: Sequence[int] | None) -> list[Any]:
+    """The clips of what `embed` was given: paths and arrays."""
+    if isinstance(x, (str, os.PathLike)):
+        x = [x]
+    if isinstance(x, Tensor):
+        x = x.detach().cpu().numpy()
+    if isinstance(x, np.ndarray) and x.ndim == 1 and x.dtype.kind in "fiu":
+        x = x[None]
+    if lengths is None:
+        return list(x)
+    if not isinstance(x, np.ndarray) or x.ndim != 2 or len(lengths) != len(x):
+        raise HearSsamError("lengths: has one number per row of a two-dimensional x, and no meaning for others.")
+    for index, length in enumerate(lengths):
+        if not 0 < length <= x.shape[1]:
+            raise HearSsamError(
+                f"lengths: {length} of clip {index} is not between 1 and {x.shape[1]}, the samples of x."
+            )
+    return [row[:length] for row, length in zip(x, lengths, strict=True)]
+
+
+def _as_float(item: Any) -> np.ndarray:
+    clip = item.detach().cpu().numpy() if isinstance(item, Tensor) else np.asarray(item)
+    if clip.ndim != 1 or clip.dtype.kind not in "fiu":
+        raise HearSsamError(f"is {clip.dtype} of shape {clip.shape}; a clip is mono, (samples,): average its channels.")
+    if clip.dtype.kind == "f":
+        return np.ascontiguousarray(clip, np.float32)
+    if clip.dtype.name not in SCALES:
+        raise HearSsamError(f"is {clip.dtype}; give floats in [-1, 1], or one of {', '.join(SCALES)}.")
+    return (clip / SCALES[clip.dtype.name] - (clip.dtype.kind == "u")).astype(np.float32)
+
+
+def embed_clips(
+    model: HearModel, clips: Sequence[Tensor], layers: Sequence[int] | None = None, pooling: str | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Scene (E',) and timestamp embeddings (T, E) of each clip (samples,), float32, as of the clip alone."""
+    clips = [model.check(clip.to(model.device)) for clip in clips]  # (1, samples) each
+    if not isinstance(model, EncoderModel):
+        _refuse_layers(model, layers)
+        return [(model.scene(rows, rows, pooling)[0], rows[0]) for rows in map(model, clips)]
+    windows = [model.spectrogram(clip)[0].split(model.config.window_frames) for clip in clips]
+    together: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for clip, parts in enumerate(windows):
+        for index, part in enumerate(parts):
+            together[len(part)].append((clip, index))
+    encoded: dict[tuple[int, int], Tensor] = {}
+    for places in together.values():
+        rows = model.encode(torch.stack([windows[clip][index] for clip, index in places]), layers)
+        encoded.update(zip(places, rows, strict=True))
+    results = []
+    for number, (clip, parts) in enumerate(zip(clips, windows, strict=True)):
+        computed = torch.cat([encoded[number, index] for index in range(len(parts))])[None]
+        kept = computed[:, : len(model.timestamps(clip.shape[1]))]
+        results.append((model.scene(kept, computed, pooling)[0], kept[0]))
+    return results
+
+
+def _refuse_layers(model: HearModel, layers: Sequence[int] | None) -> None:
+    if layers is not None:
+        raise HearSsamError(f"layers={list(layers)}: {model.name} has no blocks; leave it away.")
+
+
+class _Moments:
+    """Sums over rows (n, E), in double precision."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Any = 0.0
+        self.squares: Any = 0.0
+
+    def add(self, rows: Tensor) -> None:
+        rows = rows.cpu().double()
+        self.count += len(rows)
+        self.total += rows.sum(0)
+        self.squares += rows.square().sum(0)
+
+    def mean(self) -> Tensor:
+        return torch.as_tensor(self.total / self.count)
+
+    def deviation(self, unbiased: bool = False) -> Tensor:
+        squares = (self.squares - self.total * self.mean()).clamp(min=0)
+        return torch.as_tensor((squares / (self.count - unbiased)).sqrt())
+
+
+@torch.no_grad()
+def embed_long(
+    model: HearModel,
+    blocks: Blocks,
+    emit: Callable[[Tensor], object] = lambda rows: None,
+    layers: Sequence[int] | None = None,
+    pooling: str | None = None,
+) -> tuple[Tensor, int]:
+    """The scene embedding (E',) of a long clip and its samples; `emit` gets its timestamp embeddings (n, E) in turn."""
+    encoder = model if isinstance(model, EncoderModel) else None
+    if encoder is None:
+        _refuse_layers(model, layers)
+    audio, levels, shift = _Moments(), _Moments(), 0.0
+    for piece in _spectra(model, blocks(), 0.0, audio):
+        shift = shift if levels.count else float(piece[0, 0])  # as in `standardize`
+        levels.add((piece - shift).reshape(-1, 1))
+    samples, offset = audio.count, float(audio.mean())
+    mean, deviation = float(levels.mean()), float(levels.deviation(unbiased=True)) + 1e-8
+
+    def normalized() -> Iterator[Tensor]:
+        """What is encoded of the spectrogram: (n, mels) in turn."""
+        if encoder is None:
+            yield from _spectra(model, blocks(), 0.0)
+            return
+        left = encoder.frames(samples)
+        for piece in _spectra(model, blocks(), offset if encoder.kaldi else 0.0):
+            piece = normalize(piece, encoder.config) if encoder.kaldi else (piece - shift - mean) / deviation
+            yield piece[:left]
+            left = max(0, left - len(piece))
+        padding = torch.zeros(left, encoder.config.n_mels, device=model.device)
+        yield normalize(padding, encoder.config) if encoder.kaldi else padding
+
+    kept, pooled = len(model.timestamps(samples)), _Moments()
+    for part in _whole_windows(normalized(), encoder.config.window_frames if encoder else 100):
+        rows = (encoder.encode(part, layers) if encoder else part).flatten(0, 1)
+        inside = rows[:kept]
+        kept -= len(inside)
+        pooled.add(rows if encoder and encoder.scene_of_all else inside)
+        emit(inside)
+    scene = pooled.mean()
+    if (pooling or (encoder.config.pooling if encoder else "mean_std")) == "mean_std":
+        scene = torch.cat([scene, pooled.deviation()])
+    return scene.float(), samples
+
+
+def _spectra(
+    model: Any, blocks: Iterable[np.ndarray], offset: float, audio: _Moments | None = None
+) -> Iterator[Tensor]:
+    """The spectrogram of a long clip, less `offset`, as the front end makes it of the whole: (n, mels) in turn."""
+    pad, held, begun = model.frontend.pad, torch.zeros(0, device=model.device), False
+    for samples, last in _chunks(blocks, LONG * model.sample_rate):
+        chunk = torch.from_numpy(samples).to(model.device)
+        if audio is not None:
+            audio.add(chunk[:, None])
+        held = torch.cat([held, chunk - offset])
+        before = [] if begun else [held[1 : pad + 1].flip(0)]  # mirrored at both ends
+        held, begun = torch.cat([*before, held, *([held[-pad - 1 : -1].flip(0)] if last and pad else [])]), True
+        if len(held) < WINDOW:
+            continue
+        frames = held.unfold(0, WINDOW, HOP)  # (n, 400), a view
+        yield model.frontend.of_frames(frames)
+        held = held[len(frames) * HOP :]
+
+
+def _chunks(blocks: Iterable[np.ndarray], size: int) -> Iterator[tuple[np.ndarray, bool]]:
+    """Blocks of any sizes as chunks of `size` samples, but for the last one, and whether it is that."""
+    held: list[np.ndarray] = []
+    for block in blocks:
+        held.append(block)
+        while sum(map(len, held)) > size:
+            joined = np.concatenate(held)
+            yield joined[:size], False
+            held = [joined[size:]]
+    yield np.concatenate(held), True
+
+
+def _whole_windows(pieces: Iterable[Tensor], frames: int) -> Iterator[Tensor]:
+    """Frames (n, mels) in turn → windows (N, frames, mels), and at the end one that may be shorter."""
+    held: Tensor | None = None
+    for piece in pieces:
+        held = piece if held is None else torch.cat([held, piece])
+        whole = len(held) - len(held) % frames
+        if whole:
+            yield held[:whole].unflatten(0, (-1, frames))
+            held = held[whole:]
+    if held is not None and len(held):
+        yield held[None]

@@ -1,0 +1,209 @@
+"""`hear_ssam.embed`: inputs as people have them; each clip as if alone; long ones in pieces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import hear_ssam
+from hear_ssam import HearSsamError, load_model
+from hear_ssam.audio import read_audio
+from hear_ssam.checkpoint import save_checkpoint
+from hear_ssam.config import build_config
+from hear_ssam.embedding import clips
+from hear_ssam.encoder import Encoder
+from hear_ssam.hear import HearModel, get_scene_embeddings, get_timestamp_embeddings
+
+RATE = 16_000
+SIZES = [8_000, 33_000, 201, 48_321, 33_000, 15_999]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("weights")
+    for system in ("ssam", "ssast", "axlstm", "ssamba"):
+        sizes: dict[str, Any] = {"depth": 4, "window_frames": 128} if system == "ssamba" else {"depth": 2}
+        config = build_config(system, 48, **sizes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            save_checkpoint(folder / f"{system}.safetensors", config, Encoder(config).state_dict(), {})
+    return {file.stem: file for file in folder.iterdir()}
+
+
+NAMES = [*(f"{s}-{o}" for s in ("ssam", "ssast", "axlstm", "ssamba") for o in ("time", "official")), "logmel"]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def model(request: pytest.FixtureRequest, files: dict[str, Path]) -> HearModel:
+    system, _, order = request.param.partition("-")
+    return load_model(files[system], token_order=order) if order else load_model(system)
+
+
+@pytest.fixture(scope="module")
+def mini(files: dict[str, Path]) -> HearModel:
+    return load_model(files["ssam"])
+
+
+def noise(size: int, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    loudness = 0.02 + np.abs(random.normal(0, 0.1, 1 + size // 4000)).repeat(4000)[:size]
+    return (loudness * random.standard_normal(size)).astype(np.float32)
+
+
+def alone(clip: np.ndarray, model: HearModel) -> np.ndarray:
+    return get_scene_embeddings(torch.from_numpy(clip)[None], model).numpy()[0]
+
+
+def test_clips_of_unequal_length_get_what_each_gets_alone(model: HearModel) -> None:
+    audio = [noise(max(size, model.min_samples), seed) for seed, size in enumerate(SIZES)]
+    found = hear_ssam.embed(audio, model)
+    assert found.dtype == np.float32 and found.shape == (len(SIZES), model.scene_embedding_size)
+    np.testing.assert_allclose(found, [alone(clip, model) for clip in audio], atol=2e-6, rtol=1e-5)
+    with torch.no_grad():
+        together = clips.embed_clips(model, [torch.from_numpy(clip) for clip in audio])
+    for clip, (_, rows) in zip(audio, together, strict=True):
+        expected = get_timestamp_embeddings(torch.from_numpy(clip)[None], model)[0][0]
+        np.testing.assert_allclose(rows.numpy(), expected.numpy(), atol=5e-6, rtol=1e-5)
+
+
+def test_padding_is_not_heard(mini: HearModel) -> None:
+    audio = [noise(size, size) for size in SIZES]
+    padded = np.zeros((len(audio), max(SIZES)), np.float32)
+    for row, clip in zip(padded, audio, strict=True):
+        row[: len(clip)] = clip
+    expected = hear_ssam.embed(audio, mini)
+    np.testing.assert_array_equal(hear_ssam.embed(padded, mini, lengths=SIZES), expected)
+    np.testing.assert_array_equal(hear_ssam.embed(torch.from_numpy(padded), mini, lengths=SIZES), expected)
+    assert np.abs(hear_ssam.embed(padded, mini) - expected).max() > 0.01
+
+
+def test_kinds_of_input(mini: HearModel, tmp_path: Path) -> None:
+    clip = noise(20_000)
+    stereo = np.stack([clip, noise(20_000, 1)], 1)
+    soundfile.write(tmp_path / "a.wav", stereo, 44_100, subtype="FLOAT")
+    expected = alone(clip, mini)
+    for x in (clip, clip[None], [clip], torch.from_numpy(clip), [torch.from_numpy(clip)], clip.astype(np.float64)):
+        np.testing.assert_allclose(hear_ssam.embed(x, mini), [expected], atol=1e-6)
+    whole = np.round(clip * 2**15)
+    np.testing.assert_array_equal(hear_ssam.embed(whole.astype(np.int16), mini), hear_ssam.embed(whole / 2**15, mini))
+    from_file = alone(read_audio(tmp_path / "a.wav", RATE), mini)
+    for x in (tmp_path / "a.wav", str(tmp_path / "a.wav"), [tmp_path / "a.wav"]):
+        np.testing.assert_allclose(hear_ssam.embed(x, mini), [from_file], atol=1e-6)
+    np.testing.assert_allclose(hear_ssam.embed(stereo.mean(1), mini, rate=44_100), [from_file], atol=1e-5)
+    mixed = hear_ssam.embed([tmp_path / "a.wav", clip], mini)
+    np.testing.assert_allclose(mixed, [from_file, expected], atol=1e-6)
+    assert hear_ssam.embed([], mini).shape == (0, mini.scene_embedding_size)
+
+
+def test_the_shipped_model_is_the_default() -> None:
+    clip = noise(16_000)
+    np.testing.assert_allclose(hear_ssam.embed(clip), [alone(clip, load_model())], atol=1e-6)
+    np.testing.assert_array_equal(hear_ssam.embed(clip), hear_ssam.embed(clip, "ssam_tiny"))
+
+
+@pytest.mark.parametrize("system", ["ssam", "axlstm", "ssamba"])
+def test_layers_and_pooling(files: dict[str, Path], system: str) -> None:
+    model, depth = load_model(files[system]), 4 if system == "ssamba" else 2
+    audio = [noise(40_000), noise(70_000, 1)]
+    last = hear_ssam.embed(audio, model, pooling="mean")
+    both = hear_ssam.embed(audio, model, pooling="mean", layers=[depth // 2, depth])
+    assert both.shape == (2, 2 * last.shape[1])
+    np.testing.assert_allclose(both[:, last.shape[1] :], last, atol=1e-6)
+    assert np.abs(both[:, : last.shape[1]] - last).max() > 0.01
+    np.testing.assert_allclose(hear_ssam.embed(audio, model, layers=[depth], pooling="mean"), last, atol=1e-6)
+    wide = hear_ssam.embed(audio, model, pooling="mean_std")
+    np.testing.assert_allclose(wide[:, : last.shape[1]], last, atol=1e-6)
+    rows = get_timestamp_embeddings(torch.from_numpy(audio[0])[None], model)[0][0].numpy()
+    np.testing.assert_allclose(wide[0, last.shape[1] :], rows.std(0), atol=1e-5)
+
+
+def test_a_middle_layer_is_what_that_block_gives(files: dict[str, Path]) -> None:
+    model = load_model(files["ssam"])
+    spec = torch.randn(2, 200, 80)
+    first, last = model.encoder.hidden(spec, [1, 2])
+    torch.testing.assert_close(first, model.encoder.tokens(spec, depth=1), rtol=0, atol=0)
+    torch.testing.assert_close(last, model.encoder.tokens(spec), rtol=0, atol=0)
+
+
+def test_long_clips_in_pieces(model: HearModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clips, "LONG", 1)
+    for size in (48_001, 70_080):
+        clip = noise(size) + np.float32(0.05)
+        pieces: list[torch.Tensor] = []
+        blocks = [clip[:10], clip[10:40_000], clip[40_000:]]
+        scene, samples = clips.embed_long(model, lambda blocks=blocks: blocks, pieces.append)
+        assert samples == size
+        np.testing.assert_allclose(scene.numpy(), alone(clip, model), atol=1e-5, rtol=1e-5)
+        rows = get_timestamp_embeddings(torch.from_numpy(clip)[None], model)[0][0].numpy()
+        np.testing.assert_allclose(torch.cat(pieces).numpy(), rows, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(hear_ssam.embed(clip, model), [alone(clip, model)], atol=1e-5, rtol=1e-5)
+
+
+def test_long_files_in_pieces(mini: HearModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clips, "LONG", 2)
+    soundfile.write(tmp_path / "a.flac", np.stack([noise(300_000), noise(300_000, 1)], 1), 48_000)
+    expected = alone(read_audio(tmp_path / "a.flac", RATE), mini)
+    short = noise(9_000)
+    found = hear_ssam.embed([short, tmp_path / "a.flac", short], mini, layers=[2])
+    np.testing.assert_allclose(found, [alone(short, mini), expected, alone(short, mini)], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        ("absent.wav", {}, r"^absent.wav: cannot be read: No such file"),
+        ([np.zeros(16_000), np.zeros(100)], {}, r"^clip 1: audio has 100 samples; .* needs at least 201"),
+        (np.zeros((16_000, 2)), {}, r"^clip 0: audio has 2 samples"),
+        ([np.zeros((2, 16_000))], {}, r"^clip 0: is float64 of shape \(2, 16000\); .*average its channels"),
+        ([0.1, 0.2], {}, r"^clip 0: is float64 of shape \(\)"),
+        (np.full(16_000, np.nan), {}, r"^clip 0: audio has NaN"),
+        ([np.zeros(16_000, bool)], {}, r"^clip 0: is bool"),
+        (np.zeros(16_000, np.int64), {}, r"^clip 0: is int64; give floats"),
+        (np.zeros((2, 16_000)), {"lengths": [16_000]}, r"^lengths: has one number per row"),
+        ([np.zeros(16_000)], {"lengths": [16_000]}, r"^lengths: has one number per row"),
+        (np.zeros((2, 16_000)), {"lengths": [16_000, 16_001]}, r"^lengths: 16001 of clip 1 is not between"),
+        (np.zeros(16_000), {"pooling": "max"}, r"^unknown pooling 'max'"),
+        (np.zeros(16_000), {"layers": [3]}, r"^layers=\[3\]: this encoder has no tokens of block 3; take 1 to 2"),
+        (np.zeros(16_000), {"layers": [0]}, r"^layers=\[0\]: this encoder has no tokens of block 0"),
+        (np.zeros(16_000), {"model": "logmel", "layers": [1]}, r"^layers=\[1\]: logmel has no blocks"),
+        (np.zeros(16_000), {"model": "ssam_tny"}, r"Did you mean 'ssam_tiny'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(mini: HearModel, x: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(HearSsamError, match=message):
+        hear_ssam.embed(x, **{"model": mini, **options})
+
+
+def test_pairs_have_even_layers(files: dict[str, Path]) -> None:
+    with pytest.raises(HearSsamError, match=r"no tokens of block 3; take 2 to 4"):
+        hear_ssam.embed(np.zeros(16_000), load_model(files["ssamba"]), layers=[3])
+
+
+def test_what_only_ffmpeg_reads(mini: HearModel, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    clip = np.sin(2 * np.pi * 440 / RATE * np.arange(80_000)).astype(np.float32)
+    with av.open(str(tmp_path / "a.m4a"), "w") as container:
+        stream = container.add_stream("aac", rate=48_000)
+        frame = av.AudioFrame.from_ndarray(np.repeat(clip, 3)[None], format="fltp", layout="mono")
+        frame.sample_rate = 48_000
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    audio = read_audio(tmp_path / "a.m4a", RATE)
+    assert abs(len(audio) - len(clip)) < 2000  # AAC pads
+    assert np.abs(np.fft.rfft(audio[4_000:36_000])).argmax() == 880 and audio[4_000:36_000].std() > 0.4
+    assert hear_ssam.embed(tmp_path / "a.m4a", mini).shape == (1, mini.scene_embedding_size)
+    (tmp_path / "cut.m4a").write_bytes((tmp_path / "a.m4a").read_bytes()[:10_000])
+    with pytest.raises(HearSsamError, match=r"cut.m4a: is damaged"):
+        hear_ssam.embed(tmp_path / "cut.m4a", mini)
+
+
+def test_without_pyav_the_file_is_named_with_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    (tmp_path / "a.m4a").write_bytes(b"x")
+    with pytest.raises(HearSsamError, match=r"a.m4a: is read by PyAV only; pip install 'hear-ssam\[av\]'"):
+        hear_ssam.embed(tmp_path / "a.m4a")
