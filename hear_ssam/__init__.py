@@ -31,7 +31,9 @@ Contents, in reading order:
     evaluation.embeddings   such a module on a task → a folder of embeddings, as heareval lays it out
     evaluation.rows         such a folder read: rows, targets, what scores predictions
     evaluation.probe        rows → trained heads, as heareval trains them
+    evaluation.quick        rows → probes of seconds: neighbours, logistic regression, few clips
     evaluation.scores       HEAR's metrics
+    evaluation.preview      a few clips of a task; how long all will take
     evaluation.jobs         heads in parallel processes
     evaluation.records      one JSON line per result
     evaluation.tables       records as tables

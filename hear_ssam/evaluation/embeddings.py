@@ -106,7 +106,7 @@ def origin(hear: JudgedModule, task: Task, out_dir: Path, resample: bool) -> dic
     Raises HearSsamError where the task lacks audio that the model takes; without any audio, embeddings that `out_dir`
     holds already serve, so the rate is theirs.
     """
-    if _rates(task.folder):
+    if _rates(task.audio):
         folders = [audio_folder(task, split, hear.sample_rate, resample) for split in task.splits]
         rates = sorted({int(folder.parent.name) for folder in folders})
     else:
@@ -141,17 +141,17 @@ def provenance(folder: Path) -> dict[str, Any]:
 
 def audio_folder(task: Task, split: str, sample_rate: int, resample: bool) -> Path:
     """`<task>/<rate>/<split>` at the model's rate, or with `resample` at the best other rate on disk."""
-    rates = [rate for rate in _rates(task.folder) if (task.folder / str(rate) / split).is_dir()]
+    rates = [rate for rate in _rates(task.audio) if (task.audio / str(rate) / split).is_dir()]
     card = known_tasks().get(task.name)
     where = f"; {card.source}" if card else ""
     if not rates:
-        raise HearSsamError(f"{task.folder} has no audio: the folder {sample_rate}/{split} is missing{where}.")
+        raise HearSsamError(f"{task.audio} has no audio: the folder {sample_rate}/{split} is missing{where}.")
     if sample_rate not in rates and not resample:
         raise HearSsamError(
-            f"{task.folder} has no {sample_rate} Hz audio for {split}, only {', '.join(map(str, rates))} Hz; "
+            f"{task.audio} has no {sample_rate} Hz audio for {split}, only {', '.join(map(str, rates))} Hz; "
             f"allow resampling (--resample) or get it at the model's rate{where}."
         )
-    return task.folder / str(min(rates, key=lambda rate: _worse(rate, sample_rate))) / split
+    return task.audio / str(min(rates, key=lambda rate: _worse(rate, sample_rate))) / split
 
 
 def best_folder(folders: Sequence[Path], sample_rate: int) -> Path:

@@ -23,15 +23,16 @@ from tqdm import tqdm
 from ..errors import HearSsamError, unknown_name
 from ..machine import usable_cpus
 from ..options import add_model_options, parse_options
-from .jobs import Job, git_commit, noted, run_jobs
+from .jobs import HEADS, Job, git_commit, noted, run_jobs
 from .records import STORE, Record, embeddings_folder, key_of, read
 from .tables import Options, terminal
-from .tasks import Task, find_archives, find_tasks, known_tasks, read_task, unpack
+from .tasks import DONE, Task, find_archives, find_tasks, known_tasks, read_task, unpack
 
 if TYPE_CHECKING:
     from .module import JudgedModule
+    from .probe import Protocol
 
-Probe = Literal["exact", "bf16"]
+Probe = Literal["exact", "bf16", "knn", "logreg", "fewshot"]
 PROBES: tuple[Probe, ...] = get_args(Probe)
 Existing = Literal["only-missing", "always", "never"]
 EXISTING: tuple[Existing, ...] = get_args(Existing)
@@ -39,6 +40,8 @@ EXAMPLES = """examples:
   hear-ssam evaluate --tasks-dir tasks --results-dir results
   hear-ssam evaluate --tasks-dir tasks --results-dir results --tasks esc50-v2.0.0-full --protocol ssam
   hear-ssam evaluate --tasks-dir tasks --results-dir results --protocol ssam --probe bf16
+  hear-ssam evaluate --tasks-dir tasks --results-dir results --probe knn logreg fewshot             seconds per task
+  hear-ssam evaluate --tasks-dir tasks --results-dir results --probe logreg --limit 200             a quick look
   hear-ssam evaluate --model-options '{"model": "logmel"}' --tasks-dir tasks --results-dir results
   hear-ssam evaluate hearbaseline.naive --tasks-dir tasks --results-dir results --resample
   hear-ssam evaluate hear_ssam 'hear_ssam:{"model": "logmel"}' some.module --tasks-dir tasks --results-dir results
@@ -56,6 +59,7 @@ class Source:
     folder: Path  # in heareval's layout
     origin: dict[str, Any]  # what its results must come from to be used again
     make: Callable[[], object]  # makes the folder, or raises where it is not finished
+    seconds: Callable[[], float] = float  # of audio, about
 
     @property
     def label(self) -> str:
@@ -69,6 +73,10 @@ class Source:
     def key(self, protocol: str, probe: str, seed: int) -> tuple[Any, ...]:
         """Key of the record that says that a job is done."""
         return key_of({**self.identity(protocol, probe), "seed": seed, "fold": None, "metric": self.task.scores[0]})
+
+    def fits(self, probe: str) -> bool:
+        """Whether a probe judges tasks of this kind: quick ones judge clips, not events."""
+        return probe in HEADS or not self.task.event
 
     def made(self, record: Record | None) -> bool:
         """Whether a record comes from these very embeddings."""
@@ -94,8 +102,10 @@ def run_evaluation(
     embeddings_dir: Path | None = None,
     tasks: Sequence[str] = (),
     protocol: str = "heareval",
-    probe: Probe = "exact",
+    probe: Probe | Sequence[Probe] = "exact",
+    shots: int = 8,
     seeds: int | None = None,
+    limit: int | None = None,
     existing: Existing = "only-missing",
     workers: int | None = None,
     resample: bool = False,
@@ -106,30 +116,42 @@ def run_evaluation(
     `model` and `model_options` are arguments of every module's `load_model`; a module may carry options of its own,
     as in 'hear_ssam:{"model": "logmel"}'. All are loaded before the work begins, so that a wrong name costs no hours.
     They run on `device` (auto, cpu, cuda, mps).
-    `probe` is exact (heareval's numbers) or bf16 (statistically the same, with products in bfloat16). `seeds` counts
-    probe seeds (default: the protocol's own). `existing` says what happens to results that are already in
-    `results_dir`: only-missing runs the rest, always runs everything again, never treats them as an error.
+    `probe` names one or several: exact (heareval's numbers), bf16 (statistically the same, with products in bfloat16),
+    and the probes of seconds in `quick`, which skip event tasks: knn, logreg, fewshot with `shots` clips per class.
+    `seeds` counts probe seeds (default: the protocol's own; ten draws of fewshot; knn and logreg have one).
+    `limit` takes so many clips of every split, as a task of another name that says so.
+    `existing` says what happens to results that are already in `results_dir`: only-missing runs the rest, always runs
+    everything again, never treats them as an error.
     A task or module that fails is named in `failures` and does not stop the others. Jobs run in spawned processes: a
     script that calls this needs the usual `if __name__ == "__main__"`.
     """
     from .probe import named_protocol
 
-    for kind, name, known in (("policy for existing results", existing, EXISTING), ("probe", probe, PROBES)):
+    probes: list[str] = [probe] if isinstance(probe, str) else list(probe)
+    asked_for = [("policy for existing results", existing, EXISTING), *(("probe", name, PROBES) for name in probes)]
+    for kind, name, known in asked_for:
         if name not in known:
             raise unknown_name(kind, name, known)
     if (tasks_dir is None) == (embeddings_dir is None):
         raise HearSsamError("say either where the tasks are (--tasks-dir) or the embeddings (--embeddings-dir).")
-    asked = {"MODULE": modules, "--model": model, "--model-options": model_options, "--resample": resample}
+    asked: dict[str, object] = {"MODULE": modules, "--model": model, "--model-options": model_options}
+    asked |= {"--resample": resample, "--limit": limit}
     if embeddings_dir and any(asked.values()):
         idle = ", ".join(name for name, value in asked.items() if value)
         raise HearSsamError(f"{idle}: of no use with --embeddings-dir, which loads no model; leave one of them out.")
     plan = named_protocol(protocol)
-    count = plan.seeds if seeds is None else seeds
     workers = usable_cpus() if workers is None else workers
-    for option, value in (("--seeds", count), ("--workers", workers)):
-        if value < 1:
+    counted = {"--seeds": seeds, "--workers": workers, "--shots": shots, "--limit": limit}
+    for option, value in counted.items():
+        if value is not None and value < 1:
             raise HearSsamError(f"{option} must be at least 1, not {value}.")
-    seed_range = range(plan.first_seed, plan.first_seed + count)
+    runs: dict[tuple[str, str], range] = {}  # protocol, probe → seeds; all quick probes take heareval's splits
+    for name in probes:
+        if name in HEADS:
+            runs[protocol, name] = range(plan.first_seed, plan.first_seed + (seeds or plan.seeds))
+        else:
+            few = name == "fewshot"
+            runs["heareval", f"fewshot{shots}" if few else name] = range((seeds or 10) if few else 1)
     failures: dict[str, str] = {}
     store = results_dir / STORE
     with _only_driver(results_dir):
@@ -143,26 +165,70 @@ def run_evaluation(
                     unpacked.append(unpack(archive, results_dir / "tasks"))
             folders = find_tasks(tasks_dir, tasks, unpacked)
             models = _load(modules or ("hear_ssam",), model, model_options, device, failures)
-            sources = _module_sources(models, folders, results_dir, resample, existing == "always", failures)
+            sources = _module_sources(models, folders, results_dir, resample, limit, existing == "always", failures)
         stored = {key_of(record): record for record in read(store)} if store.exists() and existing != "always" else {}
-        work = []  # sources and the seeds that they lack
+        _tell_skipped(sources, runs)
+        work: list[tuple[Source, list[tuple[str, str, int]]]] = []  # what each source lacks: protocol, probe, seed
+        kept = []
         for source in sources:
-            keys = {seed: source.key(protocol, probe, seed) for seed in seed_range}
-            work.append((source, [seed for seed in seed_range if not source.made(stored.get(keys[seed]))]))
-        kept = [source.label for source, todo in work if len(todo) < count]
+            wanted = [(*run, seed) for run in runs if source.fits(run[1]) for seed in runs[run]]
+            work.append((source, [one for one in wanted if not source.made(stored.get(source.key(*one)))]))
+            kept += [source.label] * (len(work[-1][1]) < len(wanted))
         if existing == "never" and kept:
             raise HearSsamError(f"{store} has results of {', '.join(kept)} already (--existing never).")
         jobs, commit = [], git_commit()
-        for source, todo in tqdm(work, desc="tasks", unit="task", disable=None, leave=False):
+        first = sum(source.task.name == sources[0].task.name for source in sources)  # by all models
+        for number, (source, todo) in enumerate(tqdm(work, desc="tasks", unit="task", disable=None, leave=False), 1):
             if todo:
                 with noted(source.label, failures):
                     source.make()
-                    identity = source.identity(protocol, probe)
-                    jobs += [Job(source.folder, {**identity, "seed": seed}, results_dir, commit) for seed in todo]
+                    for *run, seed in todo:
+                        identity = {**source.identity(*run), "seed": seed}
+                        jobs.append(Job(source.folder, identity, results_dir, commit))
+            if number == first and (outlook := _outlook(work, plan, workers)):
+                tqdm.write(outlook, file=sys.stderr)
         run_jobs(jobs, store, workers, failures)
-        wanted = {source.key(protocol, probe, seed)[:-2] for source in sources for seed in seed_range}
-        records = [r for r in read(store) if key_of(r)[:-2] in wanted] if store.exists() else []  # folds and metrics
+        keys = {source.key(*run, seed)[:-2] for source in sources for run in runs for seed in runs[run]}
+        records = [r for r in read(store) if key_of(r)[:-2] in keys] if store.exists() else []  # folds and metrics
     return Evaluation(records, failures)
+
+
+def _tell_skipped(sources: Sequence[Source], runs: Mapping[tuple[str, str], range]) -> None:
+    """Say on stderr which probes pass over which tasks, and where few-shot has less than it asks for."""
+    for name, task in {source.task.name: source.task for source in sources}.items():
+        quick = [probe for _, probe in runs if probe not in HEADS]
+        if task.event and quick:
+            print(f"{name}: skipped by {', '.join(quick)}: an event task, they judge clips.", file=sys.stderr)
+        for probe in quick if not task.event else ():
+            if probe.startswith("fewshot"):
+                from .quick import shortage
+
+                if less := shortage(task, int(probe.removeprefix("fewshot"))):
+                    print(f"{name}: {less}.", file=sys.stderr)
+
+
+def _outlook(work: Sequence[tuple[Source, Sequence[tuple[str, str, int]]]], plan: Protocol, workers: int) -> str:
+    """How long the rest takes, by the embeddings of the first task; empty where nothing of it takes long."""
+    from .embeddings import provenance
+    from .preview import duration, probe_seconds
+
+    pace: dict[tuple[str, str], float] = {}  # of each model: seconds per second of audio
+    width: dict[tuple[str, str], int] = {}
+    audio = embeddings = probes = 0.0
+    for source, todo in work:
+        noted, length = provenance(source.folder), source.seconds() if todo else 0.0
+        model = source.model, source.checkpoint_sha256
+        if (source.folder / DONE).exists():
+            pace.setdefault(model, noted.get("seconds", 0.0) / (length or 1.0))
+            width.setdefault(model, noted.get("dim", 0))
+        elif model in pace:
+            audio += length
+            embeddings += pace[model] * length
+        heads = sum(probe in HEADS for _, probe, _ in todo)
+        probes += heads * probe_seconds(source.task, width.get(model, 0), plan.grid_points) if heads else 0.0
+    parts = [f"{duration(embeddings)} more for the embeddings of {duration(audio)} of audio"] if audio else []
+    parts += [f"{duration(probes / workers)} for heareval's heads on scene tasks"] if probes else []
+    return f"estimate: {', then '.join(parts)}" if parts else ""
 
 
 @contextlib.contextmanager
@@ -199,23 +265,27 @@ def _module_sources(
     tasks: Mapping[str, Sequence[Path]],
     results_dir: Path,
     resample: bool,
+    limit: int | None,
     again: bool,
     failures: dict[str, str],
 ) -> list[Source]:
     from .embeddings import best_folder, embed_task, origin
+    from .preview import audio_seconds, limited
 
     sources, warned = [], set()
     for name, folders in tasks.items():
         for hear in models:
             with noted(f"{hear.name}, {name}", failures):
                 task = read_task(best_folder(folders, hear.sample_rate))
-                if task.folder not in warned:
+                task = limited(task, limit, results_dir / "tasks") if limit else task
+                if task.folder not in warned and "limit" not in task.metadata:
                     _warn(task)
                 warned.add(task.folder)
-                target = embeddings_folder(results_dir, hear.name, hear.checkpoint_sha256, name)
+                target = embeddings_folder(results_dir, hear.name, hear.checkpoint_sha256, task.name)
                 make = functools.partial(embed_task, hear, task, target, resample=resample, again=again)
                 comes_from = origin(hear, task, target, resample)
-                sources.append(Source(task, hear.name, hear.checkpoint_sha256, target, comes_from, make))
+                seconds = functools.partial(audio_seconds, task, hear.sample_rate, resample)
+                sources.append(Source(task, hear.name, hear.checkpoint_sha256, target, comes_from, make, seconds))
     return sources
 
 
@@ -262,8 +332,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--model", default="", metavar="NAME|FILE", help="the first argument of the module's load_model")
     add_model_options(parser)
     add("--protocol", default="heareval", help="heareval (8 of 16 grid points, seed 42; default) or ssam (seeds 0-9)")
-    add("--probe", choices=PROBES, default="exact", help="exact: heareval's numbers (default); bf16: others like them")
-    add("--seeds", type=int, metavar="N", help="number of probe seeds (default: the protocol's own)")
+    probes = "exact: heareval's numbers (default); bf16: others like them; knn, logreg, fewshot: scenes in seconds"
+    add("--probe", choices=PROBES, nargs="+", default=["exact"], help=probes)
+    add("--shots", type=int, default=8, metavar="N", help="clips per class of fewshot (default: %(default)s)")
+    add("--limit", type=int, metavar="N", help="only so many clips of each split, for a quick look: no HEAR scores")
+    add("--seeds", type=int, metavar="N", help="number of probe seeds (default: the protocol's own; 10 of fewshot)")
     add("--results-dir", type=Path, required=True, metavar="DIR", help="records, embeddings and predictions go here")
     add("--embeddings-dir", type=Path, metavar="DIR", help="probe finished embedding folders; no model is loaded")
     existing = "with results there: run the rest (default), run all again, embeddings too, or refuse"
@@ -278,8 +351,9 @@ def run(args: argparse.Namespace) -> int:
     given = {**vars(args), "model_options": parse_options(args.model_options)}
     evaluation = run_evaluation(**{name: given[name] for name in inspect.signature(run_evaluation).parameters})
     if evaluation.records:  # beside what other models have reached on the same tasks
-        tasks = {record["task"] for record in evaluation.records}
-        rows = [r for r in read(args.results_dir) if r["task"] in tasks and r["protocol"] == args.protocol]
+        tasks = {r["task"] for r in evaluation.records}
+        runs = {(r["protocol"], r["probe"]) for r in evaluation.records}
+        rows = [r for r in read(args.results_dir) if r["task"] in tasks and (r["protocol"], r["probe"]) in runs]
         print(terminal(rows, Options()), end="")
     if not evaluation.failures:
         return 0

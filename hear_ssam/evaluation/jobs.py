@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -32,12 +33,15 @@ from .. import __version__
 from ..errors import HearSsamError
 from ..machine import keep_freed_memory
 from ..paths import atomic_write
-from .records import Record, append, finite, make_records, predictions_file
+from .records import Record, append, make_records, predictions_file
 
 if TYPE_CHECKING:
-    from .probe import ProbeResult
+    from .probe import FoldResult
+    from .quick import QuickFold
     from .rows import Rows
     from .tasks import Task
+
+HEADS = ("exact", "bf16")  # the probes that train heareval's heads; all others are quick
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,21 @@ class Job:
 
     @property
     def label(self) -> str:
-        return f"{self.identity['model']}, {self.identity['task']}, seed {self.identity['seed']}"
+        return f"{self.identity['model']}, {self.identity['task']}, seed {self.identity['seed']}{self._probe}"
 
     @property
-    def size(self) -> int:
-        """Grows with the time that the job takes: bytes to train on, about twice for the folds of a k-fold task."""
+    def _probe(self) -> str:
+        """The probe in a label; the usual one goes without saying."""
+        return "" if self.identity["probe"] == "exact" else f", {self.identity['probe']}"
+
+    @property
+    def size(self) -> float:
+        """Grows with the time that the job takes: bytes to train on, about twice for the folds of a k-fold task.
+
+        Quick probes come first: their results are there while the others run.
+        """
+        if self.identity["probe"] not in HEADS:
+            return math.inf
         paths = self.source_folder.glob("*.embeddings.npy")
         sizes = {path.name.partition(".")[0]: path.stat().st_size for path in paths}
         return sizes.get("train", 2 * sum(sizes.values()))
@@ -162,39 +176,47 @@ def _work(job: Job) -> list[Record]:
     import torch
 
     from .embeddings import given_origin, provenance
-    from .probe import probe_task
 
-    began, bf16 = time.time(), job.identity["probe"] == "bf16"
+    began, probe = time.time(), job.identity["probe"]
     task, splits = _opened(job.source_folder)
-    result = probe_task(task, splits, job.identity["protocol"], job.identity["seed"], bf16=bf16)
-    _store_predictions(job, task, result)
+    found: Sequence[FoldResult | QuickFold]
+    if probe in HEADS:
+        from .probe import probe_task
+
+        result = probe_task(task, splits, job.identity["protocol"], job.identity["seed"], bf16=probe == "bf16")
+        found, histories, config = result.folds, result.histories, {"grid_point": asdict(result.config)}
+    else:
+        from .quick import quick_probe
+
+        found, histories, config = quick_probe(task, splits, probe, job.identity["seed"]), [], {}
+    _store_predictions(job, task, found, histories)
     made_by = provenance(job.source_folder)
     embeddings = {name: made_by.get(name) for name in ("dim", "device", "dtype", "backend", "seconds")}
     common = {
-        "grid_point": asdict(result.config),
+        **config,
+        **{name: task.metadata[name] for name in ("limit",) if name in task.metadata},
         "clips": sum(len(names) for _, names in task.shuffled_clips()),
         "embeddings": {**given_origin(task), **embeddings, "folder": str(job.source_folder.resolve())},
         "device": "cpu",
-        "dtype": "bfloat16" if bf16 else "float32",
+        "dtype": "bfloat16" if probe == "bf16" else "float32",
         "threads": 1,
         "seconds": round(time.time() - began, 3),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"hear_ssam": __version__, "python": platform.python_version(), "torch": torch.__version__},
         "commit": job.commit,
     }
-    folds = {}
-    for fold in result.folds:
-        details = {"epoch": fold.epoch, "validation_score": finite(fold.validation_score), "loss": finite(fold.loss)}
-        folds[fold.fold] = fold.scores, details
+    folds = {fold.fold: (fold.scores, fold.details) for fold in found}
     return make_records(job.identity, task, folds, common)
 
 
-def _store_predictions(job: Job, task: Task, result: ProbeResult) -> None:
+def _store_predictions(
+    job: Job, task: Task, folds: Sequence[FoldResult | QuickFold], histories: list[list[dict[str, float]]]
+) -> None:
     import numpy as np
 
-    arrays = {"labels": np.array(task.labels), "histories": np.array(json.dumps(result.histories))}
+    arrays = {"labels": np.array(task.labels), "histories": np.array(json.dumps(histories))}
     if not task.event:  # frames of long recordings would fill the disk
-        arrays |= {f"{f.fold}/{kind}": getattr(f, kind) for f in result.folds for kind in ("prediction", "target")}
+        arrays |= {f"{f.fold}/{kind}": getattr(f, kind) for f in folds for kind in ("prediction", "target")}
     with atomic_write(predictions_file(job.results_dir, job.identity)) as path, open(path, "wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # its stub takes the names for options
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import HearSsamError, unknown_name
+from .records import finite
 from .rows import Rows, open_embeddings
 from .scores import named_score
 from .tasks import DataSplit, Task
@@ -236,6 +237,11 @@ class FoldResult:
     epoch: int
     prediction: np.ndarray  # float32 (rows, classes), rows as in the embedding folder
     target: np.ndarray  # float32 (rows, classes)
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What a record says of a single fold."""
+        return {"epoch": self.epoch, "validation_score": finite(self.validation_score), "loss": finite(self.loss)}
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class Record(_Key, total=False):
     loss: float | None
     grid_point: dict[str, Any]
     clips: int
+    limit: int  # clips of each split, where there are more
     embeddings: dict[str, Any]  # of `embeddings.json`, and their folder
     device: str
     dtype: str

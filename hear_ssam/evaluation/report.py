@@ -22,7 +22,7 @@ from .. import BASELINE
 from ..errors import HearSsamError
 from ..paths import atomic_write
 from .records import Record, embeddings_folder, predictions_file, read
-from .tables import FORMATS, Options, Table, as_text, caption, grid, tables
+from .tables import FORMATS, Options, Table, agreement, as_text, caption, grid, tables
 from .tasks import DONE, read_task
 
 EXAMPLES = """examples:
@@ -154,10 +154,14 @@ def page(records: list[Record], options: Options, results_dir: Path) -> str:
     """The HTML page of all tables; pictures are drawn where predictions and embeddings lie in `results_dir`."""
     parts = []
     for table in tables(records):
-        parts += [f"<h2>{_text(table.protocol)} protocol</h2>", _sortable(table, options)]
+        parts += [f"<h2>{_text(table.protocol)} protocol, probe {_text(table.probe)}</h2>", _sortable(table, options)]
         parts += [f"<p>{_text(caption(table, options))}</p>"]
         for task in table.tasks:
             parts += [f"<h2>{_text(task)}</h2>", _intervals(table, task), *_models(table, task, results_dir)]
+    if rows := agreement(records):
+        lines = ["".join(f"<td>{_text(cell)}</td>" for cell in row) for row in rows]
+        parts += ["<h2>How the probes agree</h2><p>Rank correlation (Spearman) of the scores that two probes give.</p>"]
+        parts += ['<div class="scroll"><table>', *(f"<tr>{line}</tr>" for line in lines), "</table></div>"]
     head = '<meta charset="utf-8"><title>HEAR scores</title><meta name="viewport" content="width=device-width">'
     body = f"<style>{_STYLE}</style><h1>HEAR scores</h1>{''.join(parts)}<script>{_SCRIPT}</script>"
     return f'<!doctype html><html lang="en">{head}{body}</html>\n'
@@ -249,6 +253,8 @@ def _prediction_figures(path: Path) -> list[str]:
     if len(target) and (target.sum(1) == 1).all():
         words = f"confusion matrix, rows are true: {len(target)} clips, seed {path.stem.rpartition('seed')[2]}"
         figures.append(_figure(_confusion(confusion_matrix(predictions).tolist(), labels), words))
+    if not histories:
+        return figures
     key = "val_score" if "val_score" in histories[0][0] else "val_loss"
     words = f"{key.replace('val_', 'validation ')} over epochs of all {len(histories)} heads"
     return [*figures, _figure(_curves(histories, key), words)]

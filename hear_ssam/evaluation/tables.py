@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 import statistics
 from collections import Counter
@@ -187,6 +188,8 @@ def caption(table: Table, options: Options) -> str:
         text += ", mean ± 95 % t-interval over seeds; ≈ not significantly worse than the best (Welch, 5 %)"
     if any(record["score"] is None for record in table.records):
         text += "; scores that are not finite are left out"
+    for limit in sorted({record["limit"] for record in table.records if "limit" in record}):
+        text += f"; -limit{limit}: only {limit} clips of each split, no HEAR scores"
     below = aggregates(table, options)
     if "s(m)" in below:
         text += "; s(m) = 100 × mean over tasks of max(0, (score − baseline) / (best − baseline)), "
@@ -199,26 +202,58 @@ def caption(table: Table, options: Options) -> str:
     return text + "."
 
 
+def agreement(records: Iterable[Record]) -> list[list[str]]:
+    """How alike two probes rank, as text, header first: Spearman's correlation over what both have judged.
+
+    Over models, the mean of the tasks with at least three; over tasks, the mean of the models with at least three.
+    Empty where no two probes can be compared.
+    """
+    rows = []
+    for one, other in itertools.combinations(tables(records), 2):
+        both = [at for at in one.cells if at in other.cells]
+        found = []
+        for fixed, what in ((0, "task"), (1, "model")):
+            groups = [[at for at in both if at[fixed] == name] for name in dict.fromkeys(at[fixed] for at in both)]
+            means = [[[table.cells[at].mean for at in group] for table in (one, other)] for group in groups]
+            values = [_spearman(*pair) for pair in means if min(len(set(scores)) for scores in pair) >= 3]
+            found.append(
+                f"{statistics.mean(values):.2f} ({len(values)} {what}{'s' * (len(values) != 1)})" if values else "–"
+            )
+        if both:
+            rows.append([*(f"{table.probe} ({table.protocol})" for table in (one, other)), *found])
+    return [["probe", "and probe", "agree over models (ρ)", "over tasks (ρ)"], *rows] if rows else []
+
+
+def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a, b).statistic)
+
+
 def terminal(records: list[Record], options: Options) -> str:
     """Aligned columns; * marks the best of a row."""
-    texts = []
-    for table in tables(records):
-        rows = grid(table, options, "*{}*".format)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("─" * width for width in widths))
-        texts.append("\n".join([caption(table, options), *lines]) + "\n")
-    return "\n".join(texts)
+    texts = [f"{caption(table, options)}\n{_aligned(grid(table, options, '*{}*'.format))}" for table in tables(records)]
+    return "\n".join([*texts, *map(_aligned, filter(None, [agreement(records)]))])
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("─" * width for width in widths))
+    return "\n".join(lines) + "\n"
 
 
 def markdown(records: list[Record], options: Options) -> str:
     """Pipe tables; the best of a row in bold."""
-    texts = []
-    for table in tables(records):
-        header, *rows = (f"| {' | '.join(row)} |" for row in grid(table, options, "**{}**".format))
-        rule = "|" + "---|" * header.count(" | ") + "---|"
-        texts.append("\n".join([caption(table, options), "", header, rule, *rows]) + "\n")
-    return "\n".join(texts)
+    texts = [
+        f"{caption(table, options)}\n\n{_piped(grid(table, options, '**{}**'.format))}" for table in tables(records)
+    ]
+    return "\n".join([*texts, *map(_piped, filter(None, [agreement(records)]))])
+
+
+def _piped(rows: list[list[str]]) -> str:
+    header, *lines = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([header, "|" + "---|" * len(rows[0]), *lines]) + "\n"
 
 
 _LATEX = str.maketrans(

@@ -90,6 +90,7 @@ class Task:
     """One task as heareval sees it. `folder` is a task folder or an embedding folder made from one."""
 
     folder: Path
+    audio: Path  # its audio lies below: `folder`, unless clips of another task were chosen
     metadata: dict[str, Any]
     labels: tuple[str, ...]  # the class with index i is labels[i]
     _clips: dict[str, dict[str, list[Any]]] = field(default_factory=dict, repr=False, compare=False)  # what was read
@@ -212,7 +213,7 @@ def read_task(folder: Path) -> Task:
     if not isinstance(metadata, dict):
         raise HearSsamError(f"{path}: must be a JSON object with {', '.join(_NEEDED)}.")
     _check_metadata(metadata, path)
-    return Task(folder, metadata, _read_vocabulary(folder / VOCABULARY))
+    return Task(folder, folder, metadata, _read_vocabulary(folder / VOCABULARY))
 
 
 def _check_metadata(metadata: dict[str, Any], path: Path) -> None:

@@ -1,0 +1,87 @@
+"""A quick look: the few clips of `--limit`, and how long all the rest will take."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import statistics
+import time
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from ..errors import HearSsamError
+from ..paths import atomic_write
+from .embeddings import audio_folder
+from .tasks import METADATA, VOCABULARY, Task, read_task
+
+_EPOCHS = 150  # of one of heareval's heads, usually: 60 to wait, and those to its best
+
+
+def limited(task: Task, count: int, folder: Path) -> Task:
+    """The task with at most `count` clips of each split, as one of another name that says so; described in `folder`.
+
+    Clips are drawn with a fixed seed, one of every class before a second of any. A task without more clips stays whole.
+    """
+    if all(len(task.clips(split)) <= count for split in task.splits):
+        return task
+    target, generator = folder / f"{task.name}-limit{count}", random.Random(0)
+    files = {METADATA: json.dumps({**task.metadata, "limit": count})}
+    for split in task.splits:
+        clips, seen, turn = task.clips(split), Counter[str](), {}
+        for name in generator.sample(sorted(clips), len(clips)):
+            first = next(iter(clips[name]), "")
+            label = str(first["label"] if isinstance(first, dict) else first)
+            turn[name] = seen[label]
+            seen[label] += 1
+        chosen = set(sorted(turn, key=turn.__getitem__)[:count])
+        files[f"{split}.json"] = json.dumps({name: clips[name] for name in clips if name in chosen})
+    for name, text in files.items():
+        with atomic_write(target / name) as path:
+            path.write_text(text, encoding="utf-8")
+    with atomic_write(target / VOCABULARY) as path:
+        shutil.copyfile(task.folder / VOCABULARY, path)
+    return replace(read_task(target), audio=task.audio)
+
+
+def audio_seconds(task: Task, sample_rate: int, resample: bool) -> float:
+    """About how much audio a task holds, by the headers of ten clips of each split; 0 where they cannot be read."""
+    total = 0.0
+    try:
+        for split in task.splits:
+            folder, names = audio_folder(task, split, sample_rate, resample), list(task.clips(split))
+            some = names[:: -(-len(names) // 10)]
+            total += len(names) * statistics.mean(soundfile.info(folder / name).duration for name in some)
+    except (HearSsamError, soundfile.LibsndfileError):
+        return 0.0
+    return total
+
+
+@cache
+def _product_seconds() -> float:
+    """What one multiplication and addition takes now in products of matrices on this machine."""
+    ones, began = np.ones((1024, 1024), np.float32), time.perf_counter()
+    for _ in range(3):
+        ones @ ones
+    return (time.perf_counter() - began) / (3 * 1024**3)
+
+
+def probe_seconds(task: Task, dim: int, points: int) -> float:
+    """About how long a seed of heareval's heads takes on a scene task where `points` compete, by its products."""
+    products = 0
+    for number, split in enumerate(task.data_splits):
+        rows, heads = sum(len(task.clips(name)) for name in split.train), 1 if number else points
+        products += heads * _EPOCHS * rows * 3 * 1024 * (dim + len(task.labels))  # forward, and twice as much backward
+    return 0.0 if task.event else products * _product_seconds()
+
+
+def duration(seconds: float) -> str:
+    """A length of time, rounded to what an estimate is worth."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
