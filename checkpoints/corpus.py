@@ -1,9 +1,8 @@
-"""Decodes the audio of Debian packages that the shipped encoders were trained on, as corpus.toml (beside) says.
+"""Decodes the audio that the shipped encoders were trained on: packages and repositories, as corpus.toml (beside) says.
 
-    apt-get download NAME...                                       # a run says which packages are missing
-    for deb in *.deb; do dpkg -x $deb PACKAGES/${deb%%_*}; done
-    python checkpoints/corpus.py PACKAGES AUDIO                    # writes AUDIO/PACKAGE/00000.wav ..., 16 kHz float32
-    hear-ssam corpus STORE --audio AUDIO FOLDERS                   # FOLDERS: the `source` tables of the recipe
+    hear-ssam corpus STORE --missing FOLDER         # prints the commands that get what FOLDER lacks
+    python checkpoints/corpus.py FOLDER AUDIO       # writes AUDIO/SOURCE/00000.wav ..., 16 kHz float32
+    hear-ssam corpus STORE --audio AUDIO
 
 Needs hear_ssam, and ffmpeg for G.722.
 """
@@ -16,6 +15,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,14 +27,15 @@ import soundfile
 
 from hear_ssam.audio import SUFFIXES, decode_audio, read_audio, resample
 from hear_ssam.errors import HearSsamError, unknown_name
-from hear_ssam.paths import atomic_write
-from hear_ssam.pretraining.clips import recipe
+from hear_ssam.paths import atomic_write, shipped
+from hear_ssam.pretraining.clips import missing, recipe
 from hear_ssam.pretraining.store import RATE, Clip
 
 
-def main(packages: str, output: str) -> int:
-    """Decode all packages of the recipe; exit code 1 if a clip was skipped."""
-    skipped = write_audio(debian_clips(packages, recipe()["package"]), Path(output))
+def main(folder: str, output: str) -> int:
+    """Decode the whole recipe; exit code 1 if a clip was skipped."""
+    table = recipe()
+    skipped = write_audio(recipe_clips(folder, [*table["package"], *table["source"]]), Path(output))
     for reason in skipped:
         print(f"skipped {reason}", file=sys.stderr)
     return 1 if skipped else 0
@@ -58,55 +60,86 @@ def write_audio(clips: Iterable[Clip], output: Path) -> list[str]:
     return skipped
 
 
-def debian_clips(folder: str | Path, packages: list[dict[str, Any]]) -> Iterator[Clip]:
-    """Clips of Debian packages, each extracted to FOLDER/NAME, as the `package` table of the recipe says.
+def recipe_clips(folder: str | Path, entries: list[dict[str, Any]]) -> Iterator[Clip]:
+    """Clips of packages and repositories, each in FOLDER/NAME, as the tables of the recipe say.
 
-    Raises HearSsamError that lists the packages that are missing, and where a package holds no file that is wanted.
+    Raises HearSsamError with the commands that get what is missing, and where an entry holds no file that is wanted.
     """
-    missing = [package["name"] for package in packages if not Path(folder, package["name"]).is_dir()]
-    if missing:
-        raise HearSsamError(
-            f"{folder}: missing packages; run `apt-get download {' '.join(missing)}`, then "
-            f"`for deb in *.deb; do dpkg -x $deb {folder}/${{deb%%_*}}; done`."
-        )
-    for package in packages:
-        root = Path(folder, package["name"])
-        if package["decoder"] not in DECODERS:
-            raise unknown_name(f"decoder of {package['name']}", package["decoder"], DECODERS)
-        exclude = re.compile(package.get("exclude", "(?!)"))  # (?!) matches nothing
-        files = sorted({file for pattern in package["files"] for file in root.glob(pattern)})
+    if lines := missing(folder, entries):
+        raise HearSsamError(f"{folder}: lacks a part of the corpus; get it:\n" + "\n".join(lines))
+    with open(shipped("checkpoints") / "left-out.tsv", encoding="utf-8") as table:
+        left_out = {line.split("\t")[0] for line in table}
+    for entry in entries:
+        root, decoder = Path(folder, entry["name"]), entry.get("decoder", "audio")
+        if decoder not in DECODERS:
+            raise unknown_name(f"decoder of {entry['name']}", decoder, DECODERS)
+        exclude = re.compile(entry.get("exclude", "(?!)"))  # (?!) matches nothing
+        files = sorted({file for pattern in entry["files"] for file in root.glob(pattern)})
         files = [f for f in files if f.is_file() and not f.is_symlink()]
         files = [f for f in files if not exclude.search("/" + f.relative_to(root).as_posix())]
+        files = [f for f in files if f.relative_to(folder).as_posix() not in left_out]
         if not files:
-            raise HearSsamError(f"{root}: holds none of {package['files']}; the recipe is for {package['version']}.")
-        for file in files:
-            try:
-                for name, decode in DECODERS[package["decoder"]](file):
-                    yield Clip(package["name"], name, decode)
-            except (OSError, ValueError, zipfile.BadZipFile) as error:
-                raise HearSsamError(f"{file}: damaged; extract the package again ({error}).") from error
+            stated = entry.get("version") or entry.get("commit")
+            raise HearSsamError(f"{root}: holds none of {entry['files']}; the recipe is for {stated}.")
+        for name, decode in DECODERS[decoder](files):
+            yield Clip(entry["name"], name, decode)
 
 
 Decoded = Iterator[tuple[str, Callable[[], np.ndarray]]]  # (name, how to decode it)
+
+
+def _each(clips: Callable[[Path], Decoded]) -> Callable[[list[Path]], Decoded]:
+    """The clips of one file after another."""
+
+    def of_files(files: list[Path]) -> Decoded:
+        for file in files:
+            try:
+                yield from clips(file)
+            except (OSError, ValueError, zipfile.BadZipFile) as error:
+                raise HearSsamError(f"{file}: damaged; extract the package again ({error}).") from error
+
+    return of_files
 
 
 def _audio_file(path: Path) -> Decoded:
     yield str(path), functools.partial(read_audio, path, RATE)
 
 
-def _g722_file(path: Path) -> Decoded:
+def _g722_files(files: list[Path]) -> Decoded:
     """Headerless ITU-T G.722 at 16 kHz, which libsndfile does not read."""
+    lock = threading.Lock()  # who asks for the first file of a group decodes all of it
 
-    def decode() -> np.ndarray:
-        if not shutil.which("ffmpeg"):
-            raise HearSsamError(f"{path}: needs the program ffmpeg to decode G.722; install it.")
-        command = ["ffmpeg", "-v", "error", "-nostdin", "-f", "g722", "-i", str(path), "-ac", "1", "-ar", str(RATE)]
-        done = subprocess.run([*command, "-f", "f32le", "-"], capture_output=True)
+    def decode(group: tuple[Path, ...], i: int) -> np.ndarray:
+        with lock:
+            try:
+                return _ffmpeg(group)[i]
+            except HearSsamError:
+                return _ffmpeg(group[i : i + 1])[0]  # one damaged file spoils no other
+
+    for start in range(0, len(files), GROUP):
+        group = tuple(files[start : start + GROUP])
+        for i, path in enumerate(group):
+            yield str(path), functools.partial(decode, group, i)
+
+
+GROUP = 100  # files for one process
+
+
+@functools.lru_cache(maxsize=2)
+def _ffmpeg(files: tuple[Path, ...]) -> list[np.ndarray]:
+    """Float32 at 16 kHz of several files by one process."""
+    if not shutil.which("ffmpeg"):
+        raise HearSsamError(f"{files[0]}: needs the program ffmpeg to decode G.722; install it.")
+    command = ["ffmpeg", "-v", "error", "-nostdin"]
+    for path in files:
+        command += ["-f", "g722", "-i", str(path)]
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(len(files)):
+            command += ["-map", str(i), "-ac", "1", "-ar", str(RATE), "-f", "f32le", f"{folder}/{i}"]
+        done = subprocess.run(command, capture_output=True)
         if done.returncode:
-            raise HearSsamError(f"{path}: ffmpeg cannot decode it: {done.stderr.decode(errors='replace').strip()}")
-        return np.frombuffer(bytearray(done.stdout), "<f4")  # a bytearray: torch wants writable memory
-
-    yield str(path), decode
+            raise HearSsamError(f"{files[0]}: ffmpeg cannot decode it: {done.stderr.decode(errors='replace').strip()}")
+        return [np.fromfile(f"{folder}/{i}", "<f4") for i in range(len(files))]
 
 
 SAMPLE_HEADER = np.dtype(  # SoundFont 2.04, section 7.10
@@ -173,12 +206,12 @@ def _zip_members(path: Path) -> Decoded:
                 yield f"{path}:{name}", _in_memory(archive.read(name), f"{path}:{name}")
 
 
-DECODERS: dict[str, Callable[[Path], Decoded]] = {
-    "audio": _audio_file,
-    "g722": _g722_file,
-    "sf2": _soundfont,
-    "cat": _wavs_in_a_row,
-    "zip": _zip_members,
+DECODERS: dict[str, Callable[[list[Path]], Decoded]] = {
+    "audio": _each(_audio_file),
+    "g722": _g722_files,
+    "sf2": _each(_soundfont),
+    "cat": _each(_wavs_in_a_row),
+    "zip": _each(_zip_members),
 }
 
 

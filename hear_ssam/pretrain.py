@@ -7,6 +7,7 @@ field of `Recipe`; the recipes that ship stand beside `pretraining/recipe.py`.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -14,8 +15,8 @@ from .config import CONFIGS
 from .errors import HearSsamError, unknown_name
 from .machine import usable_cpus
 from .options import add_device
-from .paths import atomic_write
-from .pretraining.clips import audio_clips, terms
+from .paths import atomic_write, shipped
+from .pretraining.clips import audio_clips, missing, recipe, terms
 from .pretraining.recipe import RECIPES, Recipe, read_recipe
 from .pretraining.store import RATE, build_store, open_store
 
@@ -33,18 +34,22 @@ def add_parser(subparsers: Any) -> None:
         epilog="""examples:
   hear-ssam corpus store --audio recordings/ more.tar shards/speech-{000000..000127}.tar
   hear-ssam corpus store --check-against tasks/ my-test-set.tar    no recording of an evaluation is trained on
-  hear-ssam corpus store --audio decoded/       what `python checkpoints/corpus.py packages decoded` wrote
 
-What the shipped encoders were trained on, with its licences: checkpoints/corpus.toml.""",
+What the shipped encoders were trained on (checkpoints/corpus.toml), from nothing, in an empty folder on Debian 12:
+  hear-ssam corpus store --missing sources      prints commands: apt-get download ..., git fetch ... of a commit
+  hear-ssam corpus store --missing sources | bash
+  python .../checkpoints/corpus.py sources decoded    the path is printed when nothing is missing
+  hear-ssam corpus store --audio decoded""",
     )
     parser.add_argument("store", metavar="STORE", help="folder to write")
     parser.add_argument("--audio", nargs="+", metavar="PATH", help="audio files, folders, tars of them")
     parser.add_argument(
         "--check-against", nargs="+", default=[], metavar="PATH", help="leave out clips that sound like these (tasks)"
     )
+    parser.add_argument("--missing", metavar="FOLDER", help="say what FOLDER lacks of the shipped encoders' corpus")
     parser.add_argument("--workers", type=int, default=usable_cpus(), metavar="N", help="decoding threads")
     parser.set_defaults(run=run_corpus)
-    shipped = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
+    recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
     parser = subparsers.add_parser(
         "pretrain",
         help="a store of audio -> an encoder",
@@ -55,10 +60,11 @@ What the shipped encoders were trained on, with its licences: checkpoints/corpus
   hear-ssam pretrain store run --precision bf16 --batch-size 1024
   hear-ssam pretrain store more --init run/ssam_tiny.safetensors --seed 1    go on from weights
   hear-ssam pretrain store run --recipe my.toml --steps 1000    options win over the file
+  hear-ssam pretrain store run --probe tasks/esc50-v2.0.0-full    judged while it trains; run/picture.png shows it
   torchrun --nproc-per-node 2 -m hear_ssam pretrain store run   several processes, on one machine or more
   hear-ssam embed sounds/ -o out.parquet --model run/ssam_tiny.safetensors
 
-recipes that ship: {shipped}""",
+recipes that ship: {recipes}""",
     )
     parser.add_argument("store", metavar="STORE", help="folder that `hear-ssam corpus` wrote")
     parser.add_argument("out", metavar="OUT", help="folder of the run: its state, log, checkpoint and card")
@@ -66,6 +72,8 @@ recipes that ship: {shipped}""",
     add_device(parser)
     parser.add_argument("--save-minutes", type=float, default=2.0, metavar="M", help="how often (default 2)")
     parser.add_argument("--keep", type=int, default=1, metavar="K", help="how many saved states stay (default 1)")
+    parser.add_argument("--probe", nargs="+", metavar="TASK", help="HEAR tasks for logistic regression on embeddings")
+    parser.add_argument("--probe-minutes", type=float, default=30.0, metavar="M", help="how often (default 30)")
     for name, kind in _options().items():
         option, default = f"--{name.replace('_', '-')}", f"default {getattr(Recipe, name)}"
         if kind is bool:
@@ -102,8 +110,16 @@ def run_corpus(args: argparse.Namespace) -> int:
 
     if args.workers < 1:
         raise HearSsamError(f"--workers {args.workers}: needs at least one.")
+    if args.missing:
+        table = recipe()
+        lines = missing(args.missing, [*table["package"], *table["source"]])
+        if not lines:
+            script = shipped("checkpoints") / "corpus.py"
+            print(f"nothing is missing; go on with: python {script} {args.missing} AUDIO", file=sys.stderr)
+        print(*lines, sep="\n")
+        return 1 if lines else 0
     if not args.audio and not args.check_against:
-        raise HearSsamError(f"{args.store}: name what to do, --audio PATH... or --check-against PATH...")
+        raise HearSsamError(f"{args.store}: name what to do: --audio, --check-against or --missing.")
     if not args.audio:
         return _check(args)
     info = build_store(args.store, tqdm(audio_clips(args.audio), unit=" clips"), args.workers, terms)
@@ -142,7 +158,12 @@ def run_pretrain(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in _options()}
     options = {name: value for name, value in options.items() if value is not None}
     recipe = read_recipe(args.recipe, **options) if args.recipe else Recipe(**options)
-    path = pretrain(args.store, args.out, recipe, args.device, args.save_minutes, args.keep)
+    probe = None
+    if args.probe:
+        from .evaluation.logistic import logistic_scores, named_tasks
+
+        probe = functools.partial(logistic_scores, tasks=named_tasks(args.probe), device=args.device)
+    path = pretrain(args.store, args.out, recipe, args.device, args.save_minutes, args.keep, probe, args.probe_minutes)
     print(f"wrote {path} and {path.with_suffix('.md')}")
     return 0
 

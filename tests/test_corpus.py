@@ -26,7 +26,7 @@ from hear_ssam.pretraining.store import build_store, open_store
 
 SCRIPT = shipped("checkpoints") / "corpus.py"
 script = runpy.run_path(str(SCRIPT))
-debian_clips = script["debian_clips"]
+recipe_clips = script["recipe_clips"]
 
 
 def noise(seconds: float, seed: int, rate: int = 16_000) -> np.ndarray:
@@ -206,7 +206,7 @@ def test_soundfont_reader(tmp_path: Path) -> None:
     dropped = [("rom", tone, 16_000, 0x8001), ("short", tone[:700], 16_000, 1), ("silent", tone // 300, 16_000, 1)]
     (tmp_path / "font" / "usr").mkdir(parents=True)
     (tmp_path / "font" / "usr" / "x.sf2").write_bytes(soundfont([dropped[0], kept[0], *dropped[1:], kept[1]]))
-    clips = list(debian_clips(tmp_path, packages({"name": "font", "files": ["usr/*.sf2"], "decoder": "sf2"})))
+    clips = list(recipe_clips(tmp_path, packages({"name": "font", "files": ["usr/*.sf2"], "decoder": "sf2"})))
     assert [clip.name.split()[-1] for clip in clips] == ["whole", "faster"]
     np.testing.assert_array_equal(clips[0].decode(), tone[:16_000] / np.float32(32768))
     assert clips[1].decode().shape == (16_000,) and clips[1].decode().dtype == np.float32
@@ -224,7 +224,7 @@ def test_readers_of_joined_and_zipped_wavs(tmp_path: Path) -> None:
     entries = packages(
         {"name": "cats", "files": ["*.cat"], "decoder": "cat"}, {"name": "zips", "files": ["*.pk3"], "decoder": "zip"}
     )
-    clips = list(debian_clips(tmp_path, entries))
+    clips = list(recipe_clips(tmp_path, entries))
     assert [clip.source for clip in clips] == ["cats"] * 3 + ["zips"] * 3
     for clip, expected in zip(clips, audio * 2, strict=True):
         np.testing.assert_allclose(clip.decode(), expected, atol=1e-4)
@@ -236,10 +236,64 @@ def test_g722_reader(tmp_path: Path) -> None:
     (tmp_path / "tone.wav").write_bytes(wav(tone))
     (tmp_path / "p").mkdir()
     subprocess.run(["ffmpeg", "-v", "error", "-i", tmp_path / "tone.wav", tmp_path / "p" / "tone.g722"], check=True)
-    (clip,) = debian_clips(tmp_path, packages({"name": "p", "files": ["*.g722"], "decoder": "g722"}))
+    (clip,) = recipe_clips(tmp_path, packages({"name": "p", "files": ["*.g722"], "decoder": "g722"}))
     decoded = clip.decode()
     assert decoded.shape == (16_000,)
     assert np.argmax(np.abs(np.fft.rfft(decoded))) == 440  # 1 Hz bins
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
+def test_one_ffmpeg_decodes_many_g722_files_to_the_samples_of_each_alone(tmp_path, monkeypatch) -> None:
+    (tmp_path / "p").mkdir()
+    for i in range(5):
+        (tmp_path / f"{i}.wav").write_bytes(wav(noise(0.2 + 0.3 * i, i)))
+        made = ["ffmpeg", "-v", "error", "-i", tmp_path / f"{i}.wav", tmp_path / "p" / f"{i}.g722"]
+        subprocess.run(made, check=True)
+    entry = packages({"name": "p", "files": ["*.g722"], "decoder": "g722"})
+    monkeypatch.setitem(recipe_clips.__globals__, "GROUP", 3)
+    run, calls = subprocess.run, []
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: calls.append(args) or run(*args, **options))
+    together = [clip.decode() for clip in recipe_clips(tmp_path, entry)]
+    assert len(calls) == 2
+    for i, audio in enumerate(together):
+        command = ["ffmpeg", "-v", "error", "-f", "g722", "-i", tmp_path / "p" / f"{i}.g722", "-f", "f32le", "-"]
+        np.testing.assert_array_equal(audio, np.frombuffer(run(command, capture_output=True, check=True).stdout, "<f4"))
+    recipe_clips.__globals__["_ffmpeg"].cache_clear()
+    clips = list(recipe_clips(tmp_path, entry))
+    (tmp_path / "p" / "1.g722").unlink()
+    with pytest.raises(HearSsamError, match=r"^\S+1\.g722: ffmpeg cannot decode it"):
+        clips[1].decode()
+    np.testing.assert_array_equal(clips[2].decode(), together[2])
+
+
+def test_what_is_missing_is_said_with_the_commands_that_get_it(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The commands are run, on a repository and a package of this machine."""
+    origin = tmp_path / "origin"
+    git = ["git", "-C", str(origin), "-c", "user.name=x", "-c", "user.email=x@y"]
+    subprocess.run(["git", "init", "-q", str(origin)], check=True)
+    commits = []
+    for i in range(2):
+        (origin / "a.wav").write_bytes(wav(noise(0.5, i)))
+        subprocess.run([*git, "add", "a.wav"], check=True)
+        subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
+        done = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+        commits.append(done.stdout.strip())
+    source = {"name": "birds", "repository": str(origin), "commit": commits[0], "files": ["*.wav"]}
+    monkeypatch.setattr(
+        "hear_ssam.pretrain.recipe", lambda: {"package": packages({"name": "deb", "files": ["*"]}), "source": [source]}
+    )
+    (tmp_path / "my sources" / "deb").mkdir(parents=True)
+    command = ["corpus", "store", "--missing", str(tmp_path / "my sources")]
+    assert main(command) == 1
+    lines = capsys.readouterr().out
+    subprocess.run(["bash", "-e", "-c", lines], check=True)
+    assert main(command) == 0 and "checkpoints/corpus.py" in capsys.readouterr().err
+    (clip,) = recipe_clips(tmp_path / "my sources", [source])
+    np.testing.assert_allclose(clip.decode(), noise(0.5, 0), atol=1e-4)
+    source["commit"] = commits[1]  # another commit than is there
+    assert main(command) == 1 and commits[1] in capsys.readouterr().out
+    (tmp_path / "my sources" / "deb").rmdir()
+    assert main(command) == 1 and "apt-get download deb\nfor deb in" in capsys.readouterr().out
 
 
 def test_exclude_and_links(tmp_path: Path) -> None:
@@ -248,21 +302,21 @@ def test_exclude_and_links(tmp_path: Path) -> None:
         (tmp_path / "drop" / name).write_bytes(wav(noise(0.1, 0)))
     (tmp_path / "drop" / "keep" / "link.wav").symlink_to("1.wav")
     entry = {"name": "drop", "files": ["**/*.wav"], "exclude": "^/drop/", "decoder": "audio"}
-    assert [Path(clip.name).name for clip in debian_clips(tmp_path, packages(entry))] == ["1.wav"]
+    assert [Path(clip.name).name for clip in recipe_clips(tmp_path, packages(entry))] == ["1.wav"]
 
 
 def test_packages_that_lack_something_are_named(tmp_path: Path) -> None:
     with pytest.raises(HearSsamError, match=r"apt-get download gcin-voice"):
-        list(debian_clips(tmp_path, packages({"name": "gcin-voice", "files": ["*"], "decoder": "audio"})))
+        list(recipe_clips(tmp_path, packages({"name": "gcin-voice", "files": ["*"], "decoder": "audio"})))
     (tmp_path / "p").mkdir()
     with pytest.raises(HearSsamError, match="holds none of"):
-        list(debian_clips(tmp_path, packages({"name": "p", "files": ["*.wav"], "decoder": "audio"})))
+        list(recipe_clips(tmp_path, packages({"name": "p", "files": ["*.wav"], "decoder": "audio"})))
     (tmp_path / "p" / "x.wav").write_bytes(b"")
     for decoder in ("sf2", "zip"):
         with pytest.raises(HearSsamError, match=r"x\.wav: damaged"):
-            list(debian_clips(tmp_path, packages({"name": "p", "files": ["*.wav"], "decoder": decoder})))
+            list(recipe_clips(tmp_path, packages({"name": "p", "files": ["*.wav"], "decoder": decoder})))
     with pytest.raises(HearSsamError, match="Did you mean 'zip'"):
-        list(debian_clips(tmp_path, packages({"name": "p", "files": ["*.wav"], "decoder": "zpi"})))
+        list(recipe_clips(tmp_path, packages({"name": "p", "files": ["*.wav"], "decoder": "zpi"})))
 
 
 def test_recipe_is_complete_and_leaves_evaluation_material_out() -> None:
@@ -273,6 +327,8 @@ def test_recipe_is_complete_and_leaves_evaluation_material_out() -> None:
         assert entry["licence"] and entry["attribution"] and entry["content"] and entry["hours"] > 0
     for entry in table["package"]:
         assert entry["decoder"] in script["DECODERS"] and entry["version"] and entry["files"]
+    for entry in table["source"]:
+        assert entry["repository"].startswith("https://") and len(entry["commit"]) == 40 and entry["files"]
     left_out = {name for entry in table["left_out"] for name in entry["names"]}
     assert not left_out & set(names)
     stamps = next(re.compile(e["exclude"]) for e in table["package"] if e["name"] == "tuxpaint-stamps-default")
@@ -297,9 +353,9 @@ def test_decoded_packages_make_the_store_of_their_clips(tmp_path: Path, capsys: 
     (tmp_path / "packages" / "first" / "a.wav").write_bytes(b"not audio")
     entries = packages(*({"name": n, "files": ["*.wav"], "decoder": "audio"} for n in ("first", "second")))
     for _ in range(2):  # the second time, what is there is left alone
-        (skipped,) = script["write_audio"](debian_clips(tmp_path / "packages", entries), tmp_path / "decoded")
+        (skipped,) = script["write_audio"](recipe_clips(tmp_path / "packages", entries), tmp_path / "decoded")
         assert skipped.startswith(f"{tmp_path}/packages/first/a.wav: cannot be read")
-    build_store(tmp_path / "direct", (c for c in debian_clips(tmp_path / "packages", entries) if "a.wav" not in c.name))
+    build_store(tmp_path / "direct", (c for c in recipe_clips(tmp_path / "packages", entries) if "a.wav" not in c.name))
     assert main(["corpus", str(tmp_path / "store"), "--audio", str(tmp_path / "decoded")]) == 0
     direct, store = (open_store(tmp_path / name) for name in ("direct", "store"))
     np.testing.assert_array_equal(store.data, direct.data)
@@ -308,6 +364,6 @@ def test_decoded_packages_make_the_store_of_their_clips(tmp_path: Path, capsys: 
 
 def test_the_script_says_what_is_missing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, SCRIPT, tmp_path, tmp_path / "out"], capture_output=True, text=True)
-    assert done.returncode == 2 and "apt-get download asterisk" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2 and "apt-get download asterisk" in done.stderr and "Traceback" not in done.stderr
     done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
-    assert done.returncode == 1 and "python checkpoints/corpus.py PACKAGES AUDIO" in done.stderr
+    assert done.returncode == 1 and "python checkpoints/corpus.py FOLDER AUDIO" in done.stderr

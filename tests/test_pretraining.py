@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -19,8 +20,10 @@ from hear_ssam.checkpoint import load_checkpoint, save_checkpoint
 from hear_ssam.cli import main
 from hear_ssam.encoder import Encoder, random_mask
 from hear_ssam.errors import HearSsamError
+from hear_ssam.evaluation.logistic import logistic_scores, named_tasks
+from hear_ssam.evaluation.tasks import read_task
 from hear_ssam.frontend import LogMel, normalize
-from hear_ssam.pretraining import codes, loop
+from hear_ssam.pretraining import codes, loop, watch
 from hear_ssam.pretraining.learner import Learner
 from hear_ssam.pretraining.loop import pretrain
 from hear_ssam.pretraining.recipe import (
@@ -35,6 +38,8 @@ from hear_ssam.pretraining.recipe import (
 )
 from hear_ssam.pretraining.store import Clip, build_store, open_store
 from hear_ssam.pretraining.windows import Batch, WindowSampler
+
+from .tiny_tasks import write_task
 
 CPU = torch.device("cpu")
 SYSTEMS = ("ssam", "ssast", "axlstm", "ssamba")
@@ -303,6 +308,56 @@ def test_the_latest_states_are_kept(store, tmp_path):
     assert sorted(p.name for p in (tmp_path / "run").glob("state*")) == [
         "state-000000003.pt", "state-000000004.pt", "state.pt",
     ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- watching it
+
+
+@pytest.mark.parametrize("system", ["ssam", "ssamba"])
+def test_the_picture_puts_patches_in_their_places(system, tmp_path, monkeypatch):
+    model = config.CONFIGS[f"{system}_tiny"]
+    recipe = Recipe(model=f"{system}_tiny", min_frames=200, objective={"pixels": Pixels(normalised=True)})
+    learner, drawn = Learner(Encoder(model), recipe), batch_of(model, clips=5)
+    patches = learner.encoder.patchify(drawn.spec)
+    torch.testing.assert_close(watch.as_pictures(learner.encoder, patches, drawn.spec), drawn.spec.mT.flip(1))
+    mean, std = patches.mean(2, keepdim=True), (patches.var(2, keepdim=True) + 1e-6).sqrt()
+    with monkeypatch.context() as patch:  # a perfect prediction of normalised patches is the input
+        patch.setattr(learner, "_published_head", lambda objective: lambda tokens: (patches - mean) / std)
+        hidden, predicted = learner.reconstruct(drawn)
+    torch.testing.assert_close(predicted, patches, rtol=1e-4, atol=1e-4)
+    assert torch.equal(hidden[..., 0], drawn.masks[0])
+    watch.draw(tmp_path / "two.png", learner, drawn)
+    wide = matplotlib.image.imread(tmp_path / "two.png")
+    assert wide.ndim == 3 and wide.shape[1] > 400
+    codes_only = Learner(Encoder(model), dataclasses.replace(recipe, mix=0, objective={"codes": Codes()}), 7)
+    assert codes_only.reconstruct(drawn)[1] is None
+    watch.draw(tmp_path / "one.png", codes_only, drawn)
+
+
+def test_a_run_is_watched(store, tmp_path, capsys):
+    """A picture of the same windows with every state; a probe of the weights of then, in the log."""
+    task = write_task(tmp_path / "tones-v1.0", clips=9)
+    run, options = tmp_path / "run", ["--batch-size", "4", "--max-frames", "220", "--save-minutes", "0"]
+    command = ["pretrain", str(store), str(run), "--steps", "3", *options, "--device", "cpu"]
+    assert main([*command, "--probe", str(task), "--probe-minutes", "0"]) == 0
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 3 and all(0.3 <= row["tones-v1.0"] <= 1 for row in log)
+    assert logistic_scores(run / "ssam_tiny.safetensors", named_tasks([tmp_path])) == {
+        "tones-v1.0": log[-1]["tones-v1.0"]
+    }
+    assert matplotlib.image.imread(run / "picture.png").ndim == 3 and "tones-v1.0=" in capsys.readouterr().err
+    assert main([*command[:2], str(tmp_path / "other"), *command[3:], "--probe", str(task)]) == 0  # at the end at least
+    log = [json.loads(line) for line in (tmp_path / "other" / "log.jsonl").read_text().splitlines()]
+    assert ["tones-v1.0" in row for row in log] == [False, False, True]
+    events = write_task(tmp_path / "events", embedding_type="event")
+    assert main([*command, "--probe", str(events)]) == 2 and "events: asks for events" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_logistic_regression_scores_what_the_embeddings_tell(tmp_path, multilabel):
+    kind = {"prediction_type": "multilabel", "evaluation": ["mAP"]} if multilabel else {}
+    task = write_task(tmp_path / "tones", folds=3, clips=9, **kind)
+    assert logistic_scores("logmel", [read_task(task)])["tones"] == 1.0
 
 
 # --------------------------------------------------------------------------------------------------------- the recipes

@@ -7,6 +7,7 @@ import io
 import lzma
 import os
 import re
+import shlex
 import tarfile
 import zlib
 from collections import Counter
@@ -102,3 +103,22 @@ def terms(name: str) -> dict[str, str]:
         if entry["name"] == name:
             return {"licence": entry["licence"], "attribution": entry["attribution"]}
     return {}
+
+
+def missing(folder: str | os.PathLike[str], entries: Iterable[dict[str, Any]]) -> list[str]:
+    """Shell commands that get what FOLDER/NAME lacks of `package` and `source` tables of the recipe."""
+    packages, lines = [], []
+    for entry in entries:
+        place = Path(folder, entry["name"])
+        if "repository" not in entry:
+            packages += [entry["name"]] if not place.is_dir() else []
+            continue
+        head = place / ".git" / "HEAD"  # of a checkout; an unpacked archive has none
+        if not place.is_dir() or (head.exists() and head.read_text().strip() != entry["commit"]):
+            git, fetched = f"git -C {shlex.quote(str(place))}", f"{entry['repository']} {entry['commit']}"
+            lines.append(f"git init -q {shlex.quote(str(place))} && {git} fetch -q --depth 1 {fetched}")
+            lines.append(f"{git} checkout -q FETCH_HEAD")
+    if packages:
+        unpack = f'dpkg -x "$deb" {shlex.quote(str(folder))}/"${{deb%%_*}}"'
+        lines = [f"apt-get download {' '.join(packages)}", f"for deb in *.deb; do {unpack}; done", *lines]
+    return lines

@@ -114,6 +114,20 @@ class Learner(nn.Module):
             for average, now in zip(self.teacher.parameters(), self.encoder.parameters(), strict=True):
                 average.lerp_(now, 1 - self.latents.momentum)
 
+    def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Which patches are hidden, bool (B, n, 1), and all of them as predicted (B, n, P), where pixels are asked."""
+        names = list(self.objectives)
+        i = names.index("pixels") if "pixels" in names else 0
+        mask, objective = batch.masks[i % len(batch.masks)], self.objectives[names[i]]
+        if not isinstance(objective, Pixels):
+            return mask[..., None], None
+        patches = self.encoder.patchify(batch.spec)
+        head = self._published_head(objective) or self.heads["pixels"]
+        predicted = head(self._tokens(batch.spec, mask, patches)[0]).float()
+        if objective.normalised:
+            predicted = predicted * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
+        return mask[..., None], predicted
+
     def _tokens(self, spec: Tensor, mask: Tensor, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         count = int(mask[0].sum())
         order = mask.to(torch.int8).argsort(dim=1, stable=True)  # visible patches first, both in order

@@ -11,7 +11,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from .codes import open_codes
 from .learner import Learner
 from .recipe import Codes, Recipe
 from .store import Store, open_store
+from .watch import draw
 from .windows import Batch, WindowSampler
 
 PARTS = ("data", "teacher", "forward", "backward", "optimiser")  # of the time that a step takes
@@ -44,13 +45,16 @@ def pretrain(
     device: str = "auto",
     save_minutes: float = 2.0,
     keep: int = 1,
+    probe: Callable[[Path], dict[str, float]] | None = None,
+    probe_minutes: float = 30.0,
 ) -> Path:
     """Train `recipe.model` on a store, in the folder `out`; returns the path of the checkpoint.
 
     The state is saved every `save_minutes` and when a signal (Ctrl-C, SIGTERM) stops the run, both between two steps;
     the same call resumes it exactly, under `torchrun` with any number of processes. The `keep` latest states stay.
-    Written with every state, so that any probe can judge it meanwhile: MODEL.safetensors, its card MODEL.md, and
-    log.jsonl. A loss that is not finite raises HearSsamError and keeps the state saved last.
+    Written with every state: MODEL.safetensors, its card MODEL.md, log.jsonl, and picture.png of the same held-out
+    windows each time. Every `probe_minutes`, and at the end, `probe` judges the checkpoint of then; its scores go into
+    the log. A loss that is not finite raises HearSsamError and keeps the state saved last.
     """
     with _ranks(device) as ranks:
         config = CONFIGS[recipe.model]
@@ -67,14 +71,21 @@ def pretrain(
         sampler = WindowSampler(store, recipe, config, ranks.device, codes=codes)
         held_out = WindowSampler(store, recipe, config, ranks.device, True, codes, sampler.frames)
         run.earlier = earlier
-        _loop(run, ranks, store, sampler, held_out, save_minutes)
+        _loop(run, ranks, store, sampler, held_out, save_minutes, probe, probe_minutes)
         if ranks.rank == 0:
             _publish(run, store)
         return folder / f"{recipe.model}.safetensors"
 
 
 def _loop(
-    run: _Run, ranks: _Ranks, store: Store, sampler: WindowSampler, held_out: WindowSampler, save_minutes: float
+    run: _Run,
+    ranks: _Ranks,
+    store: Store,
+    sampler: WindowSampler,
+    held_out: WindowSampler,
+    save_minutes: float,
+    probe: Callable[[Path], dict[str, float]] | None,
+    probe_minutes: float,
 ) -> None:
     recipe, learner, optimizer = run.recipe, run.learner, run.optimizer
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -82,8 +93,9 @@ def _loop(
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
     clock, sums = _Clock(), torch.zeros(0)
     bar = tqdm(total=recipe.steps, initial=run.step, unit="step", desc=recipe.model, disable=ranks.rank > 0)
-    began = saved = time.monotonic()
+    began = probed = time.monotonic()
     since = run.step
+    shown: dict[str, float | str] = {}
     with contextlib.closing(bar), _noted_signals() as noted:
         stop = False
         while run.step < recipe.steps and not stop:
@@ -116,28 +128,33 @@ def _loop(
             bar.update()
             stop = bool(told[0]) or (ranks.world == 1 and bool(noted))  # looked at here, where nothing is half done
             now = time.monotonic()
-            if run.step == recipe.steps or stop or ranks.agree(now - saved > 60 * save_minutes):
+            if run.step == recipe.steps or stop or ranks.agree(now - began > 60 * save_minutes):
                 run.seconds += now - began
                 mean = (sums / (run.step - since))[1:].tolist()
                 row = {"loss": mean[0], **dict(zip(learner.objectives, mean[1:], strict=True))}
                 rate = (run.step - since) * recipe.batch_size / (now - began)
                 row |= {"windows_per_second": round(rate, 1), **clock.shares((run.step - since) * recipe.batch_size)}
-                began = saved = now
                 since, sums = run.step, torch.zeros(0)
                 if ranks.rank == 0:
-                    run.save({**row, "held_out_loss": _held_out_loss(run, held_out, store, autocast)})
-                    _publish(run, store)
+                    batch = held_out.draw(recipe.batch_size, torch.Generator().manual_seed(1))  # the same at every call
+                    run.save({**row, "held_out_loss": _held_out_loss(run, batch, store, autocast)})
+                    path = _publish(run, store)
+                    draw(run.folder / "picture.png", learner, batch)
+                    if probe and (run.step == recipe.steps or now - probed > 60 * probe_minutes) and not stop:
+                        scores = probe(path)
+                        run.log[-1] |= scores
+                        run.write_log()
+                        shown |= scores
+                        probed = time.monotonic()
                     waiting = row["ms_data"] / sum(value for name, value in row.items() if name.startswith("ms_"))
-                    bar.set_postfix(
-                        loss=f"{row['loss']:.4f}", held_out=f"{run.log[-1]['held_out_loss']:.4f}", data=f"{waiting:.0%}"
-                    )
+                    shown |= {"loss": row["loss"], "held_out": run.log[-1]["held_out_loss"], "windows": f"{rate:.0f}/s"}
+                    bar.set_postfix(shown | {"data": f"{waiting:.0%}"})
+                began = time.monotonic()
                 clock("save")
 
 
 @torch.no_grad()
-def _held_out_loss(run: _Run, windows: WindowSampler, store: Store, autocast: Any) -> float:
-    """Loss on held-out windows: the same windows and masks at every call."""
-    batch = windows.draw(run.recipe.batch_size, torch.Generator().manual_seed(1))
+def _held_out_loss(run: _Run, batch: Batch, store: Store, autocast: Any) -> float:
     with autocast:
         loss = run.learner.total(run.learner(batch))
     run.require_finite(loss, batch, store)
@@ -326,9 +343,12 @@ class _Run:
             os.link(path, copy)
             for old in sorted(self.folder.glob("state-*.pt"))[: -self.keep]:
                 old.unlink()
+        self.write_log()
+        self.saved = self.step
+
+    def write_log(self) -> None:
         with atomic_write(self.folder / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.log))
-        self.saved = self.step
 
 
 def _start_from(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:
@@ -360,8 +380,8 @@ def _schedule(done: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
-def _publish(run: _Run, store: Store) -> None:
-    """Write the encoder of now and its card, without what only pre-training needs."""
+def _publish(run: _Run, store: Store) -> Path:
+    """Write the encoder of now, without what only pre-training needs, and its card; returns its path."""
     recipe, encoder = run.recipe, run.learner.encoder
     config, device = encoder.config, next(encoder.parameters()).device
     seen = run.step * recipe.batch_size
@@ -392,3 +412,4 @@ def _publish(run: _Run, store: Store) -> None:
     save_checkpoint(path, config, state, facts)
     with atomic_write(run.folder / f"{recipe.model}.md") as card:
         card.write_text(model_card(facts, store.info["sources"]))
+    return path
