@@ -27,9 +27,10 @@ from matplotlib.colors import PowerNorm
 from hear_ssam import get_timestamp_embeddings, load_model
 from hear_ssam.audio import find_audio, read_audio
 from hear_ssam.config import build_config
-from hear_ssam.encoder import Encoder, random_mask
+from hear_ssam.encoder import Encoder
 from hear_ssam.frontend import SAMPLE_RATE, LogMel, standardize
 from hear_ssam.paths import shipped
+from hear_ssam.pretraining.windows import random_mask
 
 STEPS, BATCH, EVERY = 400, 16, 25
 COLOURS = {"before": "#c44e52", "after": "#1f6f8b"}

@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 
 from hear_ssam.config import CONFIGS
-from hear_ssam.encoder import Encoder, random_mask
+from hear_ssam.encoder import Encoder
 from hear_ssam.errors import HearSsamError
+from hear_ssam.pretraining.windows import random_mask
 from hear_ssam.scan import available_backends, causal_conv1d, selective_scan, use_backend
 
 LENGTH = 251  # tokens of a 2-second clip

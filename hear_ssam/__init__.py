@@ -5,7 +5,7 @@ Contents, in reading order:
     hear                    the HEAR API: load_model, get_scene_embeddings, get_timestamp_embeddings, available_models
     frontend                waveform → log-mel (80 bands) or Kaldi filterbank (128 bands)
     config                  what differs between SSAM, SSAMBA, SSAST and AxLSTM, as data
-    encoder                 patches, positions, masking, blocks, heads: the one encoder
+    encoder                 patches, positions, blocks, heads: the one encoder
     blocks                  Mamba, bidirectional Mamba, Transformer, mLSTM
     scan                    selective scan and causal convolution: chooses a backend
     scan.reference          the reference implementation, plain loops
@@ -23,7 +23,7 @@ Contents, in reading order:
     pretraining.recipe      what a training depends on, as typed values; the recipes that ship
     pretraining.codes       cluster codes of a store from a teacher
     pretraining.leaks       which clips of a store are recordings of an evaluation: acoustic fingerprints
-    pretraining.windows     training windows drawn from a store
+    pretraining.windows     training windows drawn from a store, and the patches to hide in them
     pretraining.learner     decoder, heads, objectives around the encoder
     pretraining.loop        steps, processes, saved states, the checkpoint (card: its model card)
     evaluation.module       any module with the HEAR API: imported, loaded, called

@@ -94,11 +94,8 @@ def save_checkpoint(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     facts = {key: value for key, value in info.items() if key != "sha256"}  # no file can hold its own
     metadata = json.dumps({"config": config.to_dict(), "info": facts}, sort_keys=True)
-    with atomic_write(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={METADATA: metadata})
-        except SafetensorError as error:  # a full disk
-            raise HearSsamError(f"{path}: cannot be written ({error}); make room or choose another place.") from error
+    with atomic_write(path, SafetensorError) as temporary:
+        save_file(tensors, temporary, metadata={METADATA: metadata})
 
 
 def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> tuple[EncoderConfig, dict[str, Any]]:
@@ -137,26 +134,18 @@ _YADAV = [(r"^patch_embed\.", "patch_embed.proj."), (r"^norm\.", "encoder_norm."
 _RENAMES: dict[str, list[tuple[str, str]]] = {
     "ssam": [*_YADAV, (r"\.conv\.", ".conv1d.")],
     "ssast": [
-        *_YADAV,
-        (r"\.attn\.(qkv|proj)\.", r".attn.\1_layer."),
-        (r"\.mlp\.0\.", ".mlp.layer1."),
-        (r"\.mlp\.2\.", ".mlp.layer2."),
+        *_YADAV, (r"\.attn\.(qkv|proj)\.", r".attn.\1_layer."),
+        (r"\.mlp\.0\.", ".mlp.layer1."), (r"\.mlp\.2\.", ".mlp.layer2."),
     ],
     "axlstm": [*_YADAV, (r"\.conv\.", ".conv1d.conv."), (r"\.layer\.(igate|fgate|outnorm)", r".layer.mlstm_cell.\1")],
     "ssamba": [
-        (r"^(cls_token|pos_embed)$", r"v.\1"),
-        (r"^mask_token$", "mask_embed"),
-        (r"^patch_embed\.", "v.patch_embed.proj."),
-        (r"^norm\.", "v.norm_f."),
-        (r"^contrast\.", "cpredlayer."),
-        (r"^generate\.", "gpredlayer."),
-        (r"^blocks\.", "v.layers."),
-        (r"\.conv\.", ".conv1d."),
-        (r"\.backward_\.A_log$", ".A_b_log"),
-        (r"\.backward_\.(\w+)", r".\1_b"),
-        (r"\.forward_\.", "."),
+        (r"^(cls_token|pos_embed)$", r"v.\1"), (r"^mask_token$", "mask_embed"),
+        (r"^patch_embed\.", "v.patch_embed.proj."), (r"^norm\.", "v.norm_f."),
+        (r"^contrast\.", "cpredlayer."), (r"^generate\.", "gpredlayer."),
+        (r"^blocks\.", "v.layers."), (r"\.conv\.", ".conv1d."),
+        (r"\.backward_\.A_log$", ".A_b_log"), (r"\.backward_\.(\w+)", r".\1_b"), (r"\.forward_\.", "."),
     ],
-}
+}  # fmt: skip
 # A piece of a key that only this system has, most telling first.
 _MARKS = {
     "ssamba": re.compile(r"v\.layers\.|\.forward_\."),
@@ -329,10 +318,9 @@ def _unpickle(file: Path, *, zipped: bool) -> Any:
                 raise HearSsamError(f"damaged, truncated or no checkpoint ({reason}); fetch it again.") from error
             path = refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
             if path in stand_ins or not _HARMLESS.fullmatch(path) or len(stand_ins) > 99:
-                raise HearSsamError(
-                    f"refused: the file asks for {refused[1]}, which no checkpoint of weights needs. Nothing was "
-                    "executed; where you trust the file, load it by other means and save its state dict alone."
-                ) from error
+                asked = f"refused: the file asks for {refused[1]}, which no checkpoint of weights needs."
+                mend = "where you trust the file, load it by other means and save its state dict alone."
+                raise HearSsamError(f"{asked} Nothing was executed; {mend}") from error
             stand_ins[path] = _stand_in(path)
 
 

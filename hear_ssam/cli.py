@@ -19,19 +19,12 @@ from .errors import HearSsamError
 
 # Command -> the module with its add_parser(subparsers); in the order of the help page.
 COMMANDS = {
-    "demo": "demo",
-    "embed": "extract",
-    "evaluate": "evaluation.evaluate",
-    "report": "evaluation.report",
-    "check": "evaluation.check",
-    "models": "models",
-    "convert": "models",
-    "corpus": "pretrain",
-    "codes": "pretrain",
-    "pretrain": "pretrain",
-    "heareval": "heareval",
-    "doctor": "doctor",
-}
+    "demo": "demo", "embed": "extract",
+    "evaluate": "evaluation.evaluate", "report": "evaluation.report", "check": "evaluation.check",
+    "models": "models", "convert": "models",
+    "corpus": "pretrain", "codes": "pretrain", "pretrain": "pretrain",
+    "heareval": "heareval", "doctor": "doctor",
+}  # fmt: skip
 
 # Stand-ins for the signs that our texts hold.
 PLAIN = {"─": "-", "–": "-", "−": "-", "±": "+-", "≈": "~", "×": "x", "→": "->", "…": "...", "†": "+"}

@@ -135,11 +135,10 @@ def _chunks(file: BinaryIO, form: _Form, position: int, stop: int) -> Iterator[_
 def _chunked(file: BinaryIO, start: int, stop: int) -> Stream:
     magic = _read(file, start, 4)
     form = _FORMS[magic]
-    data, width = None, form.size
+    data, width, large = None, form.size, 0  # large: where RF64 keeps the size of its data
     if magic == b".snd":
         offset, size = (int.from_bytes(_read(file, start + at, 4), "big") for at in (4, 8))
         data = _Chunk(b"data", start + 8, start + offset, size)
-    large = 0  # where RF64 keeps the size of its data
     for chunk in _chunks(file, form, start + form.first, stop) if data is None else ():
         if chunk.name == b"ds64":
             large = chunk.content + 8
@@ -154,11 +153,9 @@ def _chunked(file: BinaryIO, start: int, stop: int) -> Stream:
     there = stop - data.content
     endless = data.size >= _ENDLESS and (there < _ENDLESS or data.size in (2**32 - 1, 2**64 - 1))
     if data.size > there + SLACK and not endless:
-        fault = f"is cut off: {there:,} of {data.size:,} bytes of audio are there"
-        return Stream(file, start, stop, fault=fault)
+        return Stream(file, start, stop, fault=f"is cut off: {there:,} of {data.size:,} bytes of audio are there")
     end, more = (stop, False) if endless else _behind(file, form, magic, data, stop)
-    if not endless and not more:
-        # libsndfile takes all behind the data of W64 for audio
+    if not endless and not more:  # libsndfile takes all behind the data of W64 for audio
         return Stream(file, start, min(end, data.content + data.size) if form.align == 8 else end, end=end)
     value = there + (24 if form.align == 8 else 0)
     if value >= 256**width:
@@ -221,11 +218,8 @@ def _flac(file: BinaryIO, start: int, stop: int) -> Stream:
 
 
 _LAYER_III = rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]"
-_KBPS = {
-    3: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),  # MPEG 1
-    2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG 2; 0: MPEG 2.5
-}
-_KBPS[0] = _KBPS[2]
+_KBPS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)  # MPEG 1
+_KBPS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)  # MPEG 2 and 2.5
 
 
 class _Frame(NamedTuple):
@@ -246,7 +240,7 @@ def _frame(head: bytes) -> _Frame | None:
     samples, wide = (1152, (32, 17)) if version == 3 else (576, (17, 9))
     side = 4 + wide[bits >> 6 & 3 == 3]  # the second of a pair: mono
     counts = head[side : side + 4] in (b"Xing", b"Info") and bool(head[side + 7] & 1)
-    length = samples * _KBPS[version][kbps] * 125 // hertz + (bits >> 9 & 1)
+    length = samples * (_KBPS_1 if version == 3 else _KBPS_2)[kbps] * 125 // hertz + (bits >> 9 & 1)
     return _Frame((version, hertz), length, samples, side, counts)
 
 

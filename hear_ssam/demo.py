@@ -92,12 +92,7 @@ def read_recording(task: Task, name: str) -> np.ndarray:
 
 
 def draw(
-    path: Path,
-    audio: np.ndarray,
-    model: Any,
-    confusion: np.ndarray,
-    labels: Sequence[str],
-    records: Sequence[Record],
+    path: Path, audio: np.ndarray, model: Any, confusion: np.ndarray, labels: Sequence[str], records: Sequence[Record]
 ) -> None:
     """Write the picture of a recording (samples,) as `model` hears it, and of its probe's confusion matrix."""
     import torch

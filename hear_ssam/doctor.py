@@ -25,8 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "doctor",
         help="versions, devices, CPU features, scan backends, weights",
-        description="Report versions, devices, CPU features, which scan backends run here (and why not), the weights "
-        "found and the HEAR tools.",
+        description="Report versions, devices, CPU features, which scan backends run (or why not), weights, tools.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -51,23 +50,24 @@ def examine() -> dict[str, dict[str, Any]]:
     import soundfile
     import torch
 
+    from .paths import sha256, shipped
     from .scan import available_backends
 
+    python = f"{platform.python_version()} on {platform.platform()}"
+    versions = {"hear-ssam": __version__, "python": python, "torch": torch.__version__}  # with its build, cpu or CUDA
+    versions |= {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
+    backends = {name: reason or "runs" for name, reason in available_backends().items()}
+    backends["HEAR_SSAM_BACKEND"] = os.environ.get("HEAR_SSAM_BACKEND", "not set")
+    name, flags = cpu()
+    features = " ".join(flag for flag in FEATURES if flag in flags) or "unknown"
+    by_torch = {"torch uses": torch.backends.cpu.get_cpu_capability(), "torch threads": torch.get_num_threads()}
+    files = sorted(shipped("checkpoints").glob("*.safetensors"))
     return {
-        "versions": {
-            "hear-ssam": __version__,
-            "python": f"{platform.python_version()} on {platform.platform()}",
-            "torch": torch.__version__,  # with its build, cpu or CUDA
-            **{name: _version(name) for name in (*NEEDED, *OPTIONAL)},
-            "libsndfile": str(soundfile.__libsndfile_version__),
-        },
-        "cpu": _cpu(),
+        "versions": versions | {"libsndfile": str(soundfile.__libsndfile_version__)},
+        "cpu": {"name": name, "cores": os.cpu_count(), "features": features, **by_torch},
         "devices": _devices(),
-        "scan_backends": {
-            **{name: reason or "runs" for name, reason in available_backends().items()},
-            "HEAR_SSAM_BACKEND": os.environ.get("HEAR_SSAM_BACKEND", "not set"),
-        },
-        "weights": _weights(),
+        "scan_backends": backends,
+        "weights": {str(file): f"{file.stat().st_size / 1e6:.1f} MB, sha256 {sha256(file)}" for file in files},
         "hear_tools": _hear_tools(),
     }
 
@@ -77,19 +77,6 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _cpu() -> dict[str, Any]:
-    import torch
-
-    name, flags = cpu()
-    return {
-        "name": name,
-        "cores": os.cpu_count(),
-        "features": " ".join(flag for flag in FEATURES if flag in flags) or "unknown",
-        "torch uses": torch.backends.cpu.get_cpu_capability(),
-        "torch threads": torch.get_num_threads(),
-    }
 
 
 def _devices() -> dict[str, str]:
@@ -102,13 +89,6 @@ def _devices() -> dict[str, str]:
     if not torch.cuda.is_available():
         devices["cuda"] = "no GPU found" if torch.version.cuda else "this torch is built without CUDA"
     return devices
-
-
-def _weights() -> dict[str, str]:
-    from .paths import sha256, shipped
-
-    files = sorted(shipped("checkpoints").glob("*.safetensors"))
-    return {str(file): f"{file.stat().st_size / 1e6:.1f} MB, sha256 {sha256(file)}" for file in files}
 
 
 def _hear_tools() -> dict[str, str]:

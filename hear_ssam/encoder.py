@@ -5,7 +5,6 @@ Symbols: B batch, F frames, n patch tokens, D width, P pixels of a patch; T time
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -83,10 +82,8 @@ class Encoder(nn.Module):
         """
         c = self.config
         if spec.dim() != 3 or spec.shape[2] != c.n_mels or spec.shape[1] % c.patch_frames or not spec.shape[1]:
-            raise HearSsamError(
-                f"spec must have the shape (batch, frames, {c.n_mels}) with frames a positive multiple of "
-                f"{c.patch_frames}, not {tuple(spec.shape)}."
-            )
+            needed = f"the shape (batch, frames, {c.n_mels}) with frames a positive multiple of {c.patch_frames}"
+            raise HearSsamError(f"spec must have {needed}, not {tuple(spec.shape)}.")
         grid: Tensor = spec.unflatten(2, (-1, c.patch_mels)).unflatten(1, (-1, c.patch_frames))  # (B, T, dt, f, dm)
         order = (0, 1, 3, 2, 4) if c.patch_order == "time" else (0, 3, 1, 4, 2)
         return grid.permute(order).flatten(3).flatten(1, 2)
@@ -95,10 +92,8 @@ class Encoder(nn.Module):
         """Position embeddings (1, slots * f, D) of the first `slots` time slots of a window."""
         window, bands = self.config.grid
         if slots > window:
-            raise HearSsamError(
-                f"this encoder knows {window} time slots ({self.config.window_frames} frames), not {slots}: "
-                "cut the input into windows."
-            )
+            known = f"{window} time slots ({self.config.window_frames} frames)"
+            raise HearSsamError(f"this encoder knows {known}, not {slots}: cut the input into windows.")
         shape, axis = ((window, bands), 1) if self.config.patch_order == "time" else ((bands, window), 2)
         grid: Tensor = self.pos_embed[:, 1:].unflatten(1, shape)
         return grid.narrow(axis, 0, slots).flatten(1, 2)
@@ -115,9 +110,8 @@ class Encoder(nn.Module):
         if mask is None:
             return x + positions
         if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
-            raise HearSsamError(
-                f"mask must be a bool tensor of shape {tuple(x.shape[:2])}, not {mask.dtype} {tuple(mask.shape)}."
-            )
+            found = f"{mask.dtype} {tuple(mask.shape)}"
+            raise HearSsamError(f"mask must be a bool tensor of shape {tuple(x.shape[:2])}, not {found}.")
         mask = mask[..., None]
         if self.config.mask_position == "after":
             return torch.where(mask, self.mask_token, x) + positions
@@ -167,9 +161,8 @@ class Encoder(nn.Module):
         for layer in layers:
             if layer not in range(step, last + 1, step):
                 known = f"{step}, {2 * step}, ... {last}" if last > 2 * step else f"{step} to {last}"
-                raise HearSsamError(
-                    f"layers={list(layers)}: this encoder has no tokens of block {layer!r}; take {known}."
-                )
+                what = f"layers={list(layers)}: this encoder has no tokens of block {layer!r}"
+                raise HearSsamError(f"{what}; take {known}.")
         x, done, found = self._sequence(spec), 0, {}
         for layer in sorted(set(layers)):
             x, done = self.run_blocks(x, layer, done), layer
@@ -257,34 +250,3 @@ def resize_positions(pos_embed: Tensor, config: EncoderConfig, slots: int) -> Te
         grid = F.interpolate(grid.transpose(1, 2), size=slots, mode="linear", align_corners=False).transpose(1, 2)
     grid = grid.transpose(0, 1) if time_first else grid
     return torch.cat([pos_embed[:, :1], grid.flatten(0, 1)[None]], dim=1)
-
-
-def random_mask(
-    batch: int, config: EncoderConfig, generator: torch.Generator | None = None, kind: str = "published",
-    ratio: float | None = None,
-) -> Tensor:  # fmt: skip
-    """Which patches to hide: bool (batch, n), exactly round(n * ratio) True per clip, on the generator's device.
-
-    random   patches drawn uniformly
-    time     whole time slots, all bands of each: round(slots * ratio) of them
-    cluster  SSAMBA's: squares of side 3, 4 or 5 (one side per call) at uniformly drawn corners, until enough patches
-             are covered; never patch 0. A square at the window's edge runs on in the next band, as released.
-
-    `published` is cluster for the joint objective, else random; the default ratio is the config's `mask_ratio`.
-    """
-    device = generator.device if generator is not None else torch.device("cpu")
-    n, ratio = config.num_patches, config.mask_ratio if ratio is None else ratio
-    if kind == "time":
-        slots, bands = config.grid
-        slot = torch.rand(batch, slots, generator=generator, device=device, dtype=torch.float32).argsort(dim=1)
-        hidden = (slot.argsort(dim=1) < round(slots * ratio))[..., None].expand(-1, -1, bands)
-        return (hidden if config.patch_order == "time" else hidden.transpose(1, 2)).flatten(1)
-    order = torch.rand(batch, n, generator=generator, device=device, dtype=torch.float32)  # when a patch is drawn
-    if kind == "cluster" or (kind == "published" and config.objective == "joint"):
-        # A patch is hidden when the first cluster that covers it is drawn.
-        side = int(torch.randint(3, 6, (), generator=generator, device=device))
-        offsets = [config.grid[0] * i + j for i in range(side) for j in range(side)]
-        order = torch.stack([F.pad(order, (o, 0), value=math.inf)[:, :n] for o in offsets]).amin(0)
-        order[:, 0] = math.inf
-    hidden = order.argsort(dim=1, stable=True)[:, : round(n * ratio)]
-    return torch.zeros(batch, n, dtype=torch.bool, device=device).scatter_(1, hidden, True)

@@ -115,10 +115,8 @@ class HearModel(nn.Module):
         if audio.device != self.device:
             raise HearSsamError(f"audio is on {audio.device}, the model on {self.device}; move one with .to().")
         if other := {weight.dtype for weight in [*self.parameters(), *self.buffers()]} - {torch.float32}:
-            raise HearSsamError(
-                f"the model's weights are {other.pop()}; call model.float(), and for half precision use "
-                'load_model(..., precision="bf16"), which keeps the weights in float32.'
-            )
+            mend = 'for half precision use load_model(..., precision="bf16"), which keeps the weights in float32'
+            raise HearSsamError(f"the model's weights are {other.pop()}; call model.float(), and {mend}.")
         if broken := (~torch.isfinite(audio).all(dim=1)).nonzero().flatten().tolist():
             where = f" in clip {', '.join(map(str, broken))} of the batch (counted from 0)" if len(audio) > 1 else ""
             raise HearSsamError(f"audio has NaN or infinite samples{where}; leave them out or set them to 0.")
@@ -240,19 +238,11 @@ class LogMelModel(HearModel):
 
 
 def load_model(
-    model_file_path: str | os.PathLike[str] | None = "",
-    *,
-    model: str = "",
-    pretrained: bool = True,
-    seed: int = 0,
-    token_order: Literal["time", "official"] | None = None,
-    pooling: Literal["mean", "mean_std"] | None = None,
-    backend: str | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
-    device: str = "cpu",
-    window_frames: int | None = None,
-    **unknown: Any,
-) -> HearModel:
+    model_file_path: str | os.PathLike[str] | None = "", *, model: str = "", pretrained: bool = True, seed: int = 0,
+    token_order: Literal["time", "official"] | None = None, pooling: Literal["mean", "mean_std"] | None = None,
+    backend: str | None = None, precision: Literal["fp32", "bf16"] = "fp32", device: str = "cpu",
+    window_frames: int | None = None, **unknown: Any,
+) -> HearModel:  # fmt: skip
     """Load a model, in eval mode.
 
     model_file_path  "" (the shipped ssam_tiny), a name of `available_models()`, one of our files, an official `.pth`

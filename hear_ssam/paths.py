@@ -37,10 +37,11 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], reported: type[Exception] = OSError) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it onto `path` if the block succeeds, remove it if not.
 
-    Raises HearSsamError that names `path` where it cannot be written (no folder, no permission, full disk).
+    Raises HearSsamError that names `path` where it cannot be written (no folder, no permission, full disk), which a
+    writer may have `reported` as something else than OSError.
     """
     target = Path(path)
     if os.path.exists(target) and not os.path.isfile(target):  # a rename would replace even a device
@@ -49,19 +50,18 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         os.close(handle)
-    except OSError as error:
-        raise HearSsamError(f"{target}: cannot be written: {error.strerror or error}; use another place.") from error
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; results are for sharing
-        os.replace(temporary, target)
-    except OSError as error:
-        raise HearSsamError(f"{target}: cannot be written: {error.strerror or error}; use another place.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        temporary = Path(name)
+        try:
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; results are for sharing
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, reported) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise HearSsamError(f"{target}: cannot be written: {reason}; make room or use another place.") from error
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

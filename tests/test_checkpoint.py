@@ -93,7 +93,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     config = small_config("ssam")
     (tmp_path / "a.safetensors").write_bytes(b"old")
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(HearSsamError, match=r"a\.safetensors: cannot be written \(No space left"):
+    with pytest.raises(HearSsamError, match=r"a\.safetensors: cannot be written: No space left"):
         save_checkpoint(tmp_path / "a.safetensors", config, weights(config), {})
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hear_ssam.config import CONFIGS, SYSTEMS, EncoderConfig, build_config
-from hear_ssam.encoder import Encoder, random_mask, resize_positions, sincos_positions
+from hear_ssam.encoder import Encoder, resize_positions, sincos_positions
 from hear_ssam.errors import HearSsamError
+from hear_ssam.pretraining.windows import random_mask
 
 EVERY_SYSTEM = pytest.mark.parametrize("system", SYSTEMS)
 

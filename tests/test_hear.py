@@ -19,9 +19,10 @@ import hear_ssam
 from hear_ssam import HearSsamError, get_scene_embeddings, get_timestamp_embeddings, hear, load_model
 from hear_ssam.checkpoint import convert, load_checkpoint, save_checkpoint
 from hear_ssam.config import CONFIGS, EncoderConfig, build_config
-from hear_ssam.encoder import Encoder, random_mask, resize_positions
+from hear_ssam.encoder import Encoder, resize_positions
 from hear_ssam.hear import EncoderModel, available_models
 from hear_ssam.paths import sha256
+from hear_ssam.pretraining.windows import random_mask
 
 SYSTEMS = ("ssam", "ssast", "axlstm", "ssamba")
 ORDERS = ("time", "official")

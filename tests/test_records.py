@@ -47,10 +47,10 @@ def test_scores_that_are_not_finite_become_null(tmp_path):
 
 
 def test_bad_stores_are_named(tmp_path):
-    with pytest.raises(HearSsamError, match=r"cannot read results from .*records\.jsonl"):
+    with pytest.raises(HearSsamError, match=r"records\.jsonl: cannot be read: .*; `hear-ssam evaluate`"):
         read(tmp_path)
     (tmp_path / STORE).write_text('{"a": 1}\n')
     with pytest.raises(HearSsamError, match="line 1 is not a result record"):
         read(tmp_path)
-    with pytest.raises(HearSsamError, match="cannot write"):
+    with pytest.raises(HearSsamError, match=r"records\.jsonl: cannot be written: .*; make room"):
         append(tmp_path / STORE / STORE, [record()])

@@ -20,10 +20,11 @@ from torch import Tensor
 from hear_ssam import HearSsamError, cli, get_scene_embeddings, get_timestamp_embeddings, load_model
 from hear_ssam.checkpoint import convert, save_checkpoint
 from hear_ssam.config import CONFIGS, SYSTEMS, WIDTHS, build_config
-from hear_ssam.encoder import Encoder, random_mask
+from hear_ssam.encoder import Encoder
 from hear_ssam.evaluation.records import read
 from hear_ssam.frontend import LogMel, standardize
 from hear_ssam.hear import EncoderModel
+from hear_ssam.pretraining.windows import random_mask
 from hear_ssam.scan import available_backends
 
 from .test_hear_tools import call

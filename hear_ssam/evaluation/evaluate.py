@@ -261,14 +261,9 @@ def _load(
 
 
 def _module_sources(
-    models: Sequence[JudgedModule],
-    tasks: Mapping[str, Sequence[Path]],
-    results_dir: Path,
-    resample: bool,
-    limit: int | None,
-    again: bool,
-    failures: dict[str, str],
-) -> list[Source]:
+    models: Sequence[JudgedModule], tasks: Mapping[str, Sequence[Path]], results_dir: Path, resample: bool,
+    limit: int | None, again: bool, failures: dict[str, str],
+) -> list[Source]:  # fmt: skip
     from .embeddings import best_folder, embed_task, origin
     from .preview import audio_seconds, limited
 

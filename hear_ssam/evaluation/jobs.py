@@ -136,10 +136,8 @@ def _run_pool(
                         bar.write(f"{job.label}: {result}", file=sys.stderr)
                     bar.update(1)
             if broken and workers == 1 and started.exception():
-                raise HearSsamError(
-                    "workers of the probe do not start: a script that calls run_evaluation needs its calls below "
-                    "`if __name__ == '__main__':`, and a worker the memory to import torch."
-                )
+                needs = "a script that calls run_evaluation needs its calls below `if __name__ == '__main__':`"
+                raise HearSsamError(f"workers of the probe do not start: {needs}, and a worker memory for torch.")
         except BaseException:  # Ctrl-C: what is finished is stored, the rest is dropped at once
             leash.close()
             raise
@@ -197,14 +195,12 @@ def _work(job: Job) -> list[Record]:
         **{name: task.metadata[name] for name in ("limit",) if name in task.metadata},
         "clips": sum(len(names) for _, names in task.shuffled_clips()),
         "embeddings": {**given_origin(task), **embeddings, "folder": str(job.source_folder.resolve())},
-        "device": "cpu",
-        "dtype": "bfloat16" if probe == "bf16" else "float32",
-        "threads": 1,
+        "device": "cpu", "dtype": "bfloat16" if probe == "bf16" else "float32", "threads": 1,
         "seconds": round(time.time() - began, 3),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"hear_ssam": __version__, "python": platform.python_version(), "torch": torch.__version__},
         "commit": job.commit,
-    }
+    }  # fmt: skip
     folds = {fold.fold: (fold.scores, fold.details) for fold in found}
     return make_records(job.identity, task, folds, common)
 

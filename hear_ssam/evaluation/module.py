@@ -46,13 +46,10 @@ class JudgedModule:
     @property
     def source(self) -> dict[str, str]:
         """Which module of its name this is: its version, and the SHA-256 of the file that it was imported from."""
-        file = getattr(self.module, "__file__", None)
-        version = getattr(self.module, "__version__", "")
-        return {
-            "module": self.module.__name__,
-            "module_version": version if isinstance(version, str) else "",
-            "module_sha256": sha256(file) if file and Path(file).is_file() else "",
-        }
+        file, version = getattr(self.module, "__file__", None), getattr(self.module, "__version__", "")
+        version = version if isinstance(version, str) else ""
+        digest = sha256(file) if file and Path(file).is_file() else ""
+        return {"module": self.module.__name__, "module_version": version, "module_sha256": digest}
 
     def embed(self, kind: str, audio: np.ndarray, clips: str) -> tuple[np.ndarray, np.ndarray]:
         """Scene or timestamp embeddings of audio (n, samples), and the timestamps; what the module returned, as arrays.

@@ -90,11 +90,9 @@ def predictions_file(results_dir: Path, record: Mapping[str, Any]) -> Path:
 
 
 def make_records(
-    identity: Mapping[str, Any],
-    task: Task,
-    folds: Mapping[str, tuple[Mapping[str, float], Mapping[str, Any]]],
+    identity: Mapping[str, Any], task: Task, folds: Mapping[str, tuple[Mapping[str, float], Mapping[str, Any]]],
     common: Mapping[str, Any],
-) -> list[Record]:
+) -> list[Record]:  # fmt: skip
     """The records of one job: every score of each fold (its scores and details), and their mean over folds.
 
     `identity` holds the fields of KEY that all share. What says that the job is done, the leading score, comes last.
@@ -144,7 +142,8 @@ def append(path: Path, records: Iterable[Record]) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise HearSsamError(f"cannot write {path}: {error.strerror or error}.") from error
+        reason = error.strerror or error
+        raise HearSsamError(f"{path}: cannot be written: {reason}; make room or use another place.") from error
 
 
 def read(path: Path) -> list[Record]:
@@ -157,7 +156,8 @@ def read(path: Path) -> list[Record]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise HearSsamError(f"cannot read results from {path}: {error.strerror}.") from error
+        reason = f"cannot be read: {error.strerror}"
+        raise HearSsamError(f"{path}: {reason}; `hear-ssam evaluate` puts results there.") from error
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -166,5 +166,6 @@ def read(path: Path) -> list[Record]:
         try:
             found[key_of(record)] = record
         except (KeyError, TypeError) as error:
-            raise HearSsamError(f"{path}, line {number} is not a result record (lacks {error}).") from error
+            reason = f"line {number} is not a result record (lacks {error})"
+            raise HearSsamError(f"{path}: {reason}; delete it.") from error
     return list(found.values())

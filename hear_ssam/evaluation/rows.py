@@ -108,13 +108,8 @@ def read_rows(task: Task, split: str) -> Rows:
     for start in range(0, rows, 4096):
         finite = np.isfinite(mapped[start : start + 4096]).all(1)
         if not finite.all():
-            name = _row_name(task, split, start + int(finite.argmin()))
-            raise HearSsamError(f"{path}: {name} is not finite; make the embeddings again.")
+            row, names = start + int(finite.argmin()), [] if task.event else dict(task.shuffled_clips())[split]
+            clip = f" ({names[row]})" if row < len(names) else ""
+            raise HearSsamError(f"{path}: row {row}{clip} is not finite; make the embeddings again.")
     target = torch.from_numpy(task.targets(labels, where=str(labels_path)))
     return Rows(torch.from_numpy(mapped), target, task, split)
-
-
-def _row_name(task: Task, split: str, row: int) -> str:
-    """The clip that a row of embeddings belongs to, where the files tell."""
-    names = [] if task.event else dict(task.shuffled_clips())[split]
-    return f"row {row} ({names[row]})" if row < len(names) else f"row {row}"

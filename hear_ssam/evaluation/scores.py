@@ -215,14 +215,9 @@ class EventJudge:
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        classes: int,
-        files: Sequence[str],
-        timestamps: np.ndarray,
-        reference: EventsByFile,
-        grid: Mapping[str, Sequence[float]],
-    ) -> None:
+        self, names: Sequence[str], classes: int, files: Sequence[str], timestamps: np.ndarray,
+        reference: EventsByFile, grid: Mapping[str, Sequence[float]],
+    ) -> None:  # fmt: skip
         self.names, self.classes, self.reference, self.timestamps = names, classes, reference, timestamps
         by_file: dict[str, list[int]] = {}
         for row, file in enumerate(files):

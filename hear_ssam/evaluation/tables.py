@@ -271,11 +271,8 @@ def latex(records: list[Record], options: Options) -> str:
         lines = [line.replace("\x02", r"\textbf{").replace("\x03", "}") for line in lines]
         body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
         columns = "ll" + "r" * (len(rows[0]) - 2)
-        texts.append(
-            "\\begin{table}\n\\centering\n"
-            f"\\caption{{{caption(table, options).translate(_LATEX)}}}\n"
-            f"\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}\n\\end{{table}}\n"
-        )
+        head = f"\\begin{{table}}\n\\centering\n\\caption{{{caption(table, options).translate(_LATEX)}}}\n"
+        texts.append(f"{head}\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}\n\\end{{table}}\n")
     return "\n".join(texts)
 
 

@@ -36,6 +36,7 @@ _CHOICES = {
     "split_mode": ("trainvaltest", "new_split_kfold", "presplit_kfold"),
 }
 _NEEDED = (*_CHOICES, "splits", "evaluation")
+_POSTPROCESSING = ("median_filter_ms", "min_duration")
 
 
 def _number(value: object) -> bool:
@@ -65,15 +66,11 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "sample_duration": ("seconds above 0, or null", lambda value: value is None or (_number(value) and value > 0)),
     "use_scoring_for_early_stopping": ("true or false", lambda value: isinstance(value, bool)),
     "evaluation_params": ("an object", lambda value: isinstance(value, dict)),
-    "task_specific_param_grid": (
-        "an object of lists of numbers or names",
-        lambda value: _grid(value, lambda one: isinstance(one, str) or _number(one)),
-    ),
-    "event_postprocessing_grid": (
-        "an object of two lists of ms, median_filter_ms and min_duration",
-        lambda value: _grid(value, lambda one: _number(one) and one >= 0, ("median_filter_ms", "min_duration")),
-    ),
-}
+    "task_specific_param_grid": ("an object of lists of numbers or names",
+                                 lambda value: _grid(value, lambda one: isinstance(one, str) or _number(one))),
+    "event_postprocessing_grid": ("an object of two lists of ms, median_filter_ms and min_duration",
+                                  lambda value: _grid(value, lambda one: _number(one) and one >= 0, _POSTPROCESSING)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -349,15 +346,12 @@ class TaskCard:
         """How a folder on disk differs from HEAR's release; such scores are not HEAR scores."""
         found = {
             "version": task.version,
-            "embedding_type": task.metadata["embedding_type"],
-            "prediction_type": task.metadata["prediction_type"],
+            "embedding_type": task.metadata["embedding_type"], "prediction_type": task.metadata["prediction_type"],
             "split_mode": "trainvaltest" if task.metadata["split_mode"] == "trainvaltest" else "kfold",
-            "splits": len(task.splits),
-            "classes": len(task.labels),
+            "splits": len(task.splits), "classes": len(task.labels),
             "clips": sum(len(task.clips(split)) for split in task.splits),
-            "scores": task.scores,
-            "sample_duration": task.metadata.get("sample_duration"),
-        }
+            "scores": task.scores, "sample_duration": task.metadata.get("sample_duration"),
+        }  # fmt: skip
         expected = {**{name: getattr(self, name) for name in found}, "scores": list(self.scores)}
         return [f"{name} is {found[name]}, HEAR's {expected[name]}" for name in found if found[name] != expected[name]]
 

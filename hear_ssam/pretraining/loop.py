@@ -332,11 +332,8 @@ class _Run:
             "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
             "step": self.step, "seconds": self.seconds, "log": self.log,
         }  # fmt: skip
-        with atomic_write(path) as temporary:
-            try:
-                torch.save(state, temporary)
-            except RuntimeError as error:  # how torch reports a full disk
-                raise HearSsamError(f"{path}: cannot be written ({error}); step {self.saved} is kept.") from error
+        with atomic_write(path, RuntimeError) as temporary:
+            torch.save(state, temporary)
         if self.keep > 1:
             copy = self.folder / f"state-{self.step:09}.pt"
             copy.unlink(missing_ok=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import EncoderConfig
-from ..encoder import random_mask
 from ..errors import HearSsamError
 from ..frontend import EPSILON, normalize
 from .codes import NONE, CodeTable
@@ -120,3 +121,34 @@ class WindowSampler:
     def _patches(self, grid: Tensor) -> Tensor:
         """(B, slots, bands) → (B, n) in the order of the tokens."""
         return (grid if self.config.patch_order == "time" else grid.transpose(1, 2)).flatten(1)
+
+
+def random_mask(
+    batch: int, config: EncoderConfig, generator: torch.Generator | None = None, kind: str = "published",
+    ratio: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Which patches to hide: bool (batch, n), exactly round(n * ratio) True per clip, on the generator's device.
+
+    random   patches drawn uniformly
+    time     whole time slots, all bands of each: round(slots * ratio) of them
+    cluster  SSAMBA's: squares of side 3, 4 or 5 (one side per call) at uniformly drawn corners, until enough patches
+             are covered; never patch 0. A square at the window's edge runs on in the next band, as released.
+
+    `published` is cluster for the joint objective, else random; the default ratio is the config's `mask_ratio`.
+    """
+    device = generator.device if generator is not None else torch.device("cpu")
+    n, ratio = config.num_patches, config.mask_ratio if ratio is None else ratio
+    if kind == "time":
+        slots, bands = config.grid
+        slot = torch.rand(batch, slots, generator=generator, device=device, dtype=torch.float32).argsort(dim=1)
+        hidden = (slot.argsort(dim=1) < round(slots * ratio))[..., None].expand(-1, -1, bands)
+        return (hidden if config.patch_order == "time" else hidden.transpose(1, 2)).flatten(1)
+    order = torch.rand(batch, n, generator=generator, device=device, dtype=torch.float32)  # when a patch is drawn
+    if kind == "cluster" or (kind == "published" and config.objective == "joint"):
+        # A patch is hidden when the first cluster that covers it is drawn.
+        side = int(torch.randint(3, 6, (), generator=generator, device=device))
+        offsets = [config.grid[0] * i + j for i in range(side) for j in range(side)]
+        order = torch.stack([F.pad(order, (o, 0), value=math.inf)[:, :n] for o in offsets]).amin(0)
+        order[:, 0] = math.inf
+    hidden = order.argsort(dim=1, stable=True)[:, : round(n * ratio)]
+    return torch.zeros(batch, n, dtype=torch.bool, device=device).scatter_(1, hidden, True)

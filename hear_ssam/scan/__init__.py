@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import HearSsamError, unknown_name
 from . import reference
-from .reference import SAVE_EVERY, ScanInputs
+from .reference import SAVE_EVERY, ScanInputs, as_given
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +54,8 @@ def selective_scan(
     _check_scan(inputs)
     name = _choose(backend, u.device.type, u.dtype, _beyond(A.shape[1]))
     if name == "mamba_ssm" and return_last_state and _needs_grad(inputs):
-        raise HearSsamError(
-            "selective_scan: scan backend 'mamba_ssm' gives no gradient of the last state; use backend='triton' or "
-            "'torch', or torch.no_grad()."
-        )
+        what = "selective_scan: scan backend 'mamba_ssm' gives no gradient of the last state"
+        raise HearSsamError(f"{what}; use backend='triton' or 'torch', or torch.no_grad().")
     if name in ("reference", "mamba_ssm"):
         function = reference.selective_scan if name == "reference" else _mamba_ssm_scan
         out, last = function(inputs, delta_softplus, reverse)
@@ -80,10 +78,8 @@ def causal_conv1d(
     Returns (batch, length, channels) in x's dtype, with `return_last_state` also the state after the last token.
     """
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[2]:
-        raise HearSsamError(
-            f"causal_conv1d needs x (batch, length, channels) and weight (channels, kernel), "
-            f"not {tuple(x.shape)} and {tuple(weight.shape)}."
-        )
+        needed = "causal_conv1d needs x (batch, length, channels) and weight (channels, kernel)"
+        raise HearSsamError(f"{needed}, not {tuple(x.shape)} and {tuple(weight.shape)}.")
     before = (x.shape[0], weight.shape[1] - 1, x.shape[2])
     if initial_state is not None and tuple(initial_state.shape) != before:
         raise HearSsamError(f"causal_conv1d: initial_state must have shape {before}, not {tuple(initial_state.shape)}.")
@@ -152,25 +148,20 @@ def _auto(device: str, dtype: torch.dtype, size: int) -> str:
             logger.info("scan backend for %s on %s: %s", dtype, device, name)
             return name
         if name != "mamba_ssm":  # nobody misses an optional package behind our own kernel
-            warnings.warn(
-                f"hear_ssam: scan backend {name!r} {why}; taking a slower one. "
-                "`hear-ssam doctor` tells more; an explicit backend or HEAR_SSAM_BACKEND=torch silences this.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            mend = "`hear-ssam doctor` tells more; an explicit backend or HEAR_SSAM_BACKEND=torch silences this."
+            text = f"hear_ssam: scan backend {name!r} {why}; taking a slower one. {mend}"
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
     return "torch"
 
 
 def _refuses(name: str, device: str, dtype: torch.dtype) -> str | None:
-    if name == "cpu" and device != "cpu":
-        return f"computes CPU tensors, not {device}"
-    if name == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"computes CUDA tensors, not {device} (TRITON_INTERPRET=1 interprets it slowly on a CPU)"
-    if name == "mamba_ssm" and device != "cuda":
-        return f"computes CUDA tensors, not {device}"
-    if name in ("cpu", "triton", "mamba_ssm") and dtype == torch.float64:
-        return "does not compute float64"
-    return None
+    wanted = {"cpu": "cpu", "triton": "cuda", "mamba_ssm": "cuda"}
+    if name not in wanted:
+        return None
+    if device == wanted[name] or (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return "does not compute float64" if dtype == torch.float64 else None
+    hint = " (TRITON_INTERPRET=1 interprets it slowly on a CPU)" if name == "triton" else ""
+    return f"computes {wanted[name].upper()} tensors, not {device}{hint}"
 
 
 def _beyond(size: int) -> int:
@@ -204,9 +195,7 @@ class _Kernels(Protocol):
     scan_forward: Callable[[ScanInputs, bool, bool, bool], tuple[Tensor, Tensor, Tensor]]
     scan_backward: Callable[[Tensor, Tensor | None, ScanInputs, Tensor, bool, bool], ScanInputs]
     conv_forward: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, bool, bool], Tensor]
-    conv_backward: Callable[
-        [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool, bool], tuple[Tensor | None, ...]
-    ]
+    conv_backward: Callable[..., tuple[Tensor | None, ...]]  # (dout, the arguments of conv_forward)
     self_check: Callable[[], None]
 
 
@@ -268,8 +257,7 @@ def _scan_autograd(ctx: Any, dout: Tensor | None, dlast: Tensor | None, _: Any) 
     *tensors, saved = ctx.saved_tensors
     dout = torch.zeros_like(tensors[0]) if dout is None else dout
     grads = _scan_backward_op(dout, dlast, *tensors, saved, ctx.delta_softplus, ctx.reverse, ctx.backend)
-    given = [None if x is None else grad for x, grad in zip(tensors, grads, strict=True)]
-    return (*given, None, None, None, None)
+    return (*as_given(grads, tensors), None, None, None, None)
 
 
 _scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup)
@@ -310,8 +298,7 @@ def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _conv_autograd(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     grads = _conv_backward_op(dout, *tensors, ctx.activation, ctx.reverse, ctx.backend)
-    given = [None if x is None else grad for x, grad in zip(tensors, grads, strict=True)]
-    return (*given, None, None, None)
+    return (*as_given(grads, tensors), None, None, None)
 
 
 _conv_op.register_autograd(_conv_autograd, setup_context=_conv_setup)
@@ -342,10 +329,8 @@ def _mamba_ssm_scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> 
 def _check_scan(inputs: ScanInputs) -> None:
     u, A = inputs.u, inputs.A
     if u.dim() != 3 or A.dim() != 2:
-        raise HearSsamError(
-            f"selective_scan needs u (batch, length, channels) and A (channels, state), "
-            f"not {tuple(u.shape)} and {tuple(A.shape)}."
-        )
+        needed = "selective_scan needs u (batch, length, channels) and A (channels, state)"
+        raise HearSsamError(f"{needed}, not {tuple(u.shape)} and {tuple(A.shape)}.")
     (batch, length, channels), state = u.shape, A.shape[1]
     row, column = (batch, length, channels), (batch, length, state)
     shapes = (row, row, (channels, state), column, column, (channels,), row, (channels,), (batch, channels, state))

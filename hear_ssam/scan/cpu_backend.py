@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference
 from .cpu_kernels import CHANNELS, write_conv_backward, write_conv_forward, write_scan_backward, write_scan_forward
-from .reference import SAVE_EVERY, ScanInputs
+from .reference import SAVE_EVERY, ScanInputs, as_given
 from .simd import LANES, build, run
 
 
@@ -39,20 +39,19 @@ def scan_backward(
     dout: Tensor, dlast: Tensor | None, inputs: ScanInputs, saved: Tensor, delta_softplus: bool, reverse: bool
 ) -> ScanInputs:
     """Gradients of the inputs, each in its dtype; None where there is no input."""
-    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
-    (batch, length, channels), state, blocks = u.shape, A.shape[1], saved.shape[1]
+    u, (batch, length, channels), state, blocks = inputs.u, inputs.u.shape, inputs.A.shape[1], saved.shape[1]
     arguments, io = _scan_arguments(inputs)
     width = arguments["u"].shape[2]
     units = _count(batch, width)
     du, ddelta = (u.new_empty(batch, length, width, dtype=dtype) for dtype in (io, torch.float32))
-    dz = None if z is None else torch.empty_like(du)
+    dz = du if inputs.z is None else torch.empty_like(du)
     dinitial = saved.new_empty(batch, width, state)
     dA, dD, dbias = (saved.new_empty(batch, *shape) for shape in ((width, state), (width,), (width,)))
     dB, dC = (saved.new_empty(units, blocks, state, SAVE_EVERY) for _ in range(2))
     run(
-        build(write_scan_backward, state, io == torch.bfloat16, z is not None, delta_softplus),
+        build(write_scan_backward, state, io == torch.bfloat16, inputs.z is not None, delta_softplus),
         units, reverse, **arguments, dout=_rows(dout, io), saved=_rows(saved, torch.float32),
-        dlast=_states(dlast, dinitial), du=du, ddelta=ddelta, dz=du if dz is None else dz, dinitial=dinitial,
+        dlast=_states(dlast, dinitial), du=du, ddelta=ddelta, dz=dz, dinitial=dinitial,
         dA=dA, dD=dD, dbias=dbias, dB=dB, dC=dC, length=length, vectors=width // LANES,
     )  # fmt: skip
 
@@ -60,17 +59,10 @@ def scan_backward(
         x = x.view(batch, _count(1, width), blocks, state, SAVE_EVERY).sum(1).transpose(2, 3).flatten(1, 2)[:, :length]
         return x.flip(1) if reverse else x.contiguous()
 
-    return ScanInputs(
-        _trim(du, channels).to(u.dtype),
-        _trim(ddelta, channels).to(delta.dtype),
-        dA.sum(0)[:channels].to(A.dtype),
-        per_token(dB).to(B.dtype),
-        per_token(dC).to(C.dtype),
-        None if D is None else dD.sum(0)[:channels].to(D.dtype),
-        None if z is None or dz is None else _trim(dz, channels).to(z.dtype),
-        None if delta_bias is None else dbias.sum(0)[:channels].to(delta_bias.dtype),
-        None if initial_state is None else dinitial[:, :channels].to(initial_state.dtype).contiguous(),
-    )
+    dA, dD, dbias = (x.sum(0)[:channels] for x in (dA, dD, dbias))
+    du, ddelta, dz = (_trim(x, channels) for x in (du, ddelta, dz))
+    grads = du, ddelta, dA, per_token(dB), per_token(dC), dD, dz, dbias, dinitial[:, :channels].contiguous()
+    return ScanInputs(*as_given(grads, inputs))
 
 
 def conv_forward(
@@ -90,7 +82,7 @@ def conv_forward(
 def conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of (x, weight, bias, initial_state)."""
     inputs, io = _conv_inputs(x, weight, bias, initial_state)
     channels, kernel, width = *weight.shape, inputs["x"].shape[2]
@@ -101,21 +93,13 @@ def conv_backward(
         _count(len(x), width), reverse, **inputs, dout=_rows(dout, io), dx=dx, dinitial=dinitial,
         dweight=dweight, dbias=dbias, length=x.shape[1], vectors=width // LANES,
     )  # fmt: skip
-    return (
-        _trim(dx, channels).to(x.dtype),
-        dweight.sum(0).t()[:channels].to(weight.dtype).contiguous(),
-        None if bias is None else dbias.sum(0)[:channels].to(bias.dtype),
-        None if initial_state is None else _trim(dinitial, channels).to(initial_state.dtype),
-    )
+    dx, dweight, dbias = _trim(dx, channels), dweight.sum(0).t()[:channels].contiguous(), dbias.sum(0)[:channels]
+    return tuple(as_given((dx, dweight, dbias, _trim(dinitial, channels)), (x, weight, bias, initial_state)))
 
 
 def self_check() -> None:
-    """Raise if llvmlite is missing, the CPU is unknown to it, or the kernels compute something else than the reference.
-
-    Compiles exactly the forward kernels that an SSAM encoder needs, about 0.2 s.
-    """
+    """Raise if llvmlite is missing, the CPU unknown to it, or a kernel of an SSAM encoder wrong: compiled in 0.2 s."""
     g = torch.Generator("cpu").manual_seed(0)
-
     draw = functools.partial(torch.randn, generator=g, dtype=torch.float32, device="cpu")
     u, delta, z = (draw(1, 19, LANES) for _ in range(3))
     A, B, C = -9 * draw(LANES, 24).abs(), draw(1, 19, 24), draw(1, 19, 24)
@@ -123,14 +107,11 @@ def self_check() -> None:
     for reverse in (False, True):
         scan = ScanInputs(u, delta, A, B, C, D, z, D, None), True, reverse
         conv = (u, weight, D, None, True, reverse)
-        pairs = {
-            "scan": (scan_forward(*scan, False)[:2], reference.selective_scan(*scan)),
-            "convolution": ((conv_forward(*conv),), (reference.causal_conv1d(*conv),)),
-        }
-        for name, (got, want) in pairs.items():
-            for x, y in zip(got, want, strict=True):
-                if not torch.allclose(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max())):
-                    raise RuntimeError(f"the compiled {name} differs from the reference by {(x - y).abs().max():.2g}")
+        got = [*scan_forward(*scan, False)[:2], conv_forward(*conv)]
+        want = [*reference.selective_scan(*scan), reference.causal_conv1d(*conv)]
+        for name, x, y in zip(("scan", "scan", "convolution"), got, want, strict=True):
+            if not torch.allclose(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max())):
+                raise RuntimeError(f"the compiled {name} differs from the reference by {(x - y).abs().max():.2g}")
 
 
 def _scan_arguments(inputs: ScanInputs) -> tuple[dict[str, Tensor], torch.dtype]:
@@ -180,5 +161,4 @@ def _trim(x: Tensor, channels: int) -> Tensor:
 
 
 def _count(batch: int, width: int) -> int:
-    """Work units."""
-    return batch * -(-width // CHANNELS)
+    return batch * -(-width // CHANNELS)  # work units

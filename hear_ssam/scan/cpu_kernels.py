@@ -51,7 +51,7 @@ class _Scratch:
     def __init__(self, k: Kernel, state: int) -> None:
         self.state = state
         self.A, self.h, self.carry, self.dA = k.arrays(4, VECTORS * state)  # [v N + n]; A times log2(e)
-        self.B, self.C = (k.array(SAVE_EVERY * state // LANES).numbers for _ in range(2))  # [t N + n]
+        self.B, self.C = (Array(k, SAVE_EVERY * state // LANES).numbers for _ in range(2))  # [t N + n]
         self.dt, self.dtu, self.y, self.dy, self.dx, self.ds, self.slope, self.dgate = k.arrays(8, SAVE_EVERY)  # [t]
 
 
@@ -133,7 +133,7 @@ class _BackwardScratch(_Scratch):
         super().__init__(k, state)
         # Sums over LANES / TILE groups of lanes, finished once per block: [n TILES + t // TILE], lanes t % TILE.
         self.dB, self.dC = k.arrays(2, state * TILES)
-        self.dD, self.dbias = k.array(VECTORS), k.array(VECTORS)
+        self.dD, self.dbias = Array(k, VECTORS), Array(k, VECTORS)
         self.trace = k.arrays(2, STATES * SAVE_EVERY)
 
 
@@ -255,7 +255,7 @@ def write_conv_forward(k: Kernel, kernel: int, bf16: bool, activation: bool) -> 
     """Token by token: shift the window of the last inputs, weigh it, store."""
     x, out, initial = k.rows("x", bf16), k.rows("out", bf16), k.tensor("initial_state", 3, bf16)
     weight, bias, length = k.tensor("weight", 2), k.tensor("bias", 1), k.integer("length")
-    w, window = k.array(kernel), k.array(kernel)  # [tap]; the last tap is the token itself
+    w, window = Array(k, kernel), Array(k, kernel)  # [tap]; the last tap is the token itself
     with _units(k) as (_, row, first, count), k.loop(0, count) as v:
         c = (first + v) * LANES
         _load_states(k, w, k.as_index(0), kernel, weight, c)
@@ -272,9 +272,9 @@ def write_conv_backward(k: Kernel, kernel: int, bf16: bool, activation: bool) ->
     initial, dinitial = k.tensor("initial_state", 3, bf16), k.tensor("dinitial", 3, bf16)
     weight, bias, length = k.tensor("weight", 2), k.tensor("bias", 1), k.integer("length")
     dweight, dbias = k.tensor("dweight", 3), k.tensor("dbias", 2)  # per batch row: (B, K, D), (B, D)
-    w, window, dw = (k.array(kernel) for _ in range(3))  # [tap]
-    pending = k.array(kernel)  # gradients of the last inputs; later tokens still add to them
-    db, zero = k.array(1), k.constant(0.0)
+    w, window, dw = (Array(k, kernel) for _ in range(3))  # [tap]
+    pending = Array(k, kernel)  # gradients of the last inputs; later tokens still add to them
+    db, zero = Array(k, 1), k.constant(0.0)
     with _units(k) as (_, row, first, count), k.loop(0, count) as v:
         c = (first + v) * LANES
         _load_states(k, w, k.as_index(0), kernel, weight, c)

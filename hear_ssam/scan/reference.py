@@ -14,7 +14,8 @@ Glossary (Gu & Dao 2023, "Mamba", section 3 and algorithm 2)
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,11 @@ class ScanInputs(NamedTuple):
     z: Tensor | None
     delta_bias: Tensor | None  # (D,)
     initial_state: Tensor | None  # (B, D, N); None: zeros
+
+
+def as_given(grads: Iterable[Tensor | None], inputs: Iterable[Tensor | None]) -> list[Any]:
+    """Gradients in the dtypes of their inputs; None where there is no input."""
+    return [None if x is None or g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
 
 
 def selective_scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> tuple[Tensor, Tensor]:

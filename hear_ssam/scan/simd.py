@@ -186,9 +186,6 @@ class Kernel:
         self._slots += 1
         return Value(self, self.builder.load(slot, typ=_i64))
 
-    def array(self, vectors: int) -> Array:
-        return Array(self, vectors)
-
     def arrays(self, count: int, vectors: int) -> list[Array]:
         """Arrays that are used at the same indices, in turns in memory: the cache mistakes none for another."""
         whole = Array(self, count * vectors)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import SAVE_EVERY, ScanInputs
+from .reference import SAVE_EVERY, ScanInputs, as_given
 
 CACHE_BYTES = 1 << 20  # wanted size of one block buffer on a CPU
 
@@ -56,7 +56,7 @@ def scan_backward(
     dout: Tensor, dlast: Tensor | None, inputs: ScanInputs, saved: Tensor, delta_softplus: bool, reverse: bool
 ) -> ScanInputs:
     """Gradients of the inputs, each in its dtype; None where there is no input."""
-    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
+    u, delta, A, B, C, D, z, delta_bias, _ = inputs
     (batch, length, channels), state, dtype = u.shape, A.shape[1], saved.dtype
     uf, dt = u.to(dtype), _step_size(delta, delta_bias, delta_softplus, dtype)
     At = A.to(dtype).t().contiguous()
@@ -96,21 +96,17 @@ def scan_backward(
             dAt += (grad * dt_.unsqueeze(2)).sum((0, 1))
         dh[rows] = carry
     y, du, ddt, dB, dC = (_flip(x, reverse) for x in (y, du, ddt, dB, dC))
-    dD = dz = ddelta_bias = dinitial = None
+    dD = dz = None
     if D is not None:
         y.addcmul_(D.to(dtype), uf)
-        dD = (dy * uf).sum((0, 1)).to(D.dtype)
+        dD = (dy * uf).sum((0, 1))
         du.addcmul_(D.to(dtype), dy)
     if z is not None:
-        dz = (dgated * y * gate * (1 + zf * (1 - gate))).to(z.dtype)
+        dz = dgated * y * gate * (1 + zf * (1 - gate))
     if delta_softplus:  # softplus'(x) = sigmoid(x) = 1 - exp(-softplus(x))
         ddt.mul_(-torch.expm1(-dt))
-    if delta_bias is not None:
-        ddelta_bias = ddt.sum((0, 1)).to(delta_bias.dtype)
-    if initial_state is not None:
-        dinitial = dh.transpose(1, 2).to(initial_state.dtype)
-    du, ddt, dA, dB, dC = (g.to(x.dtype) for g, x in zip((du, ddt, dAt.t(), dB, dC), inputs[:5], strict=True))
-    return ScanInputs(du, ddt, dA, dB, dC, dD, dz, ddelta_bias, dinitial)
+    grads = du, ddt, dAt.t(), dB, dC, dD, dz, ddt.sum((0, 1)), dh.transpose(1, 2)
+    return ScanInputs(*as_given(grads, inputs))
 
 
 def self_check() -> None:
@@ -129,7 +125,7 @@ def conv_forward(
 def conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of (x, weight, bias, initial_state)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     kernel, length = weight.shape[1], x.shape[1]
@@ -147,11 +143,8 @@ def conv_backward(
         dpadded[:, start : start + length].addcmul_(dy, w[:, k])
         dw[:, k] = (dy * padded[:, start : start + length]).sum((0, 1))
     dx = dpadded[:, :length] if reverse else dpadded[:, kernel - 1 :]
-    dbias = None if bias is None else dy.sum((0, 1)).to(bias.dtype)
-    dinitial = None
-    if initial_state is not None:
-        dinitial = (dpadded[:, length:].flip(1) if reverse else dpadded[:, : kernel - 1]).to(initial_state.dtype)
-    return dx.to(x.dtype, copy=True), dw.to(weight.dtype), dbias, dinitial
+    dinitial = dpadded[:, length:].flip(1) if reverse else dpadded[:, : kernel - 1]
+    return tuple(as_given((dx.clone(), dw, dy.sum((0, 1)), dinitial), (x, weight, bias, initial_state)))
 
 
 def _run_block(u: Tensor, dt: Tensor, B: Tensor, At: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

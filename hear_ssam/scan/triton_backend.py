@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import HearSsamError
 from . import reference
-from .reference import SAVE_EVERY, ScanInputs
+from .reference import SAVE_EVERY, ScanInputs, as_given
 
 CHANNELS = 32  # channels of one program
 PIECE = 8  # steps whose states the backward pass recomputes and holds at a time; divides SAVE_EVERY
@@ -416,8 +416,7 @@ def scan_backward(
     dD, dbias = (None if x is None else x.sum(0) for x in (dD, dbias))
     dinitial = None if dinitial is None else dinitial.transpose(1, 2)
     grads = (du, ddelta, dA.sum(0).t(), dB.sum(1), dC.sum(1), dD, dz, dbias, dinitial)
-    like: list[Any] = [None if x is None else grad.to(x.dtype) for x, grad in zip(inputs, grads, strict=True)]
-    return ScanInputs(*like)
+    return ScanInputs(*as_given(grads, inputs))
 
 
 def conv_forward(
@@ -463,8 +462,7 @@ def conv_backward(
     if before:
         dx, dinitial = (dx[:, :-before], dx[:, -before:].flip(1)) if reverse else (dx[:, before:], dx[:, :before])
         dx, dinitial = dx.clone(), dinitial.clone()  # an op's results must not share memory
-    grads = (dx, dweight.sum(0), dbias.sum(0), dinitial)
-    return tuple(None if like is None else grad.to(like.dtype) for like, grad in zip(inputs, grads, strict=True))
+    return tuple(as_given((dx, dweight.sum(0), dbias.sum(0), dinitial), inputs))
 
 
 def self_check() -> None:
