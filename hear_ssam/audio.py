@@ -185,7 +185,7 @@ def _decode_av(handle: BinaryIO, name: str | os.PathLike[str], sample_rate: int)
         raise HearSsamError(f"{name}: is read by PyAV only; {INSTALL_AV}, or convert it.") from error
     seconds, resampler = 0.0, None
     try:
-        with av.open(handle) as container:
+        with av.open(handle, "r") as container:
             if not container.streams.audio:
                 raise HearSsamError(f"{name}: has no audio track; leave it out.")
             track = container.streams.audio[0]

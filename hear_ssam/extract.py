@@ -1,57 +1,79 @@
-"""`hear-ssam embed`: audio files → one Parquet file of scene and timestamp embeddings."""
+"""`hear-ssam embed`: collections of audio → a Parquet file, or a folder of them, of embeddings."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as StillRunning
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import HearSsamError, about
 from .options import add_model, add_model_options, parse_options
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
+    from .embedding.inputs import Recording
+    from .embedding.shards import Output
+    from .embedding.work import Result
     from .hear import HearModel
 
 ROW_GROUP = 8192  # rows that are collected before they are written
-KINDS = {"both": ("scene", "timestamps"), "scene": ("scene",), "timestamps": ("timestamps",)}
+SAFE = 10.0  # seconds of work after which a shard is closed: no more is lost, whatever happens
+BATCH = {"cpu": (16, 4 << 20)}  # recordings, and bytes of them, that a worker takes at once
+GPU_BATCH = (256, 64 << 20)
 
 EXAMPLES = """examples:
   hear-ssam embed recordings/ -o embeddings.parquet
   hear-ssam embed a.wav b.flac -o scenes.parquet --kind scene
+  hear-ssam embed list.csv 'field/**/*.flac' shards/a-000001.tar -o embeddings      a folder of shards
+  find . -name '*.wav' | hear-ssam embed - -o windows --window 2 --hop 1 --dtype float16
+  hear-ssam embed recordings/ -o embeddings --shard 3/8                             third of eight jobs, same folder
   hear-ssam embed recordings/ -o embeddings.parquet --model official/ssam_base.pth --precision bf16 --workers 4
 
 columns of the output, in the order of the input files:
-  path               as given, or as found below a folder
+  path               as given, or as found below a folder; TAR:MEMBER; of a CSV: its folder and its column path
   start_ms           time of a timestamp embedding, milliseconds; null: the embedding of the whole file (scene)
+  end_ms             with --window: where the window ends; start_ms is where it starts
   model              name of the model
   checkpoint_sha256  of its file of weights; empty where it has none
   embedding          list of float32, of fixed size where scenes and timestamps are as wide
 
   pandas.read_parquet("embeddings.parquet").query("start_ms.isnull()")    only the scenes
+
+Run the same command again after whatever stopped it: files that are there already, made with the same weights and
+options, are skipped. At most ten seconds of work are lost, or the one file that takes longer. The metadata of each
+Parquet file says what made it.
 """
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "embed",
-        help="audio files of any rate and channel count to a Parquet file of embeddings",
-        description="Write the scene and timestamp embeddings of audio files to one Parquet file. Files that cannot be "
-        "read are named and skipped; the exit code is then 1. The output appears only when it is complete.",
+        help="audio files of any rate, length and number to Parquet files of embeddings",
+        description="Write the scene and timestamp embeddings of audio files to Parquet. Files that cannot be read are "
+        "named and skipped; the exit code is then 1.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("inputs", nargs="+", metavar="FILE_OR_FOLDER", help="audio files; folders are searched")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the Parquet file to write")
+    add = parser.add_argument
+    add(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="files, folders, 'patterns', tars, CSV with a column path; - is stdin",
+    )
+    add("-o", "--output", required=True, metavar="OUT", help="NAME.parquet: one file; other names: a folder of shards")
     add_model(parser)
-    parser.add_argument("--kind", choices=KINDS, default="both", help="default: both")
-    parser.add_argument("--workers", type=int, metavar="N", help="files embedded at the same time; default: CPU cores")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
+    add("--kind", choices=("both", "scene", "timestamps"), help="default: both; with --window: scenes of the windows")
+    add("--window", type=float, metavar="S", help="one row per window of so many seconds, as if it were cut out")
+    add("--hop", type=float, metavar="S", help="seconds from window to window; default: one window")
+    add("--dtype", choices=("float32", "float16"), default="float32", help="of the embeddings; default: float32")
+    add("--shard", metavar="I/N", help="every N-th file from the I-th (from 1): N jobs that write to one folder")
+    add("--workers", type=int, metavar="N", help="threads that read and embed; default: CPU cores")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
     add_model_options(parser)
     parser.set_defaults(run=run)
 
@@ -64,102 +86,144 @@ def run(args: argparse.Namespace) -> int:
     """`hear-ssam embed`; exit code 1 if a file was skipped."""
     import torch
 
-    from .audio import find_audio
+    from .embedding.inputs import find_recordings
     from .hear import load_model
     from .machine import usable_cpus
+    from .pretraining.clips import is_tar
 
-    files = find_audio(args.inputs)
+    window, hop = args.window or 0.0, args.hop if args.hop is not None else args.window or 0.0
+    if args.window is not None and args.kind not in (None, "scene"):
+        raise HearSsamError(f"--kind {args.kind}: --window writes scenes of windows only; leave one of them away.")
+    if not window and args.hop is not None:
+        raise HearSsamError("--hop: needs --window.")
+    if args.window is not None and not (0.02 <= window <= 600 and 0.001 <= hop <= 600):
+        raise HearSsamError(
+            f"--window {window:g} --hop {hop:g}: take seconds, windows from 0.02 to 600, hops from 0.001."
+        )
     cores = usable_cpus()
-    workers = min(cores if args.workers is None else args.workers, len(files))
+    workers = cores if args.workers is None else args.workers
     if workers < 1:
         raise HearSsamError(f"--workers must be at least 1, not {args.workers}.")
+    part = parse_shard(args.shard)
+    recordings: Iterable[Recording] = find_recordings(args.inputs)
+    if not any(os.path.isfile(given) and is_tar(Path(given)) for given in args.inputs):  # tars are long to list
+        recordings = list(recordings)
+        workers = min(workers, len(recordings))
+    options = {"precision": args.precision, **parse_options(args.model_options)}
+    model = load_model(args.model, **{"device": args.device, **options})
     torch.set_num_threads(max(1, cores // workers))  # of this process; 1 unless there are fewer files than cores
-    model = load_model(
-        args.model, **{"precision": args.precision, "device": args.device, **parse_options(args.model_options)}
-    )
+    how = {"kind": "scene" if args.window else args.kind or "both", "window": window, "hop": hop, "dtype": args.dtype}
     try:
-        return 1 if embed_files(files, args.output, model, kind=args.kind, workers=workers) else 0
+        skipped = embed_files(recordings, args.output, model, **how, shard=part, workers=workers, model_options=options)
     except NothingEmbeddedError as error:
         print(error, file=sys.stderr)
         return 1
+    return 1 if skipped else 0
+
+
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """Which of how many equal parts: "3/8" → (3, 8); without a text all of one."""
+    first, _, last = (text or "1/1").partition("/")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise HearSsamError(f"--shard {text}: give which part of how many, from 1/8 to 8/8.")
+    return int(first), int(last)
 
 
 def embed_files(
-    files: Sequence[Path], output: str | os.PathLike[str], model: HearModel, *, kind: str = "both", workers: int = 1
+    files: Iterable[str | os.PathLike[str] | Recording],
+    output: str | os.PathLike[str],
+    model: HearModel,
+    *,
+    kind: str = "both",
+    window: float = 0.0,
+    hop: float = 0.0,
+    dtype: str = "float32",
+    shard: tuple[int, int] = (1, 1),
+    workers: int = 1,
+    model_options: dict[str, Any] | None = None,
 ) -> list[Path]:
-    """Embed files and write them to the Parquet file `output` in their order; returns the files that were skipped.
+    """Embed files and write them to `output` in their order; returns the files that were skipped.
 
-    kind     a key of KINDS
-    workers  files embedded at the same time, each by one thread; twice as many are kept in memory
+    output         NAME.parquet: one file; any other name: a folder of shards. What is there already is kept
+    kind           "both", "scene" or "timestamps"
+    window, hop    seconds; scenes of windows instead, where window is not 0
+    dtype          "float32" or "float16"
+    shard          (i, n): every n-th file from the i-th (from 1), into a folder that n processes share
+    workers        threads, each with a batch of files, and with one more that waits
+    model_options  what `load_model` was given beside the name, for the metadata
 
-    Skipped files are named on stderr. Raises HearSsamError where `output` cannot be written or every file is skipped;
-    an older `output` is then left as it was.
+    Skipped files are named on stderr. Raises HearSsamError where `output` cannot be written, holds embeddings of other
+    weights or options, or every file is skipped; what was there is then left as it was.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     from tqdm import tqdm
 
+    from .embedding.inputs import Recording, of_file
+    from .embedding.shards import Output
+    from .embedding.work import Options, Worker
     from .machine import work_ahead
-    from .paths import atomic_write
 
-    schema = _schema(model, kind)
+    part, parts = shard
+    if parts > 1 and Path(output).suffix == ".parquet":
+        raise HearSsamError(f"{output}: is one file, and --shard jobs write to a folder; name one (without .parquet).")
+    options = Options(kind, window, hop, dtype, model_options or {})
+    schema = options.schema(model)
+    target = Output(output, schema, "part" if parts == 1 else f"part-{part}-of-{parts}", ROW_GROUP)
     skipped: list[Path] = []
-    pending: list[pa.Table] = []
-    work = functools.partial(_embed, model=model, kind=kind, schema=schema)
-    with (
-        atomic_write(output) as temporary,
-        pq.ParquetWriter(temporary, schema, use_dictionary=["path", "model", "checkpoint_sha256"]) as writer,
-        contextlib.closing(work_ahead(work, files, workers, 2 * workers)) as outcomes,
-    ):
-        for file, outcome in tqdm(outcomes, total=len(files), unit="file", disable=None):
-            try:
-                pending.append(outcome.result())
-            except Exception as error:  # one file in ten thousand that trips over a defect spoils no other
-                tqdm.write(f"skipped {about(file, error)}", file=sys.stderr)
-                skipped.append(file)
-            if sum(table.num_rows for table in pending) >= ROW_GROUP:
-                writer.write_table(pa.concat_tables(pending), ROW_GROUP)
-                pending.clear()
-        if len(skipped) == len(files):
-            raise NothingEmbeddedError(f"{output}: not written: none of {len(files)} files could be embedded.")
-        if pending:
-            writer.write_table(pa.concat_tables(pending), ROW_GROUP)
-    print(f"{output}: {len(files) - len(skipped)} of {len(files)} files", file=sys.stderr)
+    embedded = there = 0
+    total = len(files) if isinstance(files, list) else None
+
+    def wanted() -> Iterator[Recording]:
+        nonlocal there
+        for number, file in enumerate(files):
+            recording = file if isinstance(file, Recording) else of_file(file)
+            if number % parts == part - 1:
+                if recording.label not in target.done:
+                    yield recording
+                else:
+                    there += 1
+                    bar.update()
+
+    with target.opened(), tqdm(total=total and -(-(total - part + 1) // parts), unit="file", disable=None) as bar:
+        worker = Worker(model, options, schema, target.folder)
+        most, size = BATCH.get(model.device.type, GPU_BATCH)
+        batches = _batches(wanted(), min(most, -(-total // workers)) if total else most, size)
+        with contextlib.closing(work_ahead(worker, batches, workers, workers + 1)) as outcomes:
+            for _, outcome in outcomes:
+                for recording, tables, error in _results(outcome, target):
+                    if error:
+                        tqdm.write(f"skipped {about(recording.name, error)}", file=sys.stderr)
+                        skipped.append(Path(recording.name))
+                    else:
+                        target.write(tables)
+                        embedded += 1
+                    bar.update()
+                    if target.age > SAFE:
+                        target.close()
+        if skipped and not embedded and not there:
+            raise NothingEmbeddedError(f"{output}: not written: none of {len(skipped)} files could be embedded.")
+        if embedded:
+            target.finish()
+    already = f", {there} were there already" if there else ""
+    print(f"{output}: {embedded} of {embedded + len(skipped)} files{already}", file=sys.stderr)
     return skipped
 
 
-def _embed(file: Path, model: HearModel, kind: str, schema: pa.Schema) -> pa.Table:
-    """The rows of one file; the scene comes first and has no time."""
-    import numpy as np
-    import pyarrow as pa
-    import torch
-
-    from .audio import read_audio
-
-    audio = read_audio(file, model.sample_rate)
-    with torch.no_grad():
-        scene, rows = model.scene_and_rows(torch.from_numpy(audio)[None].to(model.device))  # (1, E), (1, T, E)
-    parts = {"scene": scene, "timestamps": rows[0]}
-    times = {"scene": [None], "timestamps": model.timestamps(len(audio)).tolist()}
-    embeddings = [row for part in KINDS[kind] for row in parts[part].cpu().numpy()]
-    values, column = np.concatenate(embeddings), schema.field("embedding").type
-    path = os.fsencode(file).decode(errors="replace")  # names that are not UTF-8 have no place in Parquet
-    columns = [
-        [path] * len(embeddings),
-        [time for part in KINDS[kind] for time in times[part]],
-        [model.name] * len(embeddings),
-        [model.checkpoint_sha256] * len(embeddings),
-        pa.FixedSizeListArray.from_arrays(values, column.list_size)
-        if pa.types.is_fixed_size_list(column)
-        else pa.ListArray.from_arrays(np.cumsum([0, *map(len, embeddings)], dtype=np.int32), values),
-    ]
-    return pa.table(columns, schema=schema)
+def _batches(recordings: Iterable[Recording], most: int, size: int) -> Iterator[list[Recording]]:
+    """Up to `most` recordings, or as many as have `size` bytes."""
+    batch: list[Recording] = []
+    for recording in recordings:
+        batch.append(recording)
+        if len(batch) == most or sum(item.bytes for item in batch) > size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
-def _schema(model: HearModel, kind: str) -> pa.Schema:
-    import pyarrow as pa
-
-    widths = {"scene": model.scene_embedding_size, "timestamps": model.timestamp_embedding_size}
-    first, *others = {widths[part] for part in KINDS[kind]}
-    columns = {"path": pa.string(), "start_ms": pa.float64(), "model": pa.string(), "checkpoint_sha256": pa.string()}
-    return pa.schema(columns | {"embedding": pa.list_(pa.float32(), -1 if others else first)})
+def _results(outcome: Future[list[Result]], target: Output) -> list[Result]:
+    """What a worker found; while it takes its time, what others found is made safe."""
+    while True:
+        try:
+            return outcome.result(SAFE - target.age if target.age else None)
+        except StillRunning:
+            target.close()

@@ -1,4 +1,4 @@
-"""`hear-ssam embed`: any audio in, one Parquet file out, whole or not at all."""
+"""`hear-ssam embed`: any audio in, one Parquet file out, whole or not at all. Collections: test_collections.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hear_ssam.checkpoint import save_checkpoint
 from hear_ssam.config import build_config
 from hear_ssam.encoder import Encoder
 from hear_ssam.errors import HearSsamError
-from hear_ssam.hear import HearModel
+from hear_ssam.hear import EncoderModel
 from hear_ssam.paths import sha256
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,13 +120,13 @@ def test_kinds(recordings: Path, weights: Path, tmp_path: Path, kind: str, rows:
 def test_workers_and_row_groups_change_nothing(
     recordings: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embed(recordings, "-o", tmp_path / "one", "--model", weights, "--workers", "1")
+    embed(recordings, "-o", tmp_path / "one.parquet", "--model", weights, "--workers", "1")
     monkeypatch.setattr(extract, "ROW_GROUP", 20)
-    embed(recordings, "-o", tmp_path / "three", "--model", weights, "--workers", "3")
-    one, three = columns(tmp_path / "one"), columns(tmp_path / "three")
+    embed(recordings, "-o", tmp_path / "three.parquet", "--model", weights, "--workers", "3")
+    one, three = columns(tmp_path / "one.parquet"), columns(tmp_path / "three.parquet")
     np.testing.assert_allclose(np.array(one.pop("embedding")), np.array(three.pop("embedding")), atol=1e-5)
     assert one == three
-    assert pq.ParquetFile(tmp_path / "three").num_row_groups > 10
+    assert pq.ParquetFile(tmp_path / "three.parquet").num_row_groups > 10
 
 
 def test_bad_files_are_named_and_skipped(
@@ -147,11 +147,11 @@ def test_bad_files_are_named_and_skipped(
 def test_nothing_good_leaves_the_older_output(
     with_bad: list[Path], weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "out").write_text("older")
-    assert embed(with_bad[0], "-o", tmp_path / "out", "--model", weights) == 1
+    (tmp_path / "out.parquet").write_text("older")
+    assert embed(with_bad[0], "-o", tmp_path / "out.parquet", "--model", weights) == 1
     assert "none of 1 files" in capsys.readouterr().err
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out").read_text() == "older"
+    assert [file.name for file in tmp_path.iterdir()] == ["out.parquet"]
+    assert (tmp_path / "out.parquet").read_text() == "older"
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_nothing_good_leaves_the_older_output(
     [
         (["no_audio_here", "-o", "out"], "no_audio_here: no audio files below it"),
         (["a.wav", "-o", "a.wav/out"], "a.wav/out: cannot be written"),
-        (["a.wav", "-o", "no_audio_here"], "no_audio_here: cannot be written: it is a folder or a device"),
-        (["a.wav", "-o", "/dev/null"], "/dev/null: cannot be written: it is a folder or a device"),
+        (["a.wav", "-o", "some.parquet"], "some.parquet: cannot be written: it is a folder or a device; name a file"),
+        (["a.wav", "-o", "/dev/null"], "/dev/null: cannot be written: it is a file or a device; name a folder"),
         (["a.wav", "-o", "out", "--model", "ssam_tny"], "Did you mean 'ssam_tiny'"),
         (["a.wav", "-o", "out", "--workers", "0"], "--workers must be at least 1"),
         (["a.wav", "-o", "out", "--device", "cuda:99"], "cuda:99"),
@@ -171,6 +171,7 @@ def test_wrong_arguments(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "no_audio_here").mkdir()
+    (tmp_path / "some.parquet").mkdir()
     soundfile.write("a.wav", np.zeros(16000), 16000)
     if "--model" not in arguments:
         arguments = [*arguments, "--model", "logmel", "--kind", "scene"]
@@ -192,41 +193,58 @@ def test_a_full_disk_leaves_nothing(recordings: Path, tmp_path: Path) -> None:
     def small_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    process = start(recordings, "-o", tmp_path / "out", "--kind", "timestamps", preexec_fn=small_disk)
-    error = process.communicate()[1]
-    assert process.returncode == 2 and f"hear-ssam: error: {tmp_path / 'out'}: cannot be written: " in error
-    assert not list(tmp_path.iterdir())
+    for output in ("out", "out.parquet"):
+        process = start(recordings, "-o", tmp_path / output, "--kind", "timestamps", preexec_fn=small_disk)
+        error = process.communicate()[1]
+        assert process.returncode == 2 and f"hear-ssam: error: {tmp_path / output}: cannot be written: " in error
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("reason", [signal.SIGINT, signal.SIGTERM])
-def test_interrupting_leaves_nothing(recordings: Path, tmp_path: Path, reason: signal.Signals) -> None:
-    files = [recordings / "b.flac"] * 5000
+def test_interrupting_keeps_what_is_done_and_the_same_command_goes_on(
+    recordings: Path, tmp_path: Path, reason: signal.Signals
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(3000):
+        (tmp_path / "in" / f"{number:04}.flac").hardlink_to(recordings / "b.flac")
+    arguments = tmp_path / "in", "-o", tmp_path / "out.parquet", "--kind", "scene"
 
     def hear_ctrl_c() -> None:  # which a shell's background jobs, this test among them, are made to ignore
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    process = start(*files, "-o", tmp_path / "out", "--kind", "scene", preexec_fn=hear_ctrl_c)
-    while not list(tmp_path.iterdir()):  # until the output has begun
+    process = start(*arguments, preexec_fn=hear_ctrl_c)
+    parts = tmp_path / ".out.parquet.parts"
+    while not parts.exists():  # until the output has begun
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
+    time.sleep(1)
     process.send_signal(reason)
     error = process.communicate()[1]
     assert process.returncode == 130
     assert error.splitlines()[-1] == "hear-ssam: interrupted" and "Traceback" not in error
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "out.parquet").exists()
+    (shard,) = parts.iterdir()  # whole, and nothing beside it
+    done = pq.read_table(shard).num_rows
+    assert 0 < done < 3000
+    for file in sorted((tmp_path / "in").iterdir())[done + 40 :]:
+        file.unlink()  # the rest would only take time
+    process = start(*arguments)
+    assert f"40 of 40 files, {done} were there already" in process.communicate()[1]
+    assert columns(tmp_path / "out.parquet")["path"] == [str(file) for file in sorted((tmp_path / "in").iterdir())]
+    assert not parts.exists()
 
 
 def test_a_defect_spoils_one_file_only(
     recordings: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = HearModel.scene_and_rows
+    whole = EncoderModel.spectrogram
 
-    def broken(model: HearModel, audio: torch.Tensor) -> object:
+    def broken(model: EncoderModel, audio: torch.Tensor) -> torch.Tensor:
         if audio.shape[1] == 8000:  # c.wav
             raise RuntimeError("a defect")
         return whole(model, audio)
 
-    monkeypatch.setattr(HearModel, "scene_and_rows", broken)
+    monkeypatch.setattr(EncoderModel, "spectrogram", broken)
     assert embed(recordings, "-o", tmp_path / "out", "--model", weights, "--kind", "scene") == 1
     assert [Path(path).name for path in columns(tmp_path / "out")["path"]] == ["a.wav", "b.flac", "d.ogg"]
     assert f"skipped {recordings / 'c.wav'}: RuntimeError: a defect; " in capsys.readouterr().err

@@ -75,7 +75,8 @@ def embed(
             raise about(name, error) from error
         if len(clip) > most:
             flush()
-            blocks: Blocks = functools.partial(audio_blocks, path, model.sample_rate) if path else lambda x=clip: [x]
+            blocks: Blocks = functools.partial(audio_blocks, path or "", model.sample_rate)
+            blocks = blocks if path else functools.partial(iter, [clip])
             rows.append(embed_long(model, blocks, layers=layers, pooling=pooling)[0].cpu().numpy())
             continue
         batch.append(checked)
@@ -133,12 +134,12 @@ def embed_clips(
         return [(model.scene(rows, rows, pooling)[0], rows[0]) for rows in map(model, clips)]
     windows = [model.spectrogram(clip)[0].split(model.config.window_frames) for clip in clips]
     together: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for clip, parts in enumerate(windows):
+    for number, parts in enumerate(windows):
         for index, part in enumerate(parts):
-            together[len(part)].append((clip, index))
+            together[len(part)].append((number, index))
     encoded: dict[tuple[int, int], Tensor] = {}
     for places in together.values():
-        rows = model.encode(torch.stack([windows[clip][index] for clip, index in places]), layers)
+        rows = model.encode(torch.stack([windows[number][index] for number, index in places]), layers)
         encoded.update(zip(places, rows, strict=True))
     results = []
     for number, (clip, parts) in enumerate(zip(clips, windows, strict=True)):

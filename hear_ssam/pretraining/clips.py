@@ -29,7 +29,7 @@ def audio_clips(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Clip]:
     decoded, so that whoever reads them can go on and name it; so does a tar without audio.
     """
     for path in map(Path, paths):
-        if path.is_file() and (TAR.search(path.name) or _is_tar(path)):
+        if path.is_file() and is_tar(path):
             yield from _tar_clips(path)
             continue
         for file in find_audio([path]):
@@ -39,9 +39,10 @@ def audio_clips(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Clip]:
 TAR = re.compile(r"([-_.]?\d{3,})?\.(tar|tgz|tar\.\w+)$", re.IGNORECASE)  # with the number of a shard
 
 
-def _is_tar(path: Path) -> bool:
+def is_tar(path: Path) -> bool:
+    """Whether a file is a tar by its name or its content."""
     try:
-        return tarfile.is_tarfile(path)
+        return bool(TAR.search(path.name)) or tarfile.is_tarfile(path)
     except Exception:  # a damaged archive raises what its codec does; reading it as audio names it
         return False
 

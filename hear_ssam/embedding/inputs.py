@@ -1,0 +1,96 @@
+"""What `hear-ssam embed` can be given: files, folders, globs, CSV manifests, tars, a list on stdin → recordings."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..audio import audio_blocks, find_audio, read_audio
+from ..errors import HearSsamError, about
+from ..pretraining.clips import audio_clips, is_tar
+
+
+class Recording(NamedTuple):
+    """An audio file, or a member of a tar, that has not been decoded yet."""
+
+    name: str  # its path; of a member TAR:MEMBER
+    bytes: int = 0
+    decode: Callable[[], np.ndarray] | None = None  # of a member: float32 (samples,) at 16 kHz
+
+    @property
+    def label(self) -> str:
+        """What the column `path` calls it: names that are not UTF-8 have no place in Parquet."""
+        return os.fsencode(self.name).decode(errors="replace")
+
+    def read(self, rate: int, most: int | None = None) -> np.ndarray:
+        """Float32 (samples,) at `rate`; more than `most` samples only where they are there anyway."""
+        return self.decode() if self.decode else read_audio(self.name, rate, most)
+
+    def blocks(self, rate: int) -> Iterable[np.ndarray]:
+        """The same piece by piece."""
+        return [self.decode()] if self.decode else audio_blocks(self.name, rate)
+
+
+def of_file(path: str | os.PathLike[str]) -> Recording:
+    """The recording that is a whole file; one that is not there fails when it is read."""
+    return Recording(os.fspath(path), os.path.getsize(path) if os.path.isfile(path) else 0)
+
+
+def find_recordings(inputs: Iterable[str | os.PathLike[str]]) -> Iterator[Recording]:
+    """The recordings of all inputs in their order, each once.
+
+    A folder is searched; a pattern (`**` crosses folders) is one that no file is called; a `.csv` names files in its
+    column `path`; `-` reads one path a line from stdin. Raises HearSsamError where an input holds nothing.
+    """
+    seen: set[str] = set()
+    for recording in _all(inputs):
+        if recording.name not in seen:
+            seen.add(recording.name)
+            yield recording
+
+
+def _all(inputs: Iterable[str | os.PathLike[str]]) -> Iterator[Recording]:
+    for given in [os.fspath(path) for path in inputs]:
+        if given == "-":
+            yield from map(of_file, filter(None, (line.rstrip("\r\n") for line in sys.stdin)))
+        elif given.lower().endswith(".csv"):
+            yield from (of_file(row["path"]) for row in read_manifest(given))
+        elif os.path.isfile(given) and is_tar(Path(given)):
+            yield from (Recording(clip.name, 1 << 18, clip.decode) for clip in audio_clips([given]))
+        elif not os.path.lexists(given) and glob.has_magic(given):
+            if not (found := sorted(glob.glob(given, recursive=True))):
+                raise HearSsamError(f"{given}: no file is called like that; correct the pattern.")
+            yield from _all(found)
+        else:
+            yield from map(of_file, find_audio([given]))
+
+
+def read_manifest(file: str | os.PathLike[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header and a column `path`; relative paths start at the folder of the CSV.
+
+    Raises HearSsamError where it cannot be read, has no such column or no row, or names files that are not there.
+    """
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines)
+            rows = [{key: (row[key] or "").strip() for key in reader.fieldnames or ()} for row in reader]
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise about(file, HearSsamError(f"cannot be read as a CSV file: {error}; write it as UTF-8.")) from error
+    if not rows or "path" not in rows[0]:
+        columns = ", ".join(rows[0]) if rows else "no rows"
+        raise HearSsamError(f"{file}: has no column path ({columns}); name it in the first line.")
+    folder = os.path.dirname(os.fspath(file))
+    for row in rows:
+        row["path"] = os.path.join(folder, row["path"])
+    if missing := [row["path"] for row in rows if not os.path.isfile(row["path"])]:
+        raise HearSsamError(
+            f"{file}: {len(missing)} of {len(rows)} files are not there, {missing[0]} first; correct them."
+        )
+    return rows

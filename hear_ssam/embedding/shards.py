@@ -1,0 +1,170 @@
+"""Where embeddings lie: one Parquet file or a folder of them, with what made them in their metadata; resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from ..errors import HearSsamError
+from ..paths import atomic_write
+
+KEY = b"hear_ssam"  # of the metadata: JSON with version, model, checkpoint_sha256 and every option
+WORDS = ["path", "model", "checkpoint_sha256"]  # columns of few distinct values
+
+
+def parquet_files(place: str | os.PathLike[str]) -> list[Path]:
+    """The Parquet files of an output of `embed`, a file or a folder; names with `_` or `.` in front are not data."""
+    place = Path(place)
+    if place.is_dir():
+        return sorted(file for file in place.glob("*.parquet") if file.name[0] not in "._")
+    return [place] if place.is_file() else []
+
+
+def provenance(file: Path) -> dict[str, Any] | None:
+    """What stands in the metadata of one of our files; None for other Parquet files, and for what is none."""
+    try:
+        return dict(json.loads((pq.read_schema(file).metadata or {})[KEY]))
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        return None
+
+
+def same_provenance(place: Path, files: Iterable[Path], wanted: dict[str, Any]) -> None:
+    """Raise HearSsamError for a file that other weights or options made; the version may differ."""
+    for file in files:
+        found = provenance(file)
+        if found is None:
+            raise HearSsamError(f"{file}: is not a file of embeddings, or damaged; move it away.")
+        if different := [k for k in {**found, **wanted} if k != "version" and found.get(k) != wanted.get(k)]:
+            text = ", ".join(f"{key}={found.get(key)!r}, not {wanted.get(key)!r}" for key in different)
+            raise HearSsamError(f"{place}: holds embeddings with {text}; name another output, or delete this one.")
+
+
+class Output:
+    """Shards that are written one after the other; each is whole or absent.
+
+    A folder gets shards `PREFIX-00000.parquet`. A file `NAME.parquet` gets them in a hidden folder beside it, and is
+    made of them at the end. `done` holds the paths whose rows are there already.
+    """
+
+    def __init__(self, output: str | os.PathLike[str], schema: pa.Schema, prefix: str, row_group: int) -> None:
+        self.output, self.schema, self.prefix, self.row_group = Path(output), schema, prefix, row_group
+        self.single = self.output.suffix == ".parquet"
+        self.folder = self.output.with_name(f".{self.output.name}.parts") if self.single else self.output
+        exists = os.path.lexists(self.output)
+        if exists and (not self.output.is_file() if self.single else not self.output.is_dir()):
+            kind, mend = ("folder", "file") if self.single else ("file", "folder, or NAME.parquet")
+            raise HearSsamError(f"{output}: cannot be written: it is a {kind} or a device; name a {mend}.")
+        self.pending: list[pa.Table] = []
+        self.writer: pq.ParquetWriter | None = None
+        self.since = 0.0  # when the open shard began
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Output]:
+        """Closes the open shard at the end, when interrupted too; errors of the disk name the output."""
+        fresh = not self.folder.exists()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / f".{self.prefix}.lock", timeout=0)
+            with lock:
+                try:
+                    self._resume()
+                    yield self
+                    self.close()
+                except KeyboardInterrupt:
+                    self.close()
+                    raise
+                finally:
+                    self._drop()
+                    Path(lock.lock_file).unlink(missing_ok=True)
+        except Timeout as error:
+            raise HearSsamError(f"{self.output}: another run writes there; wait for it, or use --shard.") from error
+        except OSError as error:
+            reason = error.strerror or error
+            raise HearSsamError(f"{self.output}: cannot be written: {reason}; use another place.") from error
+        finally:
+            if (fresh or self.single) and self.folder.is_dir():
+                with contextlib.suppress(OSError):  # it is not empty
+                    self.folder.rmdir()
+
+    def _resume(self) -> None:
+        for leftover in self.folder.glob(f".{self.prefix}-*.tmp"):
+            leftover.unlink()
+        parts = parquet_files(self.folder)
+        older = [self.output] if self.single and provenance(self.output) else []
+        same_provenance(self.output, older + parts, json.loads(self.schema.metadata[KEY]))
+        self.done = {
+            path for file in older + parts for path in pq.read_table(file, columns=["path"])[0].unique().to_pylist()
+        }
+        mine = [file.stem.rpartition("-")[2] for file in parts if file.name.startswith(f"{self.prefix}-")]
+        self.number = 1 + max(map(int, mine), default=-1)
+        self.kept = older
+
+    @property
+    def age(self) -> float:
+        """Seconds of work that are not safe yet."""
+        return time.monotonic() - self.since if self.writer or self.pending else 0.0
+
+    def write(self, tables: Iterable[pa.Table]) -> None:
+        """Add the rows of one recording to the open shard."""
+        if not self.age:
+            self.since = time.monotonic()
+        for table in tables:
+            self.pending.append(table)
+            if sum(table.num_rows for table in self.pending) >= self.row_group:
+                self._flush()
+
+    def _flush(self) -> None:
+        if self.writer is None:
+            self.writer = pq.ParquetWriter(self._temporary, self.schema, use_dictionary=WORDS)
+        self.writer.write_table(pa.concat_tables(self.pending), self.row_group)
+        self.pending.clear()
+
+    @property
+    def _temporary(self) -> Path:
+        return self.folder / f".{self.prefix}-{self.number:05}.tmp"
+
+    def close(self) -> None:
+        """Finish the open shard; the next rows begin another one."""
+        if self.pending:
+            self._flush()
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+            os.replace(self._temporary, self.folder / f"{self.prefix}-{self.number:05}.parquet")
+            self.number += 1
+
+    def _drop(self) -> None:
+        """Leave nothing of a shard that could not be finished."""
+        with contextlib.suppress(OSError):
+            if self.writer is not None:
+                self.writer.close()
+        self.writer = None
+        self.pending.clear()
+        if hasattr(self, "number"):
+            self._temporary.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Make the one file of its shards."""
+        self.close()
+        parts = parquet_files(self.folder)
+        if not self.single or not parts:
+            return
+        with (
+            atomic_write(self.output) as temporary,
+            pq.ParquetWriter(temporary, self.schema, use_dictionary=WORDS) as writer,
+        ):
+            for file in self.kept + parts:
+                with pq.ParquetFile(file) as rows:
+                    for batch in rows.iter_batches(self.row_group):
+                        writer.write_batch(batch.cast(self.schema))
+        shutil.rmtree(self.folder)

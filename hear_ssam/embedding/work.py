@@ -1,0 +1,200 @@
+"""Recordings → Parquet rows: what one worker of `hear-ssam embed` does with a batch of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..hear import HearModel
+from . import clips
+from .inputs import Recording
+
+KINDS = {"both": ("scene", "timestamps"), "scene": ("scene",), "timestamps": ("timestamps",)}
+DTYPES = {"float32": np.float32, "float16": np.float16}
+CHUNK = 4096  # rows of a long recording that are in memory at once
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the rows, beside the weights."""
+
+    kind: str = "both"  # a key of KINDS
+    window: float = 0.0  # seconds; 0: whole recordings
+    hop: float = 0.0  # seconds
+    dtype: str = "float32"  # a key of DTYPES
+    model_options: dict[str, Any] = field(default_factory=dict)  # what `load_model` was given beside the name
+
+    def schema(self, model: HearModel) -> pa.Schema:
+        """The columns of the rows, and in the metadata all that made them."""
+        widths = {"scene": model.scene_embedding_size, "timestamps": model.timestamp_embedding_size}
+        first, *others = {widths[part] for part in (("scene",) if self.window else KINDS[self.kind])}
+        columns = {"path": pa.string(), "start_ms": pa.float64()}
+        if self.window:
+            columns["end_ms"] = pa.float64()
+        columns |= {"model": pa.string(), "checkpoint_sha256": pa.string()}
+        columns["embedding"] = pa.list_(pa.from_numpy_dtype(DTYPES[self.dtype]), -1 if others else first)
+        made: dict[str, Any] = {
+            "version": __version__,
+            "model": model.name,
+            "checkpoint_sha256": model.checkpoint_sha256,
+        }
+        if model.config:
+            made |= {"token_order": model.config.token_order, "pooling": model.config.pooling}
+        return pa.schema(columns, {"hear_ssam": json.dumps(made | asdict(self))})
+
+
+class Result(NamedTuple):
+    """One recording: its rows, to be read once, or why there are none."""
+
+    recording: Recording
+    tables: Iterable[pa.Table] = ()
+    error: Exception | None = None
+
+
+class Worker:
+    """Called with a batch of recordings it gives a `Result` for each; may be called from several threads.
+
+    `scratch` is a folder for the rows of long recordings: their scene stands first, and is known last.
+    """
+
+    def __init__(self, model: HearModel, options: Options, schema: pa.Schema, scratch: str | os.PathLike[str]) -> None:
+        self.model, self.options, self.schema, self.scratch = model, options, schema, scratch
+        self.parts = ("scene",) if options.window else KINDS[options.kind]
+        self.most = clips.LONG * model.sample_rate
+        # On a GPU one batch at a time: it fills the device, while the other threads decode the next ones.
+        self.turn: Any = contextlib.nullcontext() if model.device.type == "cpu" else threading.Lock()
+
+    def __call__(self, batch: Sequence[Recording]) -> list[Result]:
+        """A recording that trips over a defect spoils no other."""
+        results: dict[str, Result] = {}
+        pieces: list[tuple[Recording, float, Tensor]] = []  # of recordings: from so many ms, (samples,)
+        rows: dict[str, list[tuple[float, int, Tensor, Tensor]]] = defaultdict(list)
+
+        def flush() -> None:
+            for (recording, start, clip), found in zip(pieces, self._embed([clip for *_, clip in pieces]), strict=True):
+                if isinstance(found, Exception):
+                    results[recording.name] = Result(recording, error=found)
+                else:
+                    rows[recording.name].append((start, len(clip), *found))
+            pieces.clear()
+
+        limit = self.most if self.model.device.type == "cpu" else 32 * self.most
+        for recording in batch:
+            try:
+                for start, audio in self._cut(recording):
+                    if not self.options.window and len(audio) > self.most:
+                        results[recording.name] = Result(recording, self._long(recording))
+                        break
+                    clip = torch.from_numpy(audio).to(self.model.device)
+                    pieces.append((recording, start, self.model.check(clip)[0]))
+                    if sum(len(clip) for *_, clip in pieces) > limit:
+                        flush()
+            except Exception as error:
+                results[recording.name] = Result(recording, error=error)
+        flush()
+        for recording in batch:
+            if recording.name not in results:
+                results[recording.name] = Result(recording, [self._table(recording, rows[recording.name])])
+        return [results[recording.name] for recording in batch]
+
+    def _cut(self, recording: Recording) -> Iterator[tuple[float, np.ndarray]]:
+        """The clips that rows are made of: the recording, or windows of it, and where they start in milliseconds."""
+        rate = self.model.sample_rate
+        if not self.options.window:
+            yield 0.0, recording.read(rate, self.most)
+            return
+        window, hop = (max(1, round(seconds * rate)) for seconds in (self.options.window, self.options.hop))
+        for start, audio in cut_windows(recording.blocks(rate), window, hop, self.model.min_samples):
+            yield 1000 * start / rate, audio
+
+    def _embed(self, audio: Sequence[Tensor]) -> Sequence[tuple[Tensor, Tensor] | Exception]:
+        """Scene (E',) and timestamp embeddings (T, E) of clips; one by one where together they fail."""
+        try:
+            with torch.no_grad(), self.turn:
+                found = clips.embed_clips(self.model, audio)
+                return [(scene.cpu(), rows.cpu() if "timestamps" in self.parts else rows[:0]) for scene, rows in found]
+        except Exception as error:
+            return [error] if len(audio) == 1 else [found for clip in audio for found in self._embed([clip])]
+
+    def _table(self, recording: Recording, rows: Sequence[tuple[float, int, Tensor, Tensor]]) -> pa.Table:
+        if self.options.window:
+            starts = [start for start, *_ in rows]
+            ends = [start + 1000 * size / self.model.sample_rate for start, size, *_ in rows]
+            return self._columns(recording, starts, [scene[None] for *_, scene, _ in rows], ends)
+        ((_, size, scene, timestamps),) = rows
+        times = {"scene": [None], "timestamps": self.model.timestamps(size).tolist()}
+        values = {"scene": scene[None], "timestamps": timestamps}
+        return self._columns(
+            recording, [time for part in self.parts for time in times[part]], [values[part] for part in self.parts]
+        )
+
+    def _long(self, recording: Recording) -> Iterable[pa.Table]:
+        """The rows of a long recording, computed now, kept in a file without a name until they are read."""
+        file = tempfile.TemporaryFile(dir=self.scratch)
+        keep = file.write if "timestamps" in self.parts else len
+        scene, size = clips.embed_long(
+            self.model,
+            lambda: recording.blocks(self.model.sample_rate),
+            lambda rows: keep(rows.cpu().numpy().tobytes()),
+        )
+
+        def tables() -> Iterator[pa.Table]:
+            times = self.model.timestamps(size).tolist() if "timestamps" in self.parts else []
+            width = self.model.timestamp_embedding_size
+            if "scene" in self.parts:
+                yield self._columns(recording, [None], [scene.cpu()[None]])
+            with file:
+                file.seek(0)
+                for first in range(0, len(times), CHUNK):
+                    part = times[first : first + CHUNK]
+                    values = torch.frombuffer(bytearray(file.read(4 * len(part) * width)), dtype=torch.float32)
+                    yield self._columns(recording, part, [values.view(-1, width)])
+
+        return tables()
+
+    def _columns(
+        self, recording: Recording, starts: list[Any], rows: Sequence[Tensor], ends: list[float] | None = None
+    ) -> pa.Table:
+        """A table of rows (n, E), which may differ in width from tensor to tensor."""
+        values = np.concatenate([part.numpy().ravel() for part in rows]).astype(DTYPES[self.options.dtype])
+        kind = self.schema.field("embedding").type
+        if pa.types.is_fixed_size_list(kind):
+            embeddings = pa.FixedSizeListArray.from_arrays(values, kind.list_size)
+        else:
+            sizes = np.concatenate([np.full(len(part), part.shape[1]) for part in rows])
+            embeddings = pa.ListArray.from_arrays(np.concatenate([[0], sizes.cumsum()]).astype(np.int32), values)
+        every = {"path": recording.label, "model": self.model.name, "checkpoint_sha256": self.model.checkpoint_sha256}
+        columns: dict[str, Any] = {name: [value] * len(starts) for name, value in every.items()}
+        columns |= {"start_ms": starts, "end_ms": ends, "embedding": embeddings}
+        return pa.table([columns[name] for name in self.schema.names], schema=self.schema)
+
+
+def cut_windows(blocks: Iterable[np.ndarray], window: int, hop: int, least: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Windows of audio that comes in blocks, all in samples: where each starts, and its samples.
+
+    One begins every `hop` until one reaches the end; that one ends with the audio, and is left out below `least`
+    samples where it is not the only one.
+    """
+    held, base, at, reached = np.zeros(0, np.float32), 0, 0, 0
+    for block in blocks:
+        held = np.concatenate([held, block])
+        while base + len(held) >= at + window:
+            yield at, held[at - base : at - base + window]
+            at, reached = at + hop, at + window
+        gone = min(len(held), at - base)
+        held, base = held[gone:], base + gone
+    if not reached or (base + len(held) > reached and base + len(held) - at >= least):
+        yield at, held[at - base :]
