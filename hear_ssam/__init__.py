@@ -13,6 +13,9 @@ Contents, in reading order:
     scan.cpu_backend        on a CPU: cpu_kernels (what it runs), simd (what compiles them, with LLVM)
     scan.triton_backend     on a GPU
     checkpoint              our safetensors and the official files; nothing in them is executed
+    download                files from the network: resumed, checked, whole
+    hub.weights             where published weights lie, and how they come here
+    hub.layout              models as folders of Hugging Face's layout; hub.modeling_hear_ssam goes into them
     models                  the table of models; official files → ours
     container, audio        how much audio a file holds; any file → float32 mono
     embedding.clips         hear_ssam.embed: clips of unequal length together, long ones in bounded memory
@@ -55,6 +58,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .embedding.clips import embed as embed
     from .errors import HearSsamError as HearSsamError
+    from .hear import HearModel as HearModel
     from .hear import available_models as available_models
     from .hear import get_scene_embeddings as get_scene_embeddings
     from .hear import get_timestamp_embeddings as get_timestamp_embeddings
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 BASELINE = "logmel"  # the model without weights that counts as zero in tables
 __all__ = [
+    "HearModel",
     "HearSsamError",
     "available_models",
     "embed",

@@ -7,6 +7,7 @@ for the classes of well-known packages. Any other class or function that a file 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -16,47 +17,32 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import EncoderConfig, build_config
+from .config import CONFIGS, EncoderConfig, build_config
 from .encoder import Encoder, sincos_positions
 from .errors import HearSsamError
+from .hub.weights import OFFICIAL
 from .paths import atomic_write, sha256
 
 # How messages about a file end.
 _PASS = "pass weights as published, or the state dict of a model of this package."
 _AGAIN = "fetch the file again."
+MODEL = "model.safetensors"  # in a folder of Hugging Face's layout
 METADATA = "hear_ssam"  # one safetensors entry: several would be written in random order, and the sha256 would vary
-
-
-class Origin(NamedTuple):
-    """Where the official weights of a system are published, and under which licence."""
-
-    licence: str
-    hosting: str
-
-
-_DRIVE = "the Google Drive folder linked from github.com/SarthakYadav/"
-_HUB = "huggingface.co/attentionisallyouneed369/ssamba or github.com/SiavashShams/ssamba"
-OFFICIAL = {  # the licences of the repositories; no other is stated for the weights
-    "ssam": Origin("MIT", _DRIVE + "audio-mamba-official"),
-    "ssast": Origin("MIT", _DRIVE + "audio-mamba-official"),
-    "axlstm": Origin("MIT (but vision_lstm.py there: AGPL-3.0)", _DRIVE + "axlstm-official"),
-    "ssamba": Origin("BSD-3-Clause (model card: bsd-3-clause-clear)", _HUB),
-}
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[EncoderConfig, dict[str, Tensor], dict[str, Any]]:
     """Read weights: one of our files, an official `.pth` file or weights folder, or a state dict of either's names.
 
-    A folder stands for the highest-numbered `checkpoints/checkpoint-N.pth` in it. The state dict may lie deeper in the
-    file (`model`, Lightning's `state_dict`), under a common prefix, and beside an average of itself. Without a config
-    in the file, all sizes are read off the shapes.
+    A folder stands for its `model.safetensors`, or for the highest-numbered `checkpoints/checkpoint-N.pth` in it. The
+    state dict may lie deeper in the file (`model`, Lightning's `state_dict`), under a common prefix, and beside an
+    average of itself. Without a config in the file, all sizes are read off the shapes.
 
     Returns the config, the state dict for `Encoder(config)` (float32, CPU; stored half precision is widened) and an
     info dict: whatever the file tells about itself (source, licence, training facts, dropped keys) and the `sha256` of
@@ -98,12 +84,19 @@ def save_checkpoint(
         save_file(tensors, temporary, metadata={METADATA: metadata})
 
 
-def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> tuple[EncoderConfig, dict[str, Any]]:
+def convert(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], model: str = ""
+) -> tuple[EncoderConfig, dict[str, Any]]:
     """Rewrite any readable checkpoint as our safetensors; returns the config and the info stored in `target`.
 
-    Weights are kept in float32, so embeddings stay bit-identical.
+    Weights are kept in float32, so embeddings stay bit-identical. Raises HearSsamError where they are not of `model`.
     """
     config, state, info = load_checkpoint(source)
+    if model and any(
+        getattr(config, size) != getattr(CONFIGS[model], size) for size in ("system", "embed_dim", "depth")
+    ):
+        found = f"{config.system} of width {config.embed_dim} and depth {config.depth}"
+        raise HearSsamError(f"{source}: holds {found}, not {model}; take another file or name.")
     info = {"source_sha256": info.pop("sha256"), **info}
     save_checkpoint(target, config, state, info)
     return config, info
@@ -117,7 +110,11 @@ def _read_safetensors(file: Path) -> tuple[EncoderConfig, dict[str, Tensor], dic
     except (SafetensorError, OSError, ValueError) as error:
         raise HearSsamError(f"damaged or truncated safetensors file ({error}); fetch it again.") from error
     if METADATA not in metadata:
-        return _read_weights(state, file)
+        config, state, info = _read_weights(state, file)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # transformers keeps the config beside
+            config = EncoderConfig.from_dict(json.loads(file.with_name("config.json").read_text("utf-8"))["encoder"])
+        _match_keys(config, state)
+        return config, state, info
     try:
         stored = json.loads(metadata[METADATA])
         config, info = EncoderConfig.from_dict(dict(stored["config"])), dict(stored["info"])
@@ -223,7 +220,7 @@ def _read_weights(payload: Any, file: Path) -> tuple[EncoderConfig, dict[str, Te
     names = _match_keys(config, state, rename)
     state = {names[name]: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
     info: dict[str, Any] = {"source": f"official {system} checkpoint {file.name}", "dropped": dropped}
-    info["licence"] = f"{OFFICIAL[system].licence}, from {OFFICIAL[system].hosting}"
+    info["licence"] = f"{OFFICIAL[system].licence}, from {OFFICIAL[system].page}"
     if ours:
         info = {"source": f"state dict {file.name}"}
         if config.positions == "sincos" and not state["pos_embed"].allclose(sincos_positions(config), atol=1e-3):
@@ -329,6 +326,8 @@ def _find(path: Path) -> Path:
         raise HearSsamError(f"{path}: no such file or folder; `hear-ssam models list` tells where weights are.")
     if not path.is_dir():
         return path
+    if (path / MODEL).is_file():
+        return path / MODEL
     numbered = [file for file in path.glob("checkpoints/checkpoint-*.pth") if file.stem[11:].isdecimal()]
     if not numbered:
         wanted = "checkpoints/checkpoint-<number>.pth"

@@ -21,6 +21,8 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,13 +32,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import BASELINE
-from .checkpoint import OFFICIAL, load_checkpoint
+from .checkpoint import MODEL, convert, load_checkpoint, save_checkpoint
 from .config import CONFIGS, EncoderConfig
+from .download import cache_folder
 from .encoder import Encoder, resize_positions
 from .errors import HearSsamError, unknown_name
 from .frontend import HOP, SAMPLE_RATE, WINDOW, LogMel, build_frontend, join, normalize
+from .hub import layout
+from .hub.weights import PUBLISHED, Weights, here, hub_file, named, obtain
 from .options import pick_device
-from .paths import shipped
 from .scan import available_backends, use_backend
 
 DEFAULT = "ssam_tiny"
@@ -63,6 +67,13 @@ class HearModel(nn.Module):
         self.name = name
         self.config = config
         self.checkpoint_sha256 = checkpoint_sha256
+        self.info: dict[str, Any] = {}  # what the file of weights tells about itself: source, licence, training
+        self.card = ""  # the text that lies beside it
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> HearModel:
+        """`load_model(name, **options)`, for a folder of `save_pretrained` or a repository on Hugging Face."""
+        return load_model(name, **options)
 
     @property
     def device(self) -> torch.device:
@@ -139,6 +150,22 @@ class EncoderModel(HearModel):
         self.scene_embedding_size, self.timestamp_embedding_size = config.scene_dim, config.embedding_dim
         if self.kaldi:  # one patch of whole frames
             self.min_samples = WINDOW + (config.patch_frames - 1) * HOP
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write a folder in Hugging Face's layout: weights, config, model card, and the code by which transformers'
+        AutoModel and AutoFeatureExtractor load it. `load_model(folder)` gives the same embeddings."""
+        path = Path(folder)
+        save_checkpoint(path / MODEL, self.config, self.encoder.state_dict(), {**self.info, "name": self.name})
+        sizes = self.scene_embedding_size, self.timestamp_embedding_size
+        layout.describe(path, self.name, self.config.to_dict(), sizes, self.info, self.card)
+        return path
+
+    def push_to_hub(self, repo: str, *, private: bool = False, token: str | None = None) -> str:
+        """`save_pretrained` into the repository OWNER/NAME on Hugging Face, made if need be; its address.
+
+        Needs the extra [hub]."""
+        with tempfile.TemporaryDirectory() as folder:
+            return layout.upload(self.save_pretrained(folder), repo, private, token)
 
     def timestamps(self, samples: int) -> Tensor:
         patch = self.config.patch_frames
@@ -241,12 +268,13 @@ def load_model(
     model_file_path: str | os.PathLike[str] | None = "", *, model: str = "", pretrained: bool = True, seed: int = 0,
     token_order: Literal["time", "official"] | None = None, pooling: Literal["mean", "mean_std"] | None = None,
     backend: str | None = None, precision: Literal["fp32", "bf16"] = "fp32", device: str = "cpu",
-    window_frames: int | None = None, **unknown: Any,
+    window_frames: int | None = None, cache: str | os.PathLike[str] | None = None, **unknown: Any,
 ) -> HearModel:  # fmt: skip
     """Load a model, in eval mode.
 
-    model_file_path  "" (the shipped ssam_tiny), a name of `available_models()`, one of our files, an official `.pth`
-                     file or an official weights folder
+    model_file_path  "" (the shipped ssam_tiny), a name of `available_models()` (the weights are downloaded if they
+                     are not here), one of our files, an official `.pth` file or an official weights folder, a folder
+                     of `save_pretrained`, or OWNER/NAME[@REVISION] on Hugging Face
     model            a name, where only options can be passed (`--model-options '{"model": "ssam_base"}'`)
     pretrained       False: random weights drawn from `seed`; needs a name
     token_order      "time" or "official"; default: what the file says (ours: time, official files: official)
@@ -257,9 +285,10 @@ def load_model(
     device           where the weights go: auto, cpu, cuda, mps; one that is not there raises. The HEAR tools move the
                      model themselves
     window_frames    SSAMBA only: frames that the encoder sees at once (default 1024, 10.24 s)
+    cache            folder of downloaded weights; default: $HEAR_SSAM_CACHE, else ~/.cache/hear_ssam
 
-    Raises HearSsamError for an unknown name or option (with the nearest known one), contradictory options, a model
-    whose weights are not here (with the place to get them), and a file that is no checkpoint.
+    Raises HearSsamError for an unknown name or option (with the nearest known one), contradictory options, weights that
+    cannot be had (with the place where people can), and a file that is no checkpoint.
     """
     for option in unknown:
         raise unknown_name("option of load_model", option, load_model.__kwdefaults__ or ())
@@ -279,23 +308,33 @@ def load_model(
     with torch.device("cpu"), torch.inference_mode(False):  # the same model inside anybody's block
         if name == BASELINE:
             return _move(LogMelModel(), device)
+        info, card = dict[str, Any](), Path()
         if name in CONFIGS and not pretrained:
             config, digest = _with_options(CONFIGS[name], options), ""
             with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
                 torch.default_generator.manual_seed(seed)
                 encoder = Encoder(config)
         else:
-            file = _find_weights(name, pretrained)
+            file, name = _find_weights(name, pretrained, cache)
             stored, state, info = load_checkpoint(file)
+            card = file.with_suffix(".md")
             config, digest = _with_options(stored, options), info["sha256"]
             if config.window_frames != stored.window_frames:
                 state["pos_embed"] = resize_positions(state["pos_embed"], stored, config.grid[0])
             with torch.device("meta"):  # no random numbers are drawn for weights that are replaced
                 encoder = Encoder(config)
             encoder.load_state_dict(state, assign=True)
-            name = name if name in CONFIGS else file.stem
         encoder.set_precision(precision)
-        return _move(EncoderModel(name, config, encoder, backend, digest), device)
+        loaded = EncoderModel(name, config, encoder, backend, digest)
+        loaded.info, loaded.card = info, card.read_text("utf-8") if card.is_file() else ""
+        return _move(loaded, device)
+
+
+def untrained(name: str, config: dict[str, Any]) -> EncoderModel:
+    """A model whose weights are to be loaded, on the CPU whatever torch's default device; for transformers."""
+    known = EncoderConfig.from_dict(config)
+    with torch.device("cpu"):
+        return EncoderModel(name, known, Encoder(known), None, "").eval()
 
 
 def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:
@@ -326,52 +365,45 @@ class ModelRow(NamedTuple):
     scene_embedding_size: int
     timestamp_embedding_size: int
     window_seconds: float | None  # what the encoder sees at once; None: no windows
-    licence: str  # of the weights
-    weights: Path | None  # the shipped file
-    source: str  # where weights come from
+    weights: Path | None  # the file on this machine, shipped or downloaded
+    published: Weights | None  # where they come from, their licence, paper and data; None: needs no weights
 
 
-def available_models() -> dict[str, ModelRow]:
+def available_models(cache: str | os.PathLike[str] | None = None) -> dict[str, ModelRow]:
     """Every name that `load_model` takes."""
     rows = {}
     for name, config in CONFIGS.items():
-        file = _shipped_file(name)
-        licence, source = OFFICIAL[config.system]
+        published = next(entry for entry in PUBLISHED if entry.name == name)
+        file = here(published, cache)
         if file:
-            config, _, info = load_checkpoint(file)
-            licence, source = info.get("licence", ""), info.get("source", "")
+            config = load_checkpoint(file)[0]
         with torch.device("meta"):
             parameters = sum(weight.numel() for weight in Encoder(config).parameters() if weight.requires_grad)
         sizes, seconds = (config.scene_dim, config.embedding_dim), config.window_frames / 100
-        rows[name] = ModelRow(config.system, parameters, *sizes, seconds, licence, file, source)
+        rows[name] = ModelRow(config.system, parameters, *sizes, seconds, file, published)
     baseline = LogMelModel()
     sizes = baseline.scene_embedding_size, baseline.timestamp_embedding_size
-    rows[BASELINE] = ModelRow("baseline", 0, *sizes, None, "Apache-2.0", None, "needs no weights")
+    rows[BASELINE] = ModelRow("baseline", 0, *sizes, None, None, None)
     return rows
 
 
-def _shipped_file(name: str) -> Path | None:
-    file = shipped("checkpoints") / f"{name}.safetensors"
-    return file if file.is_file() else None
-
-
-def _find_weights(name: str, pretrained: bool) -> Path:
-    """The file or folder behind a model name or a path."""
-    if name in CONFIGS:
-        if file := _shipped_file(name):
-            return file
-        raise HearSsamError(
-            f"no weights for {name} ship with hear_ssam. Get official ones from "
-            f"{OFFICIAL[CONFIGS[name].system].hosting} and pass the file as model_file_path, "
-            "or use pretrained=False for random weights."
-        )
-    if not Path(name).exists():
-        if Path(name).name == name and not Path(name).suffix:
-            raise unknown_name("model", name, [*CONFIGS, BASELINE])
-        raise HearSsamError(f"{name}: no such file or folder; `hear-ssam models list` tells where weights are.")
+def _find_weights(name: str, pretrained: bool, cache: str | os.PathLike[str] | None) -> tuple[Path, str]:
+    """The file or folder behind a model's name or a path, and what the model is to be called."""
     if not pretrained:
-        raise HearSsamError(f"{name}: a file has its own weights; pass the name of a model with pretrained=False.")
-    return Path(name)
+        raise HearSsamError(f"{name}: has its own weights; pass the name of a model with pretrained=False.")
+    if published := named(name):
+        return obtain(published, convert, cache), name
+    path = Path(name)
+    if path.exists():
+        return path, path.stem if path.is_file() else path.name
+    if path.name == name and path.suffix not in (".pth", ".pt", ".safetensors"):
+        raise unknown_name("model", name, [*(entry.label for entry in PUBLISHED), *CONFIGS, BASELINE])
+    repository = re.fullmatch(r"([\w.-]+/([\w.-]+))(?:@([\w./-]+))?", name)
+    if not repository or path.parent.is_dir() or path.suffix in (".pth", ".pt", ".safetensors"):
+        raise HearSsamError(f"{name}: no such file or folder; `hear-ssam models list` tells where weights are.")
+    repo, called, revision = repository.groups()
+    folder = cache_folder(cache) / "hub" / repo.replace("/", "--") / (revision or "main")
+    return hub_file(repo, MODEL, revision, folder), called
 
 
 def _with_options(config: EncoderConfig, options: dict[str, Any]) -> EncoderConfig:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ def pytest_configure() -> None:
     # Without llvmlite `auto` falls back with a warning, and warnings of ours are errors: say that torch is meant.
     if available_backends()["cpu"] is not None:
         os.environ.setdefault("HEAR_SSAM_BACKEND", "torch")
+    # No test leaves this machine or sees what its user has downloaded; those of downloads say otherwise.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HEAR_SSAM_CACHE"] = tempfile.mkdtemp(prefix="hear-ssam-tests-")
 
 
 @pytest.fixture(scope="session")

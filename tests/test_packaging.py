@@ -19,6 +19,7 @@ from hear_ssam.paths import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("checkpoints", "eval_tasks")
+SHIPPED = "checkpoints/ssam_tiny.safetensors"  # other weights are downloaded
 FIND = f"from hear_ssam.paths import shipped; [print(shipped(folder)) for folder in {FOLDERS}]"
 
 
@@ -51,6 +52,9 @@ def test_wheel_has_one_top_level_name_and_carries_the_data(built: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"hear_ssam", f"hear_ssam-{__version__}.dist-info"}
     wanted = {f"hear_ssam/{name}" for folder in FOLDERS for name in below(shipped(folder))}
+    wanted = {name for name in wanted if "/checkpoints/ssa" not in name and "/checkpoints/axl" not in name}
+    assert [name for name in names if name.endswith(".safetensors")] == [f"hear_ssam/{SHIPPED}"]
+    wanted |= {f"hear_ssam/{SHIPPED}", f"hear_ssam/{SHIPPED.replace('.safetensors', '.md')}"}
     wanted |= {file.relative_to(ROOT).as_posix() for file in (ROOT / "hear_ssam").rglob("*.py")}
     wanted.add("hear_ssam/py.typed")
     assert wanted <= set(names)
@@ -97,7 +101,7 @@ def test_the_package_root_shows_the_api_and_nothing_else() -> None:
 
 def test_the_contents_page_names_every_module() -> None:
     package = ROOT / "hear_ssam"
-    modules = {file.stem for file in package.rglob("*.py")} | {"scan", "pretraining", "evaluation"}
+    modules = {file.stem for file in package.rglob("*.py")} | {"scan", "pretraining", "evaluation", "hub"}
     listed = set(re.findall(r"\w+", hear_ssam.__doc__ or ""))
     assert modules - {"__init__", "__main__"} <= listed
 

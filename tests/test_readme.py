@@ -73,7 +73,7 @@ def test_quick_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("a.wav", "b.flac"):
         soundfile.write(Path("recordings", name), noise, 44_100)
     append(Path("out/records.jsonl"), [record("ssam_tiny", 0.6), record("logmel", 0.5)])
-    quick = [words for words in OWN if words[0] in QUICK]
+    quick = [words for words in OWN if words[0] in QUICK and "fetch" not in words]
     assert {words[0] for words in quick} == set(QUICK)
     for words in quick:
         assert cli.main(words) == 0, words

@@ -1,0 +1,1 @@
+"""Published weights by name, and models as folders in Hugging Face's layout."""
