@@ -12,9 +12,11 @@ import sys
 import matplotlib.image
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 
+import hear_ssam
 from hear_ssam import config
 from hear_ssam.checkpoint import load_checkpoint, save_checkpoint
 from hear_ssam.cli import main
@@ -250,6 +252,35 @@ def test_any_hear_module_is_a_teacher(store, tmp_path):
     assert not any(pitches[i] & pitches[j] for i in range(4) for j in range(i))  # each pitch has codes of its own
     recipe = dataclasses.replace(VISIBLE, objective={"codes": Codes(file="foreign")})
     assert pretrain(store, tmp_path / "run", recipe).exists()
+
+
+def test_the_recipe_codes_from_nothing_by_the_public_commands(tmp_path, capsys):
+    """Audio, a store, a first training by reconstruction, codes of it and of a module that is not ours, the training."""
+    (tmp_path / "sounds").mkdir()
+    for i in range(70):
+        tone = np.sin(2 * np.pi * 200 * 2 ** (i % 4) * np.arange(9_000 + 100 * i) / 16_000) / 4
+        noise = np.random.default_rng(i).normal(0, 0.02, len(tone))
+        soundfile.write(tmp_path / "sounds" / f"{i}.wav", tone + noise, 16_000)
+    folder, small = str(tmp_path / "store"), ["--batch-size", "4", "--device", "cpu"]
+    first = tmp_path / "first" / "ssam_tiny.safetensors"
+    lines = [
+        ["corpus", folder, "--audio", str(tmp_path / "sounds")],
+        ["pretrain", folder, str(tmp_path / "first"), "--recipe", "ssam", "--steps", "2", *small],
+        ["codes", folder, "--checkpoint", str(first), "--block", "2", "--clusters", "9"],
+        ["pretrain", folder, str(tmp_path / "run"), "--recipe", "codes", "--steps", "2", "--init", str(first), *small],
+        ["codes", folder, "--module", "tests.tiny_hear", "--clusters", "9"],
+        ["pretrain", folder, str(tmp_path / "distilled"), "--recipe", "codes", "--steps", "2", *small],
+    ]
+    for line in lines:
+        assert main(line) == 0, line
+    assert "of 9 codes are used" in capsys.readouterr().out
+    assert json.loads((tmp_path / "store" / "codes.json").read_text())["teacher"]["module"] == "tests.tiny_hear"
+    for run in ("run", "distilled"):
+        (row,) = [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+        assert 0 < row["codes"] < 6 and row["pixels"] > 0 and row["step"] == 2
+        model = hear_ssam.load_model(str(tmp_path / run / "ssam_tiny.safetensors"), device="cpu")
+        assert hear_ssam.get_scene_embeddings(torch.zeros(1, 16_000), model).isfinite().all()
+    assert main(lines[3]) == 2 and "tiny_hear" in capsys.readouterr().err  # the codes are now another teacher's
 
 
 # ------------------------------------------------------------------------------------------------- parts and processes
