@@ -255,7 +255,7 @@ def test_any_hear_module_is_a_teacher(store, tmp_path):
 
 
 def test_the_recipe_codes_from_nothing_by_the_public_commands(tmp_path, capsys):
-    """Audio, a store, a first training by reconstruction, codes of it and of a module that is not ours, the training."""
+    """Audio, a store, a first training by reconstruction, codes of it and of a foreign module, the training."""
     (tmp_path / "sounds").mkdir()
     for i in range(70):
         tone = np.sin(2 * np.pi * 200 * 2 ** (i % 4) * np.arange(9_000 + 100 * i) / 16_000) / 4
