@@ -30,6 +30,7 @@ Contents, in reading order:
     pretraining.learner     decoder, heads, objectives around the encoder
     pretraining.loop        steps, processes, saved states, the checkpoint (card: its model card)
     evaluation.module       any module with the HEAR API: imported, loaded, called
+    evaluation.hf, .xares   models of transformers and of X-ARES as HEAR modules
     evaluation.tasks        HEAR's task folders, checked
     evaluation.embeddings   such a module on a task → a folder of embeddings, as heareval lays it out
     evaluation.rows         such a folder read: rows, targets, what scores predictions
@@ -58,6 +59,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .embedding.clips import embed as embed
     from .errors import HearSsamError as HearSsamError
+    from .evaluation.evaluate import evaluate as evaluate
     from .hear import HearModel as HearModel
     from .hear import available_models as available_models
     from .hear import get_scene_embeddings as get_scene_embeddings
@@ -71,6 +73,7 @@ __all__ = [
     "HearSsamError",
     "available_models",
     "embed",
+    "evaluate",
     "get_scene_embeddings",
     "get_timestamp_embeddings",
     "load_model",
@@ -84,6 +87,8 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> object:
     # torch is imported with the first use, so that `hear-ssam --help` answers at once (PEP 562).
     if name in __all__:
-        module = {"HearSsamError": "errors", "embed": "embedding.clips"}.get(name, "hear")
+        module = {"HearSsamError": "errors", "embed": "embedding.clips", "evaluate": "evaluation.evaluate"}.get(
+            name, "hear"
+        )
         return getattr(importlib.import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,9 +12,11 @@ import functools
 import inspect
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from filelock import FileLock, Timeout
@@ -45,6 +47,7 @@ EXAMPLES = """examples:
   hear-ssam evaluate --model-options '{"model": "logmel"}' --tasks-dir tasks --results-dir results
   hear-ssam evaluate hearbaseline.naive --tasks-dir tasks --results-dir results --resample
   hear-ssam evaluate hear_ssam 'hear_ssam:{"model": "logmel"}' some.module --tasks-dir tasks --results-dir results
+  hear-ssam evaluate 'hf:facebook/hubert-base-ls960:{"layer": 6}' xares:mine.py --tasks-dir tasks --results-dir out
   hear-ssam evaluate --embeddings-dir embeddings/hearbaseline --results-dir results     embeddings made by heareval
 """
 
@@ -92,8 +95,32 @@ class Evaluation:
     failures: dict[str, str]
 
 
+def evaluate(
+    models: object,
+    tasks_dir: str | os.PathLike[str],
+    probe: Probe | Sequence[Probe] = "exact",
+    *,
+    results_dir: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> list[Record]:
+    """Judge one model, or a list of them, on the HEAR tasks in `tasks_dir`: the records of `hear-ssam evaluate`.
+
+    A model is the name of a HEAR module, `hf:NAME`, `xares:FILE.py`, or an object: a HEAR module or what its load_model
+    returned, an encoder of X-ARES, a pair (model of transformers, its feature extractor). `options` are those of
+    `run_evaluation`. Without `results_dir` nothing but the records is kept. What fails is said on stderr; raises
+    HearSsamError where nothing else is left. Scripts need `if __name__ == "__main__"`: probes run in spawned processes.
+    """
+    listed = list(models) if isinstance(models, list) else [models]
+    with contextlib.ExitStack() as stack:
+        results = Path(results_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        evaluation = run_evaluation(listed, results_dir=results, tasks_dir=Path(tasks_dir), probe=probe, **options)
+    if not evaluation.records and evaluation.failures:
+        raise HearSsamError("; ".join(f"{name}: {reason}" for name, reason in evaluation.failures.items()))
+    return evaluation.records
+
+
 def run_evaluation(
-    modules: Sequence[str] = (),
+    modules: Sequence[object] = (),
     model: str = "",
     model_options: Mapping[str, Any] | None = None,
     *,
@@ -245,18 +272,22 @@ def _only_driver(results_dir: Path) -> Iterator[None]:
 
 
 def _load(
-    modules: Sequence[str], model: str, options: Mapping[str, Any] | None, device: str, failures: dict[str, str]
+    modules: Sequence[object], model: str, options: Mapping[str, Any] | None, device: str, failures: dict[str, str]
 ) -> list[JudgedModule]:
-    """All modules that can be loaded, each once; raises HearSsamError where none can be."""
-    from .module import load_hear_model
+    """All models that are given or can be loaded, each once; raises HearSsamError where there are none."""
+    from .module import judged, load_hear_model
 
     models: dict[tuple[str, str], JudgedModule] = {}
-    for module in dict.fromkeys(modules):
-        with noted(module, failures):
-            hear = load_hear_model(module, model, options, device)
+    names = [
+        module if isinstance(module, str) else getattr(module, "__name__", repr(type(module))) for module in modules
+    ]
+    for name, module in dict(zip(names, modules, strict=True)).items():
+        with noted(name, failures):
+            loads = isinstance(module, str | ModuleType)
+            hear = load_hear_model(name, model, options, device) if loads else judged(module, device)
             models.setdefault((hear.name, hear.checkpoint_sha256), hear)
     if not models:
-        raise HearSsamError("; ".join(failures[module] for module in modules if module in failures))
+        raise HearSsamError("; ".join(failures[name] for name in names if name in failures))
     return list(models.values())
 
 
@@ -320,7 +351,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=EXAMPLES,
     )
     add = parser.add_argument
-    modules = "importable HEAR modules, each with options of its own if need be (default: hear_ssam)"
+    modules = (
+        "HEAR modules, hf:NAME|FOLDER (transformers), xares:FILE.py[:CLASS], each perhaps :{JSON} (default: hear_ssam)"
+    )
     add("modules", nargs="*", metavar="MODULE", help=modules)
     add("--tasks-dir", type=Path, metavar="DIR", help="folder with one folder per HEAR task")
     add("--tasks", nargs="+", default=[], metavar="NAME", help="only these task folders")

@@ -7,9 +7,11 @@ the attributes `sample_rate`, `scene_embedding_size`, `timestamp_embedding_size`
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import json
 import re
+import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ import torch
 from ..errors import HearSsamError
 from ..options import parse_options, pick_device
 from ..paths import sha256
+
+ADAPTERS = ("hf", "xares")  # modules beside this one with the HEAR API, for models of other kinds
 
 
 @dataclass(frozen=True)
@@ -87,26 +91,27 @@ def load_hear_model(
 ) -> JudgedModule:
     """Import `module`, call its `load_model([model], **options)`, move the model to `device` (see `options`).
 
-    `module` may carry options of its own: 'hear_ssam:{"model": "logmel"}'.
+    `module` may carry options of its own: 'hear_ssam:{"model": "logmel"}'. `hf:NAME` and `xares:FILE.py` name models of
+    transformers and X-ARES, with options behind: 'hf:NAME:{"layer": 6}'.
     Raises HearSsamError for a module that cannot be imported, ends the process, or lacks a part of the HEAR API.
     """
     place = pick_device(device)
-    module, _, own_options = module.partition(":")
+    name, _, own_options = module.partition(":")
+    if name in ADAPTERS:
+        weights, brace, own_options = own_options.partition(":{")
+        own_options = brace[1:] + own_options
+        if model:
+            raise HearSsamError(f"--model {model}: of no use with {name}:{weights}, which names its weights itself.")
+        name, model = f"{__package__}.{name}", weights
     options = {**(options or {}), **parse_options(own_options or "{}")}
-    with blamed(f"cannot import the HEAR module {module!r}"):
-        imported = importlib.import_module(module)
-    for name in ("load_model", "get_scene_embeddings", "get_timestamp_embeddings"):
-        if not callable(getattr(imported, name, None)):
-            raise HearSsamError(f"the module {module} has no function {name}; the HEAR API needs it.")
-    with blamed(f"{module}.load_model failed"):
+    with blamed(f"cannot import the HEAR module {name!r}"):
+        imported = importlib.import_module(name)
+    for function in ("load_model", "get_scene_embeddings", "get_timestamp_embeddings"):
+        if not callable(getattr(imported, function, None)):
+            raise HearSsamError(f"the module {name} has no function {function}; the HEAR API needs it.")
+    with blamed(f"{name}.load_model failed"):
         loaded = imported.load_model(*([model] if model else []), **options)
-    if not isinstance(loaded, torch.nn.Module):
-        raise HearSsamError(f"{module}.load_model returned a {type(loaded).__name__}, not a torch.nn.Module.")
-    for name in ("sample_rate", "scene_embedding_size", "timestamp_embedding_size"):
-        value = getattr(loaded, name, None)
-        if not isinstance(value, int) or value < 1:
-            wanted = f"the attribute {name} (an int above 0, not {value!r}); the HEAR API asks for it"
-            raise HearSsamError(f"the model of {module} needs {wanted}.")
+    _check_attributes(loaded, name)
     own_name = getattr(loaded, "name", None)
     if isinstance(own_name, str):
         options.pop("model", None)  # said by the name already
@@ -117,9 +122,57 @@ def load_hear_model(
         digest = sha256(model) if model and Path(model).is_file() else ""
         if model and not digest:  # a folder, or a name that the module knows
             options["weights"] = model
-    name = "-".join([own_name, *(f"{key}={_shown(value)}" for key, value in sorted(options.items()))])
-    with blamed(f"the model of {module} cannot be moved to the device {place}"):
-        return JudgedModule(imported, loaded.to(place), name, str(digest), place)
+    full_name = "-".join([own_name, *(f"{key}={_shown(value)}" for key, value in sorted(options.items()))])
+    return _placed(imported, loaded, full_name, str(digest), place)
+
+
+def judged(model: object, device: str = "auto") -> JudgedModule:
+    """A loaded model as one to judge: of any HEAR module, an encoder of X-ARES, or a pair (model, feature extractor)
+    of transformers. What it is called in records is its `name`, or its class; its weights are told by their SHA-256.
+
+    Raises HearSsamError for an object of another kind.
+    """
+    place, kind = pick_device(device), type(model)
+    for adapter in ADAPTERS:
+        module = importlib.import_module(f".{adapter}", __package__)
+        if module.adapts(model):
+            wrapped = module.wrap(model)
+            return _placed(module, wrapped, wrapped.name, wrapped.checkpoint_sha256, place)
+    parts = kind.__module__.split(".")
+    packages = [sys.modules.get(".".join(parts[:depth])) for depth in range(len(parts), 0, -1)]
+    found = next((p for p in packages if p and hasattr(p, "get_scene_embeddings")), None)
+    if found is None:
+        kinds = "a model of a HEAR module, an X-ARES encoder, or a pair (transformers model, feature extractor)"
+        raise HearSsamError(f"{kind.__name__}: cannot be judged; give {kinds}.")
+    _check_attributes(model, found.__name__)
+    assert isinstance(model, torch.nn.Module)
+    digest = getattr(model, "checkpoint_sha256", None) or weights_sha256(model)
+    return _placed(found, model, str(getattr(model, "name", None) or kind.__name__), digest, place)
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """SHA-256 over names and values of all parameters and buffers that a model saves; empty where it has none."""
+    digest, state = hashlib.sha256(), model.state_dict()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest() if state else ""
+
+
+def _check_attributes(loaded: object, module: str) -> None:
+    """Raise HearSsamError for what is no torch module or lacks an attribute of the HEAR API."""
+    if not isinstance(loaded, torch.nn.Module):
+        raise HearSsamError(f"{module}.load_model returned a {type(loaded).__name__}, not a torch.nn.Module.")
+    for name in ("sample_rate", "scene_embedding_size", "timestamp_embedding_size"):
+        value = getattr(loaded, name, None)
+        if not isinstance(value, int) or value < 1:
+            wanted = f"the attribute {name} (an int above 0, not {value!r}); the HEAR API asks for it"
+            raise HearSsamError(f"the model of {module} needs {wanted}.")
+
+
+def _placed(module: ModuleType, model: torch.nn.Module, name: str, digest: str, place: torch.device) -> JudgedModule:
+    with blamed(f"the model of {module.__name__} cannot be moved to the device {place}"):
+        return JudgedModule(module, model.to(place), name, digest, place)
 
 
 def _shown(value: object) -> str:
