@@ -17,10 +17,10 @@ from collections.abc import Callable
 import numpy as np
 import soundfile
 
-from hear_ssam.audio import find_audio, read_audio
+from hear_ssam.audio import Clip, find_audio, read_audio
 from hear_ssam.paths import shipped
 from hear_ssam.pretraining.leaks import VOTES, find_leaks
-from hear_ssam.pretraining.store import Clip, Store
+from hear_ssam.pretraining.store import Store
 
 RATE = 16_000
 Audio = np.ndarray  # float32 (samples,) at 16 kHz

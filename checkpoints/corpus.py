@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from hear_ssam.audio import SUFFIXES, decode_audio, read_audio, resample
+from hear_ssam.audio import SUFFIXES, Clip, decode_audio, read_audio, resample
 from hear_ssam.errors import HearSsamError, unknown_name
 from hear_ssam.paths import atomic_write, shipped
-from hear_ssam.pretraining.clips import missing, recipe
-from hear_ssam.pretraining.store import RATE, Clip
+from hear_ssam.pretraining.corpus import missing, recipe
+from hear_ssam.pretraining.store import RATE
 
 
 def main(folder: str, output: str) -> int:

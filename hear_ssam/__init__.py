@@ -21,7 +21,7 @@ Contents, in reading order:
     embedding.clips         hear_ssam.embed: clips of unequal length together, long ones in bounded memory
     extract                 audio files → Parquet
     pretrain                audio → a store → its cluster codes → an encoder: the commands
-    pretraining.clips       audio files, folders, tars → clips; the corpus of the shipped encoders
+    pretraining.corpus      the corpus of the shipped encoders, and what of it is missing
     pretraining.store       16 kHz audio on disk, spectrogram frames of it for any front end
     pretraining.recipe      what a training depends on, as typed values; the recipes that ship
     pretraining.codes       cluster codes of a store from a teacher

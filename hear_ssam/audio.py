@@ -5,15 +5,21 @@ The HEAR functions never resample; the commands call this module before them.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import io
 import itertools
+import lzma
 import os
+import re
 import stat
+import tarfile
 import warnings
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, NamedTuple, NoReturn, cast
 
 import numpy as np
 import soundfile
@@ -27,6 +33,7 @@ SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd 
 UNREAD = frozenset(  # what it does not, and FFmpeg does
     ".m4a .mp4 .m4b .aac .wma .webm .mka .amr .ac3 .ape .wv .mp2 .3gp .dsf .mkv .mov .avi".split()
 )
+CLIP_RATE = 16_000  # Hz: what encoders read, and stores of audio hold
 BLOCK = 1 << 18  # samples decoded at once: an hour of 96 kHz surround needs no more memory than its mono result
 INSTALL_AV = "pip install 'hear-ssam[av]'"
 MEND = "fetch it again, or save what is there (ffmpeg -i OLD NEW.wav)"
@@ -216,3 +223,83 @@ def _reason(error: soundfile.LibsndfileError) -> str:
 def resample(audio: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     """Resample float32 (samples,) from one rate in Hz to another (soxr, high quality)."""
     return audio if from_rate == to_rate else soxr.resample(audio, from_rate, to_rate, quality="HQ")
+
+
+class Clip(NamedTuple):
+    """One piece of audio that has not been decoded yet; decode() gives float32 (samples,) at CLIP_RATE."""
+
+    source: str
+    name: str
+    decode: Callable[[], np.ndarray]
+
+
+def audio_clips(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Clip]:
+    """Clips of audio files, of folders (searched through) and of tars, compressed or not.
+
+    The source of a clip is the first folder below what was named, else the name of what was named without suffix and
+    shard number (speech-000017.tar: speech). A damaged tar gives the clips before the damage, then one that cannot be
+    decoded, so that whoever reads them can go on and name it; so does a tar without audio.
+    """
+    for path in map(Path, paths):
+        if path.is_file() and is_tar(path):
+            yield from _tar_clips(path)
+            continue
+        for file in find_audio([path]):
+            yield Clip(_source(path, file.relative_to(path)), str(file), functools.partial(read_audio, file, CLIP_RATE))
+
+
+TAR = re.compile(r"([-_.]?\d{3,})?\.(tar|tgz|tar\.\w+)$", re.IGNORECASE)  # with the number of a shard
+
+
+def is_tar(path: Path) -> bool:
+    """Whether a file is a tar by its name or its content."""
+    try:
+        return bool(TAR.search(path.name)) or tarfile.is_tarfile(path)
+    except Exception:  # a damaged archive raises what its codec does; reading it as audio names it
+        return False
+
+
+def _tar_clips(path: Path) -> Iterator[Clip]:
+    problem, left_out = "holds no audio", Counter[str]()
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                inside = Path(*(part for part in Path(member.name).parts if part not in ("/", "..")))
+                suffix = inside.suffix.lower()
+                if not member.isfile() or any(part.startswith(".") for part in inside.parts):
+                    continue
+                if suffix in SUFFIXES:
+                    name, data = f"{path}:{member.name}", io.BytesIO(cast(IO[bytes], tar.extractfile(member)).read())
+                    yield Clip(_source(path, inside), name, functools.partial(decode_audio, data, name, CLIP_RATE))
+                    problem = ""
+                left_out[suffix] += suffix in UNREAD  # beside audio, a shard is full of other files
+            problem = problem or _problem_at_end(tar)
+        tell_left_out(path, left_out)
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        problem = f"cannot be read to its end as a tar ({error})"
+    if problem:
+        refusal = f"{path}: {problem}; get it again or leave it out."
+        yield Clip(path.stem, str(path), functools.partial(_refuse, refusal))
+
+
+def _problem_at_end(tar: tarfile.TarFile) -> str:
+    """tarfile takes whatever is no header for the end of an archive; zeros until the end of the file are one."""
+    file = cast(IO[bytes], tar.fileobj)
+    file.seek(tar.offset)
+    block = file.read(512)
+    while block and not block.strip(b"\0"):
+        if not (block := file.read(1 << 20)):
+            return ""
+    return f"is cut off, damaged or joined to another tar at byte {tar.offset:,}"
+
+
+def _refuse(message: str) -> NoReturn:
+    raise HearSsamError(message)
+
+
+def _source(named: Path, below: Path) -> str:
+    if len(below.parts) > 1:
+        return below.parts[0]
+    if named.is_dir():
+        return named.name
+    return (TAR.sub("", named.name) if TAR.search(named.name) else "") or named.stem

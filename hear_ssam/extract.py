@@ -86,10 +86,10 @@ def run(args: argparse.Namespace) -> int:
     """`hear-ssam embed`; exit code 1 if a file was skipped."""
     import torch
 
+    from .audio import is_tar
     from .embedding.inputs import find_recordings
     from .hear import load_model
     from .machine import usable_cpus
-    from .pretraining.clips import is_tar
 
     window, hop = args.window or 0.0, args.hop if args.hop is not None else args.window or 0.0
     if args.window is not None and args.kind not in (None, "scene"):

@@ -11,12 +11,13 @@ import functools
 import sys
 from typing import Any, get_args, get_origin, get_type_hints
 
+from .audio import audio_clips
 from .config import CONFIGS
 from .errors import HearSsamError, unknown_name
 from .machine import usable_cpus
 from .options import add_device
 from .paths import atomic_write, shipped
-from .pretraining.clips import audio_clips, missing, recipe, terms
+from .pretraining.corpus import missing, recipe, terms
 from .pretraining.recipe import RECIPES, Recipe, read_recipe
 from .pretraining.store import RATE, build_store, open_store
 

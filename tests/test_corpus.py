@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 import soundfile
 
+from hear_ssam.audio import audio_clips
 from hear_ssam.cli import main
 from hear_ssam.errors import HearSsamError
 from hear_ssam.paths import shipped
-from hear_ssam.pretraining.clips import audio_clips, recipe
+from hear_ssam.pretraining.corpus import recipe
 from hear_ssam.pretraining.store import build_store, open_store
 
 SCRIPT = shipped("checkpoints") / "corpus.py"

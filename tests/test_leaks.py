@@ -9,13 +9,14 @@ import pytest
 import soundfile
 import torch
 
+from hear_ssam.audio import Clip
 from hear_ssam.cli import main
 from hear_ssam.config import CONFIGS
 from hear_ssam.errors import HearSsamError
 from hear_ssam.pretraining import leaks
 from hear_ssam.pretraining.leaks import find_leaks, landmarks
 from hear_ssam.pretraining.recipe import Recipe
-from hear_ssam.pretraining.store import Clip, Store, build_store, open_store
+from hear_ssam.pretraining.store import Store, build_store, open_store
 from hear_ssam.pretraining.windows import WindowSampler
 
 RATE = 16_000

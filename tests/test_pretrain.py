@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from hear_ssam import checkpoint, config
+from hear_ssam.audio import Clip
 from hear_ssam.cli import main
 from hear_ssam.encoder import Encoder
 from hear_ssam.errors import HearSsamError
 from hear_ssam.frontend import EPSILON
 from hear_ssam.pretraining.loop import pretrain
 from hear_ssam.pretraining.recipe import Recipe, read_recipe
-from hear_ssam.pretraining.store import Clip, Store, build_store, open_store
+from hear_ssam.pretraining.store import Store, build_store, open_store
 from hear_ssam.pretraining.windows import WindowSampler
 
 SILENCE = math.log(EPSILON)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import hear_ssam
 from hear_ssam import config
+from hear_ssam.audio import Clip
 from hear_ssam.checkpoint import load_checkpoint, save_checkpoint
 from hear_ssam.cli import main
 from hear_ssam.encoder import Encoder
@@ -38,7 +39,7 @@ from hear_ssam.pretraining.recipe import (
     from_dict,
     read_recipe,
 )
-from hear_ssam.pretraining.store import Clip, build_store, open_store
+from hear_ssam.pretraining.store import build_store, open_store
 from hear_ssam.pretraining.windows import Batch, WindowSampler, random_mask
 
 from .tiny_tasks import write_task

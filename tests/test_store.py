@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from hear_ssam.audio import Clip
 from hear_ssam.config import CONFIGS
 from hear_ssam.errors import HearSsamError
 from hear_ssam.frontend import build_frontend
-from hear_ssam.pretraining.store import Clip, Frames, Store, build_store, open_store
+from hear_ssam.pretraining.store import Frames, Store, build_store, open_store
 
 LENGTHS = (16_000, 400, 401, 7_777, 32_160, 560)
 

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..audio import audio_blocks, find_audio, read_audio
+from ..audio import audio_blocks, audio_clips, find_audio, is_tar, read_audio
 from ..errors import HearSsamError, about
-from ..pretraining.clips import audio_clips, is_tar
 
 
 class Recording(NamedTuple):

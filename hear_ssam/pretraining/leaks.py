@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..audio import Clip
 from ..errors import HearSsamError
 from ..machine import work_ahead
-from .store import Clip, Store
+from .store import Store
 
 SIZE, HOP = 1024, 256  # samples of a frame and between frames: 64 and 16 ms
 PIECE = 3750 * HOP  # samples of a long clip that are compared at once: a minute

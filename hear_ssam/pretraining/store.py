@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..audio import Clip
 from ..errors import HearSsamError, about
 from ..machine import work_ahead
 from ..paths import atomic_write, sha256
@@ -38,14 +39,6 @@ if TYPE_CHECKING:
 RATE = 16_000  # Hz
 BANDS = 80  # of the log-mel frames in earlier stores
 SHORTEST = 400  # samples, 25 ms: one window of the front ends
-
-
-class Clip(NamedTuple):
-    """One piece of audio that has not been decoded yet; decode() gives float32 (samples,) at 16 kHz."""
-
-    source: str
-    name: str
-    decode: Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True)
