@@ -82,7 +82,8 @@ def recipe_clips(folder: str | Path, entries: list[dict[str, Any]]) -> Iterator[
             stated = entry.get("version") or entry.get("commit")
             raise HearSsamError(f"{root}: holds none of {entry['files']}; the recipe is for {stated}.")
         for name, decode in DECODERS[decoder](files):
-            yield Clip(entry["name"], name, decode)
+            if not exclude.search(name[len(str(root)) :]):  # with the name that a member has in its archive
+                yield Clip(entry["name"], name, decode)
 
 
 Decoded = Iterator[tuple[str, Callable[[], np.ndarray]]]  # (name, how to decode it)

@@ -229,6 +229,8 @@ def test_readers_of_joined_and_zipped_wavs(tmp_path: Path) -> None:
     assert [clip.source for clip in clips] == ["cats"] * 3 + ["zips"] * 3
     for clip, expected in zip(clips, audio * 2, strict=True):
         np.testing.assert_allclose(clip.decode(), expected, atol=1e-4)
+    entries[1]["exclude"] = r"/sounds\.pk3:[02]\.wav$"  # members too are left out by name
+    assert [clip.name[-5:] for clip in recipe_clips(tmp_path, entries[1:])] == ["1.wav"]
 
 
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")

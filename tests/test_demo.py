@@ -20,7 +20,7 @@ from hear_ssam.cli import main
 from hear_ssam.errors import HearSsamError
 from hear_ssam.evaluation.tasks import read_task
 from hear_ssam.paths import shipped
-from hear_ssam.pretraining import clips
+from hear_ssam.pretraining.corpus import recipe as corpus_recipe
 
 TASK = shipped("eval_tasks") / "demo" / "tasks" / demo.TASK
 FREE = ("CC0 1.0", "public domain", "CC BY", "CC BY 3.0", "CC BY 4.0")
@@ -58,13 +58,13 @@ def test_every_clip_is_credited_free_and_in_one_fold_with_its_recording() -> Non
 
 def test_pretraining_leaves_the_task_out() -> None:
     rows = list(csv.DictReader((TASK / "sources.csv").read_text(encoding="utf-8").splitlines()))
-    recipe = clips.recipe()
+    recipe = corpus_recipe()
     wanted = {entry["name"]: entry["files"] for entry in recipe["package"]}
     left_out = {name.split(":")[0] for entry in recipe["left_out"] for name in entry["names"]}
     for row in rows:  # only gcin-voice is in both, with another voice
         assert row["source"] in left_out
         assert not any(Path(row["file"]).match(pattern) for pattern in wanted.get(row["source"], []))
-        assert not any(f"github.com/{row['source']}" in entry["origin"] for entry in recipe["source"])
+        assert all(entry["repository"] != f"https://github.com/{row['source']}" for entry in recipe["source"])
 
 
 def test_make_cuts_the_clips_again_and_names_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
