@@ -157,6 +157,19 @@ def test_published_scores_stand_apart():
     assert all(line[header.index("SSAM-B †")] == "–" for line in below)
 
 
+def test_published_scores_of_every_task_are_shown_and_change_nothing():
+    names = [("maestro-v3.0.0-5h", "GURA Cat HuBERT+w2v2+CREPE", "46.9"), ("tfds_gtzan-1.0.0-full", "CED-mini", "90.3")]
+    names += [("vocal_imitation-v1.1.3-full", "CED-base (supervised)", "22.7")]
+    for task, model, score in names:
+        records = [record(name, task, 0, value) for name, value in (("ours", 0.01), ("theirs", 0.005))]
+        plain, beside = (markdown(records, Options(published=shown)) for shown in (False, True))
+        header, _, row, *below = (line.split(" | ") for line in beside.splitlines()[2:])
+        assert row[header.index(f"{model} †")] == score
+        assert [line[:4] for line in (row, *below)] == [
+            line.rstrip(" |").split(" | ") for line in plain.splitlines()[4:]
+        ]
+
+
 def test_checkpoints_of_one_name_and_protocols_are_kept_apart():
     records = [record("m", "birds", 0, 0.5, digest=letter * 64) for letter in "ab"]
     first, second = tables([*records, record("m", "birds", 0, 0.6, protocol="heareval")])

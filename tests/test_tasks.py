@@ -340,7 +340,11 @@ def test_cards_describe_hears_nineteen_tasks():
     for name, card in cards.items():
         assert card.folder == name and card.version in name and name in card.archive
         assert all(SCORES[score].maximize == (way == "max") for score, way in card.scores.items())
-        assert all(0 < row["score"] < 1 and row["source"] for row in card.published)
+        assert card.published and all(0 < row["score"] < 1 for row in card.published)
+        models = [row["model"] for row in card.published]
+        assert len(set(models)) == len(models)
+        protocols = ("heareval", "HEAR kit", "HEAR leaderboard", "ten-seed protocol")
+        assert all(any(protocol in row["source"] for protocol in protocols) for row in card.published)
     assert sum(card.embedding_type == "event" for card in cards.values()) == 2
     assert cards["esc50-v2.0.0-full"].clips == 2000
 
