@@ -1,12 +1,15 @@
-"""What this process has of the machine: which CPU, how many of them, threads that work ahead, memory that it keeps."""
+"""What this process has of the machine: CPUs, threads that work ahead, memory that it keeps, signals that it notes."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
+import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -63,3 +66,31 @@ def keep_freed_memory() -> None:
     this untouched one, every layer faults its activations in anew: a quarter of ssam_tiny's time. Elsewhere a no-op.
     """
     bytes(31 << 20)  # from calloc, so no page of it is ever touched
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are put into the list instead of striking wherever the program is; at the end of the block
+    the first of them takes its usual course. A second one does so at once."""
+    noted: list[int] = []
+    main = threading.current_thread() is threading.main_thread()  # Python lets no other one set handlers
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    handlers = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}  # None: not set by Python
+
+    def note(number: int, _: object) -> None:
+        noted.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    for number in handlers:
+        signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        restore()
+    if noted:
+        signal.raise_signal(noted[0])
+        raise KeyboardInterrupt  # where a handler of the caller's returns

@@ -55,15 +55,12 @@ def _course(training: dict[str, Any]) -> list[str]:
 
 def _as_options(recipe: dict[str, Any]) -> str:
     """The options that make this recipe; objectives stand in a file, perhaps in one that ships."""
-    default, words = Recipe().to_dict(), []
-    if recipe.get("objective"):
-        shipped = {path.stem: read_recipe(path).to_dict() for path in sorted(RECIPES.glob("*.toml"))}
-        name = next((k for k, v in shipped.items() if v["objective"] == recipe["objective"]), "RECIPE.toml")
-        default, words = shipped.get(name, default), [f"--recipe {name}"]
-    options = {k: v for k, v in recipe.items() if k != "objective" and v != default.get(k)}
-    for name, value in options.items():
-        option = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            option, value = option if value else f"--no-{option[2:]}", ""
-        words.append(f"{option} {value}".strip())
+    shipped = {path.stem: read_recipe(path).to_dict() for path in sorted(RECIPES.glob("*.toml"))}
+    asked = recipe.get("objective", {})
+    name = next((k for k, v in shipped.items() if v["objective"] == asked), "RECIPE.toml") if asked else ""
+    default, words = shipped.get(name, Recipe().to_dict()), [f"--recipe {name}"] if name else []
+    for field, value in recipe.items():
+        if field != "objective" and value != default.get(field):
+            option = field.replace("_", "-")
+            words.append(f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option} {value}")
     return " ".join(words)

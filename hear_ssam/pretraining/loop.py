@@ -8,8 +8,6 @@ import json
 import math
 import os
 import platform
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from ..checkpoint import load_checkpoint, save_checkpoint
 from ..config import CONFIGS
 from ..encoder import Encoder
 from ..errors import HearSsamError
+from ..machine import noted_signals
 from ..options import pick_device
 from ..paths import atomic_write
 from .card import model_card
@@ -66,26 +65,17 @@ def pretrain(
             encoder = Encoder(config)
             earlier = _start_from(recipe, encoder) if recipe.init else {}
             learner = Learner(encoder, recipe, codes.clusters if codes else 0).to(ranks.device)
-        generator = torch.Generator().manual_seed(recipe.seed)
-        run = _Run(folder, recipe, learner, _optimizer(learner, recipe), generator, keep, codes.info if codes else {})
+        run = _Run(folder, recipe, learner, keep, codes.info if codes else {}, earlier, probe, probe_minutes)
         sampler = WindowSampler(store, recipe, config, ranks.device, codes=codes)
         held_out = WindowSampler(store, recipe, config, ranks.device, True, codes, sampler.frames)
-        run.earlier = earlier
-        _loop(run, ranks, store, sampler, held_out, save_minutes, probe, probe_minutes)
+        _loop(run, ranks, store, sampler, held_out, save_minutes)
         if ranks.rank == 0:
             _publish(run, store)
         return folder / f"{recipe.model}.safetensors"
 
 
 def _loop(
-    run: _Run,
-    ranks: _Ranks,
-    store: Store,
-    sampler: WindowSampler,
-    held_out: WindowSampler,
-    save_minutes: float,
-    probe: Callable[[Path], dict[str, float]] | None,
-    probe_minutes: float,
+    run: _Run, ranks: _Ranks, store: Store, sampler: WindowSampler, held_out: WindowSampler, save_minutes: float
 ) -> None:
     recipe, learner, optimizer = run.recipe, run.learner, run.optimizer
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -93,10 +83,10 @@ def _loop(
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
     clock, sums = _Clock(), torch.zeros(0)
     bar = tqdm(total=recipe.steps, initial=run.step, unit="step", desc=recipe.model, disable=ranks.rank > 0)
-    began = probed = time.monotonic()
+    began = time.monotonic()
     since = run.step
     shown: dict[str, float | str] = {}
-    with contextlib.closing(bar), _noted_signals() as noted:
+    with contextlib.closing(bar), noted_signals() as noted:
         stop = False
         while run.step < recipe.steps and not stop:
             for group in optimizer.param_groups:
@@ -140,12 +130,8 @@ def _loop(
                     run.save({**row, "held_out_loss": _held_out_loss(run, batch, store, autocast)})
                     path = _publish(run, store)
                     draw(run.folder / "picture.png", learner, batch)
-                    if probe and (run.step == recipe.steps or now - probed > 60 * probe_minutes) and not stop:
-                        scores = probe(path)
-                        run.log[-1] |= scores
-                        run.write_log()
-                        shown |= scores
-                        probed = time.monotonic()
+                    if not stop:
+                        shown |= run.judge(path)
                     waiting = row["ms_data"] / sum(value for name, value in row.items() if name.startswith("ms_"))
                     shown |= {"loss": row["loss"], "held_out": run.log[-1]["held_out_loss"], "windows": f"{rate:.0f}/s"}
                     bar.set_postfix(shown | {"data": f"{waiting:.0%}"})
@@ -241,68 +227,40 @@ def _ranks(device: str) -> Iterator[_Ranks]:
         dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def _noted_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM are put into the list instead of striking wherever the program is; at the end of the block
-    the first of them takes its usual course. A second one does so at once."""
-    noted: list[int] = []
-    handlers: dict[int, Any] = {}
-
-    def note(number: int, _: object) -> None:
-        noted.append(number)
-        restore()
-
-    def restore() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    if threading.current_thread() is threading.main_thread():  # Python lets no other one set handlers
-        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-        handlers = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}  # None: not set by Python
-        for number in handlers:
-            signal.signal(number, note)
-    try:
-        yield noted
-    finally:
-        restore()
-    if noted:
-        signal.raise_signal(noted[0])
-        raise KeyboardInterrupt  # where a handler of the caller's returns
-
-
 # ---------------------------------------------------------------------------------------------------------- the state
 
 
+@dataclasses.dataclass
 class _Run:
     """What a run must remember to go on: written to OUT/state.pt, read back without executing anything."""
 
-    def __init__(
-        self,
-        folder: Path,
-        recipe: Recipe,
-        learner: Learner,
-        optimizer: torch.optim.Optimizer,
-        generator: torch.Generator,
-        keep: int,
-        codes: dict[str, Any],
-    ) -> None:
-        self.folder, self.recipe, self.learner = folder, recipe, learner
-        self.optimizer, self.generator, self.keep = optimizer, generator, keep
+    folder: Path
+    recipe: Recipe
+    learner: Learner
+    keep: int
+    codes: dict[str, Any]
+    earlier: dict[str, Any]  # the training of the weights that it started from
+    probe: Callable[[Path], dict[str, float]] | None
+    probe_minutes: float
+
+    def __post_init__(self) -> None:
+        self.optimizer = _optimizer(self.learner, self.recipe)
+        self.generator = torch.Generator().manual_seed(self.recipe.seed)
         self.step, self.seconds = 0, 0.0
         self.log: list[dict[str, float]] = []
-        self.earlier: dict[str, Any] = {}  # the training of the weights that it started from
-        self.told = recipe.to_dict() | {"codes": codes}  # what a resumed run must repeat
         self.saved = 0  # the step of the state on disk
-        path = folder / "state.pt"
+        self.probed = time.monotonic()
+        self.told = self.recipe.to_dict() | {"codes": self.codes}  # what a resumed run must repeat
+        path = self.folder / "state.pt"
         if not path.exists():
             return
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             differing = {k: v for k, v in state["recipe"].items() if v != self.told.get(k)}
             if not differing:
-                learner.load_state_dict(state["learner"])
-                optimizer.load_state_dict(state["optimizer"])
-                generator.set_state(state["generator"])
+                self.learner.load_state_dict(state["learner"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.generator.set_state(state["generator"])
                 self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
                 self.saved = self.step
         except Exception as error:  # torch raises many kinds for a damaged file
@@ -342,6 +300,17 @@ class _Run:
                 old.unlink()
         self.write_log()
         self.saved = self.step
+
+    def judge(self, path: Path) -> dict[str, float]:
+        """What the probe says about the checkpoint `path`, where it is time to ask; it goes into the log too."""
+        early = self.step < self.recipe.steps and time.monotonic() < self.probed + 60 * self.probe_minutes
+        if self.probe is None or early:
+            return {}
+        scores = self.probe(path)
+        self.log[-1] |= scores
+        self.write_log()
+        self.probed = time.monotonic()
+        return scores
 
     def write_log(self) -> None:
         with atomic_write(self.folder / "log.jsonl") as temporary:

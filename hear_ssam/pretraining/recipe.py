@@ -19,7 +19,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from ..config import CONFIGS, EncoderConfig, check_fields
 from ..errors import HearSsamError, unknown_name
@@ -64,12 +64,11 @@ class Latents:
 
 Objective = Pixels | Contrast | Codes | Latents
 OBJECTIVES: dict[str, type[Objective]] = {"pixels": Pixels, "contrast": Contrast, "codes": Codes, "latents": Latents}
-_INFINITE = math.inf
 _OBJECTIVE_LIMITS: dict[str, tuple[float, float]] = {"weight": (0, 1e6), "block": (1, 1000), "momentum": (0, 1)}
 LIMITS: dict[str, tuple[float, float]] = {
-    "steps": (1, _INFINITE), "batch_size": (1, _INFINITE), "accumulate": (1, _INFINITE), "learning_rate": (0, 1),
-    "warmup": (0, 1), "weight_decay": (0, 1), "clip_norm": (0, 1e9), "min_frames": (1, _INFINITE),
-    "max_frames": (1, _INFINITE), "mix": (0, 1), "mix_low": (-100, 100), "mix_high": (-100, 100), "pad": (0, 1),
+    "steps": (1, math.inf), "batch_size": (1, math.inf), "accumulate": (1, math.inf), "learning_rate": (0, 1),
+    "warmup": (0, 1), "weight_decay": (0, 1), "clip_norm": (0, 1e9), "min_frames": (1, math.inf),
+    "max_frames": (1, math.inf), "mix": (0, 1), "mix_low": (-100, 100), "mix_high": (-100, 100), "pad": (0, 1),
     "gain": (0, 100), "mask_ratio": (0, 1), "decoder_depth": (1, 100), "decoder_expand": (1, 16),
     "seed": (0, 2**63 - 1),
 }  # fmt: skip
@@ -112,38 +111,28 @@ class Recipe:
         check_fields(self, "recipe field", LIMITS)
         if self.model not in CONFIGS:
             raise unknown_name("recipe field model:", self.model, CONFIGS)
-        config = CONFIGS[self.model]
-        if self.min_frames < config.window_frames:
-            raise HearSsamError(
-                f"recipe field min_frames={self.min_frames} is below the window of {self.model}; set at least "
-                f"{config.window_frames}."
-            )
-        for low, high in (("min_frames", "max_frames"), ("mix_low", "mix_high")):
-            if getattr(self, high) < getattr(self, low):
-                raise HearSsamError(
-                    f"recipe field {high}={getattr(self, high)} is below {low}={getattr(self, low)}; raise it."
-                )
         for name, objective in self.objective.items():
             if type(objective) is not OBJECTIVES.get(name):
                 raise HearSsamError(f"recipe field objective.{name} must be a value of {OBJECTIVES.get(name)}.")
             check_fields(objective, f"recipe field objective.{name}:", _OBJECTIVE_LIMITS)
-        asked = self.objective
-        if "codes" in asked and self.mix and self.mix_high > 0:
-            raise HearSsamError(
-                f"recipe field mix_high={self.mix_high} adds clips that are louder than the one whose codes are asked; "
-                "set at most 0."
-            )
-        if isinstance(latents := asked.get("latents"), Latents) and latents.block > config.depth:
-            raise HearSsamError(
-                f"recipe field objective.latents: block={latents.block}, but {self.model} has {config.depth}."
-            )
-        if "contrast" in asked and not self.visible_only and config.objective != "joint":
-            raise HearSsamError(
-                f"recipe field objective.contrast: {self.model} has no contrastive head; set visible_only, whose heads "
-                "are the recipe's, or name a model of SSAMBA."
-            )
-        if asked and not any(o.weight for o in asked.values()):
-            raise HearSsamError("recipe field objective: every weight is 0; nothing would be learned.")
+        config, asked = CONFIGS[self.model], self.objective
+        window, low, high = config.window_frames, self.min_frames, self.max_frames
+        block = max((o.block for o in asked.values() if isinstance(o, Latents)), default=1)
+        louder = "adds clips that are louder than the one whose codes are asked; set at most 0."
+        no_head = "no contrastive head; set visible_only, whose heads are the recipe's, or name a model of SSAMBA."
+        lacks_head = "contrast" in asked and not self.visible_only and config.objective != "joint"
+        for message, wrong in {
+            f"min_frames={low} is below the window of {self.model}; set at least {window}.": low < window,
+            f"max_frames={high} is below min_frames={low}; raise it.": high < low,
+            f"mix_high={self.mix_high} is below mix_low={self.mix_low}; raise it.": self.mix_high < self.mix_low,
+            f"mix_high={self.mix_high} {louder}": "codes" in asked and self.mix and self.mix_high > 0,
+            f"objective.latents: block={block}, but {self.model} has {config.depth}.": block > config.depth,
+            f"objective.contrast: {self.model} has {no_head}": lacks_head,
+            "objective: every weight is 0; nothing would be learned.": asked
+            and not any(o.weight for o in asked.values()),
+        }.items():
+            if wrong:
+                raise HearSsamError(f"recipe field {message}")
 
     def objectives(self, config: EncoderConfig) -> dict[str, Objective]:
         """What is asked: the table of the recipe, or what the system was published with."""
@@ -155,37 +144,36 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in a file."""
-        return dataclasses.asdict(dataclasses.replace(self, objective={})) | {
-            "objective": {name: dataclasses.asdict(o) for name, o in self.objective.items()}
-        }
+        return dataclasses.asdict(self)
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
     """A recipe of plain values; unknown fields raise by name."""
-    known = [f.name for f in dataclasses.fields(Recipe)]
-    for name in values:
-        if name not in known:
-            raise unknown_name("recipe field", name, known)
-    table = values.get("objective", {})
+    table, objective = values.get("objective", {}), {}
     if not isinstance(table, Mapping) or not all(isinstance(v, Mapping) for v in table.values()):
         raise HearSsamError("recipe field objective must hold tables: [objective.pixels], [objective.codes], ...")
-    objective = {}
     for name, fields in table.items():
         if name not in OBJECTIVES:
             raise unknown_name("recipe field objective:", name, OBJECTIVES)
-        names = [f.name for f in dataclasses.fields(OBJECTIVES[name])]
-        for key in fields:
-            if key not in names:
-                raise unknown_name(f"recipe field of objective.{name}:", key, names)
-        objective[name] = OBJECTIVES[name](**fields)
-    return Recipe(**{**values, "objective": objective})
+        objective[name] = _made(OBJECTIVES[name], fields, f"recipe field of objective.{name}:")
+    return _made(Recipe, {**values, "objective": objective}, "recipe field")
+
+
+Made = TypeVar("Made")
+
+
+def _made(kind: type[Made], values: Mapping[str, Any], what: str) -> Made:
+    names = get_type_hints(kind)
+    for name in values:
+        if name not in names:
+            raise unknown_name(what, name, names)
+    return kind(**values)
 
 
 def read_recipe(path: str | os.PathLike[str], **options: Any) -> Recipe:
     """The recipe of a TOML file, or the shipped one of a name, in which `options` win; errors name the file."""
-    file = RECIPES / f"{path}.toml"
-    if not (Path(path).name == str(path) and file.exists()):
-        file = Path(path)
+    named = RECIPES / f"{path}.toml"
+    file = named if Path(path).name == str(path) and named.exists() else Path(path)
     where = " ".join([str(path), *(f"--{name.replace('_', '-')} {value}" for name, value in options.items())])
     values = read_toml(file)
     try:
