@@ -12,6 +12,7 @@ NAMES = {
     "cpu": "speed and error of the encoder against other implementations and the machine's limit",
     "gpu": "correctness and speed of the GPU kernels, the encoder and a training step",
     "probes": "the scores of both probes over many seeds",
+    "collections": "hear-ssam embed on an hour-long file and on thousands of short ones",
     "leaks": "recall and false alarms of the search for test recordings in a pre-training store",
     "choices": "the picture of token order and mask position",
 }
@@ -21,7 +22,7 @@ def main(arguments: list[str]) -> int:
     """Run one benchmark. Exit codes: 0 done; 1 something failed; 2 wrong input."""
     name, *options = arguments or ["--help"]
     if name not in NAMES:
-        print(__doc__, *(f"  {name:<10}{job}" for name, job in NAMES.items()), sep="\n")
+        print(__doc__, *(f"  {name:<13}{job}" for name, job in NAMES.items()), sep="\n")
         print("\npython -m benchmarks NAME --help says more of one of them.")
         return 0 if name in ("-h", "--help") else 2
     try:

@@ -19,7 +19,14 @@ Contents, in reading order:
     models                  the table of models; official files → ours
     container, audio        how much audio a file holds; any file → float32 mono
     embedding.clips         hear_ssam.embed: clips of unequal length together, long ones in bounded memory
-    extract                 audio files → Parquet
+    embedding.inputs        files, folders, patterns, CSV, tars → recordings
+    embedding.work          recordings → rows, many at a time
+    embedding.shards        rows → Parquet files that are whole or absent, resumed
+    extract                 `hear-ssam embed`: collections → Parquet
+    downstream.labels       a folder per class, or a CSV → labelled recordings
+    downstream.table        embeddings read or computed, with the model that belongs to them
+    downstream.classify     `hear-ssam classify`: logistic regression, one JSON file (search, map: the other uses)
+    downstream.estimator    HearEmbedder, for scikit-learn
     pretrain                audio → a store → its cluster codes → an encoder: the commands
     pretraining.corpus      the corpus of the shipped encoders, and what of it is missing
     pretraining.store       16 kHz audio on disk, spectrogram frames of it for any front end
@@ -57,6 +64,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .downstream.estimator import HearEmbedder as HearEmbedder
     from .embedding.clips import embed as embed
     from .errors import HearSsamError as HearSsamError
     from .evaluation.evaluate import evaluate as evaluate
@@ -69,6 +77,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 BASELINE = "logmel"  # the model without weights that counts as zero in tables
 __all__ = [
+    "HearEmbedder",
     "HearModel",
     "HearSsamError",
     "available_models",
@@ -78,6 +87,13 @@ __all__ = [
     "get_timestamp_embeddings",
     "load_model",
 ]
+# Where they live, if not in `hear`.
+PLACES = {
+    "HearEmbedder": "downstream.estimator",
+    "HearSsamError": "errors",
+    "embed": "embedding.clips",
+    "evaluate": "evaluation.evaluate",
+}
 
 
 def __dir__() -> list[str]:
@@ -87,8 +103,6 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> object:
     # torch is imported with the first use, so that `hear-ssam --help` answers at once (PEP 562).
     if name in __all__:
-        module = {"HearSsamError": "errors", "embed": "embedding.clips", "evaluate": "evaluation.evaluate"}.get(
-            name, "hear"
-        )
+        module = PLACES.get(name, "hear")
         return getattr(importlib.import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,6 +20,7 @@ from .errors import HearSsamError
 # Command -> the module with its add_parser(subparsers); in the order of the help page.
 COMMANDS = {
     "demo": "demo", "embed": "extract",
+    "classify": "downstream.classify", "search": "downstream.search", "map": "downstream.map",
     "evaluate": "evaluation.evaluate", "report": "evaluation.report", "check": "evaluation.check",
     "models": "models", "convert": "models",
     "corpus": "pretrain", "codes": "pretrain", "pretrain": "pretrain",
@@ -32,6 +33,7 @@ PLAIN = {"─": "-", "–": "-", "−": "-", "±": "+-", "≈": "~", "×": "x", 
 EXAMPLES = """examples:
   hear-ssam demo                                    the whole path on a small task that ships with the package
   hear-ssam embed recordings/ -o embeddings.parquet
+  hear-ssam classify train sounds/ -o sounds.json
   hear-ssam evaluate --tasks-dir tasks --results-dir results
   hear-ssam COMMAND --help                          options and examples of one command
 """

@@ -7,8 +7,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as StillRunning
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +15,10 @@ from .options import add_model, add_model_options, parse_options
 
 if TYPE_CHECKING:
     from .embedding.inputs import Recording
-    from .embedding.shards import Output
-    from .embedding.work import Result
     from .hear import HearModel
 
 ROW_GROUP = 8192  # rows that are collected before they are written
 SAFE = 10.0  # seconds of work after which a shard is closed: no more is lost, whatever happens
-BATCH = {"cpu": (16, 4 << 20)}  # recordings, and bytes of them, that a worker takes at once
-GPU_BATCH = (256, 64 << 20)
 
 EXAMPLES = """examples:
   hear-ssam embed recordings/ -o embeddings.parquet
@@ -159,8 +153,7 @@ def embed_files(
 
     from .embedding.inputs import Recording, of_file
     from .embedding.shards import Output
-    from .embedding.work import Options, Worker
-    from .machine import work_ahead
+    from .embedding.work import Options, Worker, embed_all
 
     part, parts = shard
     if parts > 1 and Path(output).suffix == ".parquet":
@@ -185,20 +178,16 @@ def embed_files(
 
     with target.opened(), tqdm(total=total and -(-(total - part + 1) // parts), unit="file", disable=None) as bar:
         worker = Worker(model, options, schema, target.folder)
-        most, size = BATCH.get(model.device.type, GPU_BATCH)
-        batches = _batches(wanted(), min(most, -(-total // workers)) if total else most, size)
-        with contextlib.closing(work_ahead(worker, batches, workers, workers + 1)) as outcomes:
-            for _, outcome in outcomes:
-                for recording, tables, error in _results(outcome, target):
-                    if error:
-                        tqdm.write(f"skipped {about(recording.name, error)}", file=sys.stderr)
-                        skipped.append(Path(recording.name))
-                    else:
-                        target.write(tables)
-                        embedded += 1
-                    bar.update()
-                    if target.age > SAFE:
-                        target.close()
+        found = embed_all(wanted(), worker, workers, total, lambda: target.close_if(SAFE))
+        with contextlib.closing(found) as results:
+            for recording, tables, error in results:
+                if error:
+                    tqdm.write(f"skipped {about(recording.name, error)}", file=sys.stderr)
+                    skipped.append(Path(recording.name))
+                else:
+                    target.write(tables)
+                    embedded += 1
+                bar.update()
         if skipped and not embedded and not there:
             raise NothingEmbeddedError(f"{output}: not written: none of {len(skipped)} files could be embedded.")
         if embedded:
@@ -206,24 +195,3 @@ def embed_files(
     already = f", {there} were there already" if there else ""
     print(f"{output}: {embedded} of {embedded + len(skipped)} files{already}", file=sys.stderr)
     return skipped
-
-
-def _batches(recordings: Iterable[Recording], most: int, size: int) -> Iterator[list[Recording]]:
-    """Up to `most` recordings, or as many as have `size` bytes."""
-    batch: list[Recording] = []
-    for recording in recordings:
-        batch.append(recording)
-        if len(batch) == most or sum(item.bytes for item in batch) > size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _results(outcome: Future[list[Result]], target: Output) -> list[Result]:
-    """What a worker found; while it takes its time, what others found is made safe."""
-    while True:
-        try:
-            return outcome.result(SAFE - target.age if target.age else None)
-        except StillRunning:
-            target.close()

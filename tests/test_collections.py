@@ -112,7 +112,8 @@ def test_killed_and_resumed(recordings: Path, weights: Path, tmp_path: Path, out
         "def slowly(*arguments): time.sleep(0.4); return read(*arguments)\n"
         "audio.read_audio = slowly\n"
         "from hear_ssam import cli, extract\n"
-        "extract.SAFE, extract.BATCH = 0.5, {'cpu': (1, 1)}\n"
+        "from hear_ssam.embedding import work\n"
+        "extract.SAFE, work.BATCH = 0.5, {'cpu': (1, 1)}\n"
         "sys.exit(cli.main())"
     )
     arguments = ["embed", recordings, "-o", tmp_path / output, "--model", weights, "--workers", "1"]

@@ -109,14 +109,14 @@ class Output:
         self.number = 1 + max(map(int, mine), default=-1)
         self.kept = older
 
-    @property
-    def age(self) -> float:
-        """Seconds of work that are not safe yet."""
-        return time.monotonic() - self.since if self.writer or self.pending else 0.0
+    def close_if(self, seconds: float) -> None:
+        """Close a shard that has been open that long."""
+        if (self.writer or self.pending) and time.monotonic() - self.since > seconds:
+            self.close()
 
     def write(self, tables: Iterable[pa.Table]) -> None:
         """Add the rows of one recording to the open shard."""
-        if not self.age:
+        if not (self.writer or self.pending):
             self.since = time.monotonic()
         for table in tables:
             self.pending.append(table)

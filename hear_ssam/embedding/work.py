@@ -8,7 +8,8 @@ import os
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import TimeoutError as StillRunning
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,11 +20,14 @@ from torch import Tensor
 
 from .. import __version__
 from ..hear import HearModel
+from ..machine import work_ahead
 from . import clips
 from .inputs import Recording
 
 KINDS = {"both": ("scene", "timestamps"), "scene": ("scene",), "timestamps": ("timestamps",)}
 DTYPES = {"float32": np.float32, "float16": np.float16}
+BATCH = {"cpu": (16, 4 << 20)}  # recordings, and bytes of them, that a worker takes at once
+GPU_BATCH = (256, 64 << 20)
 CHUNK = 4096  # rows of a long recording that are in memory at once
 
 
@@ -46,14 +50,14 @@ class Options:
             columns["end_ms"] = pa.float64()
         columns |= {"model": pa.string(), "checkpoint_sha256": pa.string()}
         columns["embedding"] = pa.list_(pa.from_numpy_dtype(DTYPES[self.dtype]), -1 if others else first)
-        made: dict[str, Any] = {
-            "version": __version__,
-            "model": model.name,
-            "checkpoint_sha256": model.checkpoint_sha256,
-        }
+        return pa.schema(columns, {"hear_ssam": json.dumps(self.made(model))})
+
+    def made(self, model: HearModel) -> dict[str, Any]:
+        """Everything that decides the rows, and the version of this package."""
+        found = {"version": __version__, "model": model.name, "checkpoint_sha256": model.checkpoint_sha256}
         if model.config:
-            made |= {"token_order": model.config.token_order, "pooling": model.config.pooling}
-        return pa.schema(columns, {"hear_ssam": json.dumps(made | asdict(self))})
+            found |= {"token_order": model.config.token_order, "pooling": model.config.pooling}
+        return found | asdict(self)
 
 
 class Result(NamedTuple):
@@ -198,3 +202,34 @@ def cut_windows(blocks: Iterable[np.ndarray], window: int, hop: int, least: int)
         held, base = held[gone:], base + gone
     if not reached or (base + len(held) > reached and base + len(held) - at >= least):
         yield at, held[at - base :]
+
+
+def embed_all(
+    recordings: Iterable[Recording], worker: Worker, workers: int, total: int | None, tick: Callable[[], object]
+) -> Generator[Result, None, None]:
+    """The results of `workers` threads in the order of the recordings; `tick` is called with each, and every second."""
+    most, size = BATCH.get(worker.model.device.type, GPU_BATCH)
+    batches = _batches(recordings, min(most, -(-total // workers)) if total else most, size)
+    with contextlib.closing(work_ahead(worker, batches, workers, workers + 1)) as outcomes:
+        for _, outcome in outcomes:
+            while True:
+                try:
+                    results = outcome.result(1.0)
+                    break
+                except StillRunning:
+                    tick()
+            for result in results:
+                yield result
+                tick()
+
+
+def _batches(recordings: Iterable[Recording], most: int, size: int) -> Iterator[list[Recording]]:
+    """Up to `most` recordings, or as many as have `size` bytes."""
+    batch: list[Recording] = []
+    for recording in recordings:
+        batch.append(recording)
+        if len(batch) == most or sum(item.bytes for item in batch) > size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

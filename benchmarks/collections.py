@@ -1,0 +1,144 @@
+"""`hear-ssam embed` on an hour-long file and on thousands of short ones: peak memory, files per second, equality.
+
+    python -m benchmarks collections long                # one second, and one hour of 48 kHz stereo
+    python -m benchmarks collections short --files 20000   # beside an AST of transformers in a loop
+
+Every measurement is a process of its own; the audio is generated into a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from hear_ssam.machine import cpu
+
+MEASURE = """
+import resource, sys, time
+begin = time.perf_counter()
+{work}
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print("\\n", time.perf_counter() - begin, peak)
+"""
+EMBED = "from hear_ssam import cli; code = cli.main(['embed', *sys.argv[1:]]); assert code == 0"
+WHOLE = """import numpy, torch, hear_ssam; from hear_ssam.audio import read_audio
+audio = torch.from_numpy(read_audio(sys.argv[1], 16000))[None]
+model = hear_ssam.load_model(sys.argv[3])
+scene, rows = (x.numpy() for x in torch.no_grad()(model.scene_and_rows)(audio))
+numpy.savez(sys.argv[2], scene=scene[0], rows=rows[0])"""
+# About as many parameters as ssam_tiny, patches and input as published, one file after the other as its users do it.
+TRANSFORMERS = """import soundfile, torch; from pathlib import Path
+from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
+extract = ASTFeatureExtractor()
+model = ASTModel(ASTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768)).eval().to(sys.argv[2])
+for file in sorted(Path(sys.argv[1]).glob("*.wav")):
+    audio, rate = soundfile.read(file, dtype="float32")
+    inputs = extract(audio, sampling_rate=rate, return_tensors="pt").to(sys.argv[2])
+    with torch.no_grad(): model(**inputs).last_hidden_state.mean(1).cpu().numpy()"""
+
+
+def measure(work: str, *arguments: str | Path) -> tuple[float, float]:
+    """Seconds and peak memory in MB of a process."""
+    command = [sys.executable, "-c", MEASURE.format(work=work), *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    seconds, peak = map(float, done.stdout.split()[-2:])
+    return seconds, peak
+
+
+def noise(file: Path, seconds: float, rate: int, channels: int, seed: int) -> None:
+    """Bursts of noise of changing loudness."""
+    random = np.random.default_rng(seed)
+    with soundfile.SoundFile(file, "w", rate, channels) as sound:
+        for _ in range(max(1, round(4 * seconds))):
+            sound.write(
+                random.normal(0, 10 ** random.uniform(-3, -0.7), (min(rate // 4, int(rate * seconds)), channels))
+            )
+
+
+def long(args: argparse.Namespace, folder: Path) -> None:
+    import pyarrow.parquet as pq
+
+    for name, seconds in (("second", 1.0), ("long", 3600 * args.hours)):
+        noise(folder / f"{name}.wav", seconds, 48_000, 2, 0)
+    options = "--model", args.model, "--device", args.device
+    print("| | seconds | peak MB |\n|---|---|---|")
+    peaks = {}
+    for kind in args.kinds:
+        for name in ("second", "long"):
+            output = folder / f"{name}-{kind}.parquet"
+            seconds, peaks[name] = measure(EMBED, folder / f"{name}.wav", "-o", output, "--kind", kind, *options)
+            print(f"| {name}, --kind {kind} | {seconds:.1f} | {peaks[name]:.0f} |", flush=True)
+        print(f"| more than one second takes | | **{peaks['long'] - peaks['second']:.0f}** |")
+    if args.whole:
+        seconds, peak = measure(WHOLE, folder / "long.wav", folder / "whole.npz", args.model)
+        print(f"| whole file at once | {seconds:.1f} | {peak:.0f} |")
+        whole = np.load(folder / "whole.npz")
+        for kind in args.kinds:
+            expected = {"scene": whole["scene"][None], "timestamps": whole["rows"]}
+            found = pq.ParquetFile(folder / f"long-{kind}.parquet")
+            parts = [expected[part] for part in (["scene", "timestamps"] if kind == "both" else [kind])]
+            rows = (row for part in parts for row in part)
+            worst = 0.0
+            for batch in found.iter_batches(4096, columns=["embedding"]):
+                for row in batch.column(0):
+                    worst = max(worst, float(np.abs(row.values.to_numpy() - next(rows)).max()))
+            print(f"largest difference from the whole file, --kind {kind}: {worst:.1e}")
+
+
+def short(args: argparse.Namespace, folder: Path) -> None:
+    random = np.random.default_rng(1)
+    (folder / "in").mkdir()
+    for number in range(args.files):
+        noise(folder / "in" / f"{number:06}.wav", random.uniform(1, 3), 16_000, 1, number)
+    (folder / "few").mkdir()
+    for file in sorted((folder / "in").iterdir())[: args.plain]:
+        (folder / "few" / file.name).hardlink_to(file)
+    print("| | files | seconds | files per second | peak MB |\n|---|---|---|---|---|")
+
+    def line(name: str, count: int, seconds: float, peak: float) -> None:
+        print(f"| {name} | {count:,} | {seconds:.1f} | {count / seconds:.1f} | {peak:.0f} |", flush=True)
+
+    options = "--kind", "scene", "--model", args.model, "--device", args.device, "--precision", args.precision
+    line(f"hear-ssam embed, {args.model}", args.files, *measure(EMBED, folder / "in", "-o", folder / "out", *options))
+    try:
+        import transformers
+    except ImportError:
+        print("(transformers is not installed)")
+        return
+    device = args.device if args.device != "auto" else "cpu"
+    name = f"transformers {transformers.__version__}, AST of 5.5 M"
+    line(name, args.plain, *measure(TRANSFORMERS, folder / "few", device))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks collections",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=("long", "short"))
+    parser.add_argument("--model", default="ssam_tiny")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--hours", type=float, default=1.0, help="of the long file (default 1)")
+    parser.add_argument("--kinds", nargs="+", default=["both", "scene"], help="default: both scene")
+    parser.add_argument("--whole", action="store_true", help="compare with the whole file at once (gigabytes)")
+    parser.add_argument("--files", type=int, default=20_000, help="short ones (default 20000)")
+    parser.add_argument("--plain", type=int, default=500, help="of them in the plain loop (default 500)")
+    args = parser.parse_args(arguments)
+    import torch
+
+    print(f"{cpu()[0]}, {torch.get_num_threads()} threads, torch {torch.__version__}, {json.dumps(vars(args))}\n")
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        {"long": long, "short": short}[args.what](args, Path(folder))
+    print(f"\n{time.perf_counter() - begin:.0f} s in all")
+    return 0

@@ -1,0 +1,1 @@
+"""What embeddings are used for: classifiers, search, a map, a step of a scikit-learn pipeline."""

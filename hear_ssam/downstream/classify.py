@@ -1,0 +1,238 @@
+"""`hear-ssam classify`: a folder per class → logistic regression on frozen embeddings, in one JSON file → a CSV."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import __version__
+from ..errors import HearSsamError
+from ..options import add_model, add_model_options, parse_options
+from ..paths import atomic_write
+
+if TYPE_CHECKING:
+    from .labels import Labelled
+    from .table import Embeddings
+
+FORMAT = "hear_ssam classifier 1"
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C, the inverse strength of the L2 penalty
+COLUMNS = ("path", "start_ms", "end_ms", "label")
+
+EXAMPLES = """examples:
+  hear-ssam classify train sounds/ -o sounds.json                  sounds/dog/*.wav, sounds/rain/*.flac, ...
+  hear-ssam classify train list.csv -o birds.json --model ssam_base.safetensors
+  hear-ssam classify train embeddings.parquet --labels list.csv -o birds.json
+  hear-ssam classify predict birds.json recordings/ -o birds.csv
+  hear-ssam classify predict birds.json night.flac -o night.csv --window 2 --hop 1
+
+A CSV has the columns path and label; with split (train, valid, test) the test rows are scored, else all rows are, by
+cross-validation; rows of one group (a recorder, a day, an animal) are never on both sides. Relative paths start at the
+folder of the CSV.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    classify = subparsers.add_parser(
+        "classify",
+        help="a classifier from a folder per class, and what it says of recordings",
+        description="Logistic regression on frozen embeddings.",
+        epilog=EXAMPLES,
+    )
+    commands = classify.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    train = commands.add_parser("train", help="learn classes, show how well", epilog=EXAMPLES)
+    train.add_argument("input", metavar="FOLDER|CSV|EMBEDDINGS", help="a subfolder per class, or path and label")
+    train.add_argument("--labels", metavar="CSV", help="of EMBEDDINGS, by their column path")
+    train.add_argument("-o", "--output", required=True, metavar="NAME.json", help="the classifier")
+    predict = commands.add_parser("predict", help="the classes of recordings as a CSV file", epilog=EXAMPLES)
+    predict.add_argument("classifier", metavar="NAME.json")
+    predict.add_argument("inputs", nargs="+", metavar="INPUT", help="as of `hear-ssam embed`: files, folders, ...")
+    predict.add_argument("-o", "--output", required=True, metavar="FILE.csv")
+    predict.add_argument("--window", type=float, default=0.0, metavar="S", help="judge windows of so many seconds")
+    predict.add_argument("--hop", type=float, metavar="S", help="seconds from window to window; default: one window")
+    for parser, run in ((train, _train), (predict, _predict)):
+        add_model(parser)
+        add_model_options(parser)
+        parser.set_defaults(run=run)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from ..embedding.inputs import of_file
+    from ..embedding.shards import parquet_files
+    from ..embedding.work import Options
+    from ..hear import load_model
+    from .labels import read_labels
+    from .table import compute, read_embeddings
+
+    skipped: list[str] = []
+    if parquet_files(args.input) and not str(args.input).endswith(".csv"):
+        if not args.labels:
+            raise HearSsamError(f"{args.input}: embeddings have no labels; give them with --labels CSV.")
+        labels, name = read_labels(args.labels), args.model
+        table = [read_embeddings(args.input)]
+    else:
+        if args.labels:
+            raise HearSsamError(f"--labels {args.labels}: is for embeddings; a folder or CSV has its own labels.")
+        labels, name = read_labels(args.input), args.model
+        options = parse_options(args.model_options)
+        model = load_model(args.model, **{"device": args.device, **options})
+        how = Options("scene", model_options=options)
+        table = list(
+            compute([of_file(path) for path in dict.fromkeys(row.path for row in labels)], model, how, skipped)
+        )
+    if not table:
+        raise HearSsamError(f"{args.input}: none of {len(skipped)} recordings could be read.")
+    classifier = train(table, labels, args.labels or args.input)
+    classifier["model"] = name or classifier["made"]["model"]
+    with atomic_write(args.output) as path:
+        path.write_text(json.dumps(classifier) + "\n", "utf-8")
+    print(describe(classifier))
+    return 1 if skipped else 0
+
+
+def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> dict[str, Any]:
+    """A classifier of the labelled rows, as the JSON file holds it, with its scores on rows it was not fitted to.
+
+    The strength of the penalty has the least log loss on the valid rows or, without any, in cross-validation by groups.
+    With a split the test rows are scored, else the rows of each fold by the fit to the others. The rows are matched by
+    path. Raises HearSsamError where embeddings of labelled recordings are missing or a class is left with one group.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import PredefinedSplit, StratifiedGroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    by_path = {os.path.abspath(row.path): row for row in labels}
+    known = [by_path.get(os.path.abspath(path)) for table in tables for path in table.paths]
+    x = np.concatenate([table.x for table in tables])[[row is not None for row in known]]
+    rows = [row for row in known if row is not None]
+    classes = sorted({row.label for row in labels})
+    y, split = np.array([classes.index(row.label) for row in rows], int), np.array([row.split for row in rows])
+    group = np.unique([row.group or row.path for row in rows], return_inverse=True)[1] if rows else y
+    test, valid = split == "test", split == "valid"
+    least = min((len(set(group[~test & ~valid & (y == c)])) for c in range(len(classes))), default=0)
+    if least < 2:
+        raise HearSsamError(f"{place}: a class has fewer than two recordings with embeddings; embed all it names.")
+    folds = min(5, least)
+    fitted = ~test
+    if valid.any():
+        cv: Any = PredefinedSplit(np.where(valid[fitted], 0, -1))
+    else:
+        cv = list(StratifiedGroupKFold(folds, shuffle=True, random_state=0).split(x[fitted], y[fitted], group[fitted]))
+
+    def pipeline(strength: float) -> Any:
+        return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
+
+    def loss(probabilities: np.ndarray, truth: np.ndarray) -> float:
+        return float(-np.log(np.maximum(probabilities[np.arange(len(truth)), truth], 1e-12)).mean())
+
+    tried = {}
+    for strength in STRENGTHS:
+        if valid.any():
+            tried[strength] = pipeline(strength).fit(x[split == "train"], y[split == "train"]).predict_proba(x[valid])
+        else:
+            tried[strength] = cross_val_predict(pipeline(strength), x[fitted], y[fitted], cv=cv, method="predict_proba")
+    strength = min(STRENGTHS, key=lambda c: loss(tried[c], y[valid if valid.any() else fitted]))
+    final = pipeline(strength).fit(x[fitted], y[fitted])
+    scaler, regression = final[0], final[1]
+    coefficients, intercept = regression.coef_ / scaler.scale_, regression.intercept_
+    intercept = intercept - coefficients @ scaler.mean_
+    if len(classes) == 2:  # scikit-learn keeps the second class only
+        coefficients, intercept = np.stack([0 * coefficients[0], coefficients[0]]), np.array([0.0, intercept[0]])
+    truth, found = (y[test], final.predict(x[test])) if test.any() else (y[fitted], tried[strength].argmax(1))
+    confusion = np.zeros((len(classes),) * 2, int)
+    np.add.at(confusion, (truth, found), 1)
+    scored = "the test split" if test.any() else f"{folds} folds, each by the fit to the others"
+    return {
+        "format": FORMAT, "version": __version__, "model": "", "made": tables[0].made, "classes": classes,
+        "C": strength, "clips": int(fitted.sum()), "scored": scored, "confusion": confusion.tolist(),
+        "intercept": [float(f"{value:.7g}") for value in intercept],
+        "coefficients": [[float(f"{value:.7g}") for value in line] for line in coefficients],
+    }  # fmt: skip
+
+
+def wilson(hits: int, of: int) -> tuple[float, float, float]:
+    """A share and its 95 % interval (Wilson's score interval)."""
+    if not of:
+        return math.nan, 0.0, 1.0
+    z, share = 1.959964, hits / of
+    middle, half = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    return share, (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of)
+
+
+def describe(classifier: dict[str, Any]) -> str:
+    """Scores per class and the confusion matrix as text."""
+    classes, confusion = classifier["classes"], np.array(classifier["confusion"])
+    width = max(map(len, [*classes, "accuracy"])) + 4
+
+    def line(name: str, *counts: tuple[int, int]) -> str:
+        cells = ("{:6.2f} [{:.2f}, {:.2f}]".format(*wilson(int(hits), int(of))) for hits, of in counts)
+        return f"{name:<{width}}{counts[0][1]:>6}{''.join(cells)}"
+
+    right = confusion.diagonal()
+    lines = [f"{'class':<{width}}{'clips':>6}{'recall':>10}{'precision':>22}"]
+    for index, name in enumerate(classes):
+        recall, precision = (right[index], confusion[index].sum()), (right[index], confusion[:, index].sum())
+        lines.append(line(f"{index + 1:>2}  {name}", recall, precision))
+    lines += [line("accuracy", (right.sum(), confusion.sum())), ""]
+    size = max(4, len(str(confusion.max())) + 1)
+    lines.append(f"{'true, predicted as':<{width}}" + "".join(f"{i + 1:>{size}}" for i in range(len(classes))))
+    for index, name in enumerate(classes):
+        cells = "".join(f"{count or '.':>{size}}" for count in confusion[index])
+        lines.append(f"{index + 1:>2}  {name:<{width - 4}}{cells}")
+    made = f"{classifier['clips']} clips, C={classifier['C']:g}, scored on {classifier['scored']}"
+    return "\n".join([f"{len(classes)} classes, {made}; 95 % intervals", "", *lines])
+
+
+def read_classifier(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """A file of `classify train`. Raises HearSsamError for any other."""
+    try:
+        found = json.loads(Path(file).read_text("utf-8"))
+        if found["format"] != FORMAT or np.shape(found["coefficients"])[0] != len(found["classes"]):
+            raise ValueError("another format")
+        return dict(found)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise HearSsamError(
+            f"{file}: is not a classifier ({error}); make one with `hear-ssam classify train`."
+        ) from error
+
+
+def probabilities(classifier: dict[str, Any], x: np.ndarray) -> np.ndarray:
+    """Embeddings (N, E) → (N, classes), each row sums to 1."""
+    logits = x @ np.array(classifier["coefficients"]).T + np.array(classifier["intercept"])
+    logits = np.exp(logits - logits.max(1, keepdims=True))
+    return np.asarray(logits / logits.sum(1, keepdims=True))
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from ..embedding.inputs import find_recordings
+    from ..embedding.work import Options
+    from .table import compute, model_of
+
+    classifier = read_classifier(args.classifier)
+    options = {**classifier["made"]["model_options"], **parse_options(args.model_options)}
+    model = model_of(classifier["made"], args.classifier, args.model or classifier["model"], args.device)
+    how = Options("scene", args.window, args.hop or args.window, model_options=options)
+    recordings, count = list(find_recordings(args.inputs)), 0
+    skipped: list[str] = []
+    columns = COLUMNS if args.window else ("path", "label")
+    with atomic_write(args.output) as path, open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*columns, *classifier["classes"]])
+        for table in compute(recordings, model, how, skipped):
+            found = probabilities(classifier, table.x)
+            for index, row in enumerate(found):
+                times = [f"{table.starts[index]:g}", f"{table.ends[index]:g}"] if args.window else []
+                label = classifier["classes"][row.argmax()]
+                writer.writerow([table.paths[index], *times, label, *(f"{value:.6f}" for value in row)])
+            count += 1
+        if not count:
+            raise HearSsamError(f"{args.output}: not written: none of {len(skipped)} recordings could be read.")
+    print(f"{args.output}: {count} of {len(recordings)} recordings")
+    return 1 if skipped else 0

@@ -1,0 +1,72 @@
+"""Which recording is of which class: a folder with a subfolder per class, or a CSV file."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from ..audio import find_audio
+from ..embedding.inputs import read_manifest
+from ..errors import HearSsamError, unknown_name
+
+SPLITS = ("train", "valid", "test")
+
+
+class Labelled(NamedTuple):
+    """A recording and its class. Recordings of one group are never on both sides of a split."""
+
+    path: str
+    label: str
+    split: str = ""  # one of SPLITS, or empty where nobody has split
+    group: str = ""  # of its own where empty
+
+
+def read_labels(place: str | os.PathLike[str]) -> list[Labelled]:
+    """The recordings of a folder with a subfolder per class, or of a CSV: `path`, `label`, optional `split`, `group`.
+
+    Raises HearSsamError for a folder or CSV without classes, labels that are empty or differ only by case or spaces,
+    a class with a single recording or group, and splits that are not all given or of no use.
+    """
+    place = Path(place)
+    if place.is_dir():
+        classes = sorted(entry for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if not classes:
+            raise HearSsamError(f"{place}: has no subfolders; put the recordings of each class in one of its name.")
+        found = [Labelled(str(file), folder.name) for folder in classes for file in find_audio([folder])]
+    else:
+        rows = read_manifest(place)
+        if "label" not in rows[0]:
+            raise HearSsamError(f"{place}: has no column label ({', '.join(rows[0])}); name it in the first line.")
+        found = [Labelled(r["path"], r["label"], r.get("split", ""), r.get("group", "")) for r in rows]
+    _check(place, found)
+    return found
+
+
+def _check(place: Path, found: list[Labelled]) -> None:
+    alike: dict[str, str] = {}
+    for row in found:
+        if not row.label:
+            raise HearSsamError(f"{place}: {row.path} has no label; give it one, or leave it out.")
+        if (other := alike.setdefault(" ".join(row.label.casefold().split()), row.label)) != row.label:
+            raise HearSsamError(f"{place}: the labels {other!r} and {row.label!r} are the same but for case; mend one.")
+        if row.split not in ("", *SPLITS):
+            raise unknown_name(f"split in {place}:", row.split, SPLITS)
+    if len(alike) < 2:
+        raise HearSsamError(f"{place}: has one class, {found[0].label!r}; a classifier needs two.")
+    split = {row.split for row in found} - {""}
+    if split and (len({row.split for row in found}) > len(split) or not {"train", "test"} <= split):
+        raise HearSsamError(f"{place}: give every row a split, train or test (or valid), or none.")
+    groups = {(row.label, row.group or row.path) for row in found if row.split in ("", "train")}
+    counts = Counter(label for label, _ in groups)
+    for label in sorted(alike.values()):
+        if counts[label] < 2:
+            kind = "groups" if any(row.group for row in found) else "recordings"
+            raise HearSsamError(f"{place}: class {label!r} has {counts[label]} {kind} to train on; it needs two.")
+    by_group: dict[str, str] = {}
+    for row in found:
+        if row.group and by_group.setdefault(row.group, row.split) != row.split:
+            raise HearSsamError(
+                f"{place}: group {row.group!r} is in {by_group[row.group]} and {row.split}; keep it in one."
+            )

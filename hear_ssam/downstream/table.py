@@ -1,0 +1,101 @@
+"""Scene or window embeddings in memory: read from what `embed` wrote, or computed; the model that belongs to them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..embedding.inputs import Recording
+from ..embedding.shards import parquet_files, provenance, same_provenance
+from ..embedding.work import Options, Worker, embed_all
+from ..errors import HearSsamError, about
+from ..hear import HearModel, load_model
+from ..machine import usable_cpus
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Rows of clips: paths (N,), start and end in ms (NaN: whole recordings), x float32 (N, E), what made them."""
+
+    paths: list[str]
+    starts: np.ndarray
+    ends: np.ndarray
+    x: np.ndarray
+    made: dict[str, Any]
+
+
+def read_embeddings(place: str | os.PathLike[str]) -> Embeddings:
+    """The scenes, or windows, of a file or folder of `hear-ssam embed`; timestamps are left out.
+
+    Raises HearSsamError where nothing is there, or it is not of one model and one set of options.
+    """
+    files = parquet_files(place)
+    made = provenance(files[0]) if files else None
+    if made is None:
+        raise HearSsamError(f"{place}: holds no embeddings; write them there with `hear-ssam embed`.")
+    same_provenance(Path(place), files, made)
+    if made["kind"] == "timestamps":
+        raise HearSsamError(f"{place}: holds timestamp embeddings only; use `hear-ssam embed --kind scene`.")
+    tables = []
+    for file in files:
+        for batch in pq.ParquetFile(file).iter_batches():  # of an hour of timestamps only the scene is kept
+            table = pa.Table.from_batches([batch])
+            tables.append(table if made["window"] else table.filter(pa.compute.is_null(table["start_ms"])))
+    return as_embeddings(tables, made)
+
+
+def as_embeddings(tables: Iterable[pa.Table], made: dict[str, Any]) -> Embeddings:
+    """Rows of one width, as a worker of `embed` gives them."""
+    table = pa.concat_tables(tables)
+    rows = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    x = rows.astype(np.float32).reshape(table.num_rows, -1)
+    none = np.full(len(x), np.nan)
+    starts = table["start_ms"].to_numpy() if made["window"] else none
+    ends = table["end_ms"].to_numpy() if made["window"] else none
+    return Embeddings(table["path"].to_pylist(), starts, ends, x, made)
+
+
+def model_of(made: dict[str, Any], place: object, name: str, device: str) -> HearModel:
+    """The model that made these embeddings; `name` says where it is, if not under its name.
+
+    Raises HearSsamError where the weights of that name are others.
+    """
+    model = load_model(name or made["model"], **{**made["model_options"], "device": device})
+    if model.checkpoint_sha256 != made["checkpoint_sha256"]:
+        raise HearSsamError(
+            f"{place}: was made with weights {made['checkpoint_sha256'][:12] or '(none)'} of {made['model']}, not "
+            f"{model.checkpoint_sha256[:12] or '(none)'} of {model.name}; say where those are with --model."
+        )
+    return model
+
+
+def compute(
+    recordings: Iterable[Recording], model: HearModel, options: Options, skipped: list[str]
+) -> Generator[Embeddings, None, None]:
+    """Embeddings of each recording; those that cannot be read are named on stderr and added to `skipped`."""
+    import tempfile
+
+    import torch
+    from tqdm import tqdm
+
+    recordings = list(recordings)
+    made, schema = options.made(model), options.schema(model)
+    workers = min(usable_cpus(), len(recordings))
+    torch.set_num_threads(max(1, usable_cpus() // max(1, workers)))
+    with tempfile.TemporaryDirectory() as scratch, tqdm(total=len(recordings), unit="file", disable=None) as bar:
+        worker = Worker(model, options, schema, scratch)
+        for recording, tables, error in embed_all(recordings, worker, max(1, workers), len(recordings), lambda: None):
+            bar.update()
+            if error:
+                tqdm.write(f"skipped {about(recording.name, error)}", file=sys.stderr)
+                skipped.append(recording.name)
+            else:
+                yield as_embeddings(tables, made)
