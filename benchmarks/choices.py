@@ -56,7 +56,7 @@ def responses(order: str) -> torch.Tensor:
 def spectrograms() -> tuple[torch.Tensor, torch.Tensor]:
     """Windows of 200 frames of the demo recordings, standardised: those to train on, and fold 4, held out."""
     windows: dict[bool, list[torch.Tensor]] = {True: [], False: []}
-    for file in find_audio([shipped("eval_tasks") / "demo"]):
+    for file in find_audio((shipped("eval_tasks") / "demo" / "tasks").glob("*/16000")):
         audio = torch.from_numpy(read_audio(file, SAMPLE_RATE))
         audio = audio.repeat(1 + 2 * SAMPLE_RATE // len(audio))[: 2 * SAMPLE_RATE]  # short ones repeat
         windows[file.parent.name != "fold04"].append(standardize(LogMel()(audio[None]))[0, :200])

@@ -311,7 +311,7 @@ def _unpickle(file: Path, *, zipped: bool) -> Any:
         except Exception as error:  # a damaged or hostile pickle can raise anything
             refused = re.search(r"GLOBAL (\S+)", str(error))
             if not (isinstance(error, pickle.UnpicklingError) and refused):
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
                 raise HearSsamError(f"damaged, truncated or no checkpoint ({reason}); fetch it again.") from error
             path = refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
             if path in stand_ins or not _HARMLESS.fullmatch(path) or len(stand_ins) > 99:

@@ -59,8 +59,6 @@ class Stream:
 def streams(file: BinaryIO) -> Iterator[Stream]:
     """The streams of audio in an open file, in their order. A file of unknown structure is one stream."""
     size, start = file.seek(0, os.SEEK_END), 0
-    if not size:
-        yield Stream(file, 0, 0)
     while start < size:
         begin = _read(file, start, 12)
         if begin[:4] in _FORMS:

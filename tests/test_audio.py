@@ -76,7 +76,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         "absent.wav": "No such file",
         ".": "is a folder",
         "text.wav": "cannot be read as audio",
-        "nothing.wav": "cannot be read as audio",
+        "nothing.wav": "holds no samples; leave it out",
         "empty.wav": "no samples",
         "nan.wav": "NaN or infinite",
         "inf44.wav": "NaN or infinite",

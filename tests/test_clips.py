@@ -167,6 +167,7 @@ def test_long_files_in_pieces(mini: HearModel, tmp_path: Path, monkeypatch: pyte
         (np.zeros((2, 16_000)), {"lengths": [16_000]}, r"^lengths: has one number per row"),
         ([np.zeros(16_000)], {"lengths": [16_000]}, r"^lengths: has one number per row"),
         (np.zeros((2, 16_000)), {"lengths": [16_000, 16_001]}, r"^lengths: 16001 of clip 1 is not between"),
+        (np.zeros(16_000), {"rate": 0}, r"^rate=0: no sample rate"),
         (np.zeros(16_000), {"pooling": "max"}, r"^unknown pooling 'max'"),
         (np.zeros(16_000), {"layers": [3]}, r"^layers=\[3\]: this encoder has no tokens of block 3; take 1 to 2"),
         (np.zeros(16_000), {"layers": [0]}, r"^layers=\[0\]: this encoder has no tokens of block 0"),

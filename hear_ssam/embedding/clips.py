@@ -53,6 +53,8 @@ def embed(
     model = model if isinstance(model, HearModel) else _load(os.fspath(model or ""))
     if pooling not in (None, "mean", "mean_std"):
         raise unknown_name("pooling", pooling, ("mean", "mean_std"))
+    if not 1_000 <= rate <= 1_000_000:
+        raise HearSsamError(f"rate={rate}: no sample rate; give that of the arrays in Hz.")
     most, rows = LONG * model.sample_rate, []
     batch: list[Tensor] = []
 
