@@ -16,6 +16,7 @@ Contents, in reading order:
     download                files from the network: resumed, checked, whole
     hub.weights             where published weights lie, and how they come here
     hub.layout              models as folders of Hugging Face's layout; hub.modeling_hear_ssam goes into them
+    embedding.export        a model as ONNX; embedding.onnx_ops is what ONNX lacks
     models                  the table of models; official files → ours
     container, audio        how much audio a file holds; any file → float32 mono
     embedding.clips         hear_ssam.embed: clips of unequal length together, long ones in bounded memory

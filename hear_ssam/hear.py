@@ -128,6 +128,8 @@ class HearModel(nn.Module):
         if other := {weight.dtype for weight in [*self.parameters(), *self.buffers()]} - {torch.float32}:
             mend = 'for half precision use load_model(..., precision="bf16"), which keeps the weights in float32'
             raise HearSsamError(f"the model's weights are {other.pop()}; call model.float(), and {mend}.")
+        if getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)():  # torch 2.6 has only the latter
+            return audio  # a graph cannot ask what the numbers are
         if broken := (~torch.isfinite(audio).all(dim=1)).nonzero().flatten().tolist():
             where = f" in clip {', '.join(map(str, broken))} of the batch (counted from 0)" if len(audio) > 1 else ""
             raise HearSsamError(f"audio has NaN or infinite samples{where}; leave them out or set them to 0.")
@@ -195,12 +197,16 @@ class EncoderModel(HearModel):
         return self.config.patch_frames * len(self.timestamps(samples))
 
     def _rows(self, audio: Tensor) -> Tensor:
-        window, spec = self.config.window_frames, self.spectrogram(audio)
+        return self.rows_of(self.spectrogram(audio))
+
+    def rows_of(self, spec: Tensor) -> Tensor:
+        """All rows computed for the output of `spectrogram`: (B, T', E)."""
+        window, clips = self.config.window_frames, len(spec)
         full = spec.shape[1] // window
-        parts = [spec[:, : full * window].reshape(len(audio) * full, window, spec.shape[2]), spec[:, full * window :]]
+        parts = [spec[:, : full * window].reshape(clips * full, window, spec.shape[2]), spec[:, full * window :]]
         rows = [self.encode(part) for part in parts if part.numel()]  # (B * full, slots, E) and (B, slots, E)
         del spec, parts  # an hour of rows needs the memory
-        return join([part.reshape(len(audio), -1, part.shape[2]) for part in rows], dim=1)
+        return join([part.reshape(clips, -1, part.shape[2]) for part in rows], dim=1)
 
     def spectrogram(self, audio: Tensor) -> Tensor:
         """What is encoded of clips (B, samples): their normalised spectrograms (B, frames, mels), cut or padded with

@@ -19,7 +19,6 @@ from hear_ssam.paths import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("checkpoints", "eval_tasks")
-SHIPPED = "checkpoints/ssam_tiny.safetensors"  # other weights are downloaded
 FIND = f"from hear_ssam.paths import shipped; [print(shipped(folder)) for folder in {FOLDERS}]"
 
 
@@ -51,10 +50,12 @@ def test_wheel_has_one_top_level_name_and_carries_the_data(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"hear_ssam", f"hear_ssam-{__version__}.dist-info"}
-    wanted = {f"hear_ssam/{name}" for folder in FOLDERS for name in below(shipped(folder))}
-    wanted = {name for name in wanted if "/checkpoints/ssa" not in name and "/checkpoints/axl" not in name}
-    assert [name for name in names if name.endswith(".safetensors")] == [f"hear_ssam/{SHIPPED}"]
-    wanted |= {f"hear_ssam/{SHIPPED}", f"hear_ssam/{SHIPPED.replace('.safetensors', '.md')}"}
+    wanted = {f"hear_ssam/{name}" for name in below(shipped("eval_tasks"))}
+    wanted |= {
+        f"hear_ssam/checkpoints/{name}"
+        for name in ("ssam_tiny.safetensors", "ssam_tiny.md", "corpus.py", "corpus.toml")
+    }
+    assert sum(name.endswith(".safetensors") for name in names) == 1  # other weights are downloaded
     wanted |= {file.relative_to(ROOT).as_posix() for file in (ROOT / "hear_ssam").rglob("*.py")}
     wanted.add("hear_ssam/py.typed")
     assert wanted <= set(names)
