@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import NamedTuple
 
@@ -72,14 +73,8 @@ class Learner(nn.Module):
             if self._published_head(objective) is None:
                 sizes = {Codes: clusters, Latents: config.embed_dim}
                 self.heads[name] = nn.Linear(config.embed_dim, sizes.get(type(objective), config.patch_dim))
-        latents = self.objectives.get("latents")
-        self.latents = latents if isinstance(latents, Latents) else None
-        self.teacher: Encoder | None = None
-        if self.latents:
-            with torch.random.fork_rng(devices=[]):
-                self.teacher = Encoder(config)
-            self.teacher.load_state_dict(encoder.state_dict())
-            self.teacher.requires_grad_(False)
+        self.latents = next((o for o in self.objectives.values() if isinstance(o, Latents)), None)
+        self.teacher = copy.deepcopy(encoder).requires_grad_(False) if self.latents else None
 
     def _published_head(self, objective: Objective) -> nn.Module | None:
         """The head that the system was published with, where it serves this objective in a pass over all tokens."""
@@ -94,11 +89,10 @@ class Learner(nn.Module):
         patches = self.encoder.patchify(batch.spec)
         latents = self._teach(batch.spec) if self.latents else None
         losses: dict[str, Tensor] = {}
-        seen = None
         for i, (name, objective) in enumerate(self.objectives.items()):
-            if seen is None or len(batch.masks) > 1:
-                mask = batch.masks[i if len(batch.masks) > 1 else 0]
-                seen = Pass(*self._tokens(batch.spec, mask, patches), batch.asked, batch.codes, latents)
+            if i < len(batch.masks):  # a pass of its own, or that of the first
+                tokens = self._tokens(batch.spec, batch.masks[i], patches)
+                seen = Pass(*tokens, batch.asked, batch.codes, latents)
             head = self._published_head(objective) or self.heads[name]
             losses[name] = _loss(objective, head, seen)
         return losses
