@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -220,7 +221,8 @@ def _ranks(device: str) -> Iterator[_Ranks]:
         place = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    patience = datetime.timedelta(hours=6)  # the first process probes while the others wait
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=patience)
     try:
         yield _Ranks(dist.get_rank(), world, place)
     finally:
