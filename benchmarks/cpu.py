@@ -13,6 +13,7 @@ import contextlib
 import csv
 import os
 import re
+import shlex
 import statistics
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -93,7 +94,7 @@ def main(arguments: list[str]) -> int:
 def _command(args: argparse.Namespace, mode: str) -> str:
     """What makes the table of one mode again."""
     words = ["python -m benchmarks cpu", *(["--quick"] if args.quick else []), f"--modes {mode}"]
-    words += [f"--{name} {getattr(args, name)}" for name in ("threads", "sizes", "peers")]
+    words += [f"--{name} {shlex.quote(str(getattr(args, name)))}" for name in ("threads", "sizes", "peers")]
     return f"`{' '.join(words)} -o benchmarks`"
 
 

@@ -33,7 +33,7 @@ def test_the_readme_installs_the_same_versions() -> None:
 
 def call(*command: str | Path, cwd: Path, path: str = str(ROOT)) -> str:
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, f"{shlex.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
