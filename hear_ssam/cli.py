@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": "demo", "embed": "extract",
     "classify": "downstream.classify", "search": "downstream.search", "map": "downstream.map",
     "evaluate": "evaluation.evaluate", "report": "evaluation.report", "check": "evaluation.check",
+    "tasks": "evaluation.library",
     "models": "models", "convert": "models", "export": "embedding.export",
     "corpus": "pretrain", "codes": "pretrain", "pretrain": "pretrain",
     "heareval": "heareval", "doctor": "doctor",

@@ -232,11 +232,12 @@ def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 def terminal(records: list[Record], options: Options) -> str:
     """Aligned columns; * marks the best of a row."""
-    texts = [f"{caption(table, options)}\n{_aligned(grid(table, options, '*{}*'.format))}" for table in tables(records)]
-    return "\n".join([*texts, *map(_aligned, filter(None, [agreement(records)]))])
+    texts = [f"{caption(table, options)}\n{aligned(grid(table, options, '*{}*'.format))}" for table in tables(records)]
+    return "\n".join([*texts, *map(aligned, filter(None, [agreement(records)]))])
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of text, header first, in columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("─" * width for width in widths))

@@ -274,6 +274,7 @@ def find_tasks(tasks_dir: Path, names: Sequence[str] = (), unpacked: Iterable[Pa
                     folders.setdefault(path.parent.name, []).append(path.parent)
     if not folders:
         raise HearSsamError(f"{tasks_dir}: holds no HEAR task; put a folder with {METADATA} there.")
+    names = [name if name in folders else folder_named(name) for name in names]
     for name in names:
         if name in known_tasks() and name not in folders:
             raise HearSsamError(f"{tasks_dir}: lacks {name}; {known_tasks()[name].source}.")
@@ -288,8 +289,10 @@ def find_archives(tasks_dir: Path, names: Sequence[str] = ()) -> list[Path]:
     return [path for path in found if path.name.endswith((".tar", ".tar.gz", ".tgz")) and path.is_file()]
 
 
-def unpack(archive: Path, folder: Path) -> Path:
+def unpack(archive: Path, folder: Path, most: int | None = None) -> Path:
     """Unpack an archive into a folder of its own in `folder`, named after it, whole or not at all.
+
+    Raises HearSsamError for members that are links or devices, would leave the folder, or are over `most` bytes in all.
 
     Unpacked again where the archive's time is another than the folder's, which bears the time of its archive.
     """
@@ -298,9 +301,21 @@ def unpack(archive: Path, folder: Path) -> Path:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".unpacking-"))
+    total = 0
+
+    def plain(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
+        nonlocal total
+        total += member.size
+        if not (member.isfile() or member.isdir()):
+            raise HearSsamError(f"{archive}: cannot be unpacked: {member.name} is a link or a device; do not trust it.")
+        if most and total > most:
+            much = f"holds more than {most / 1e6:,.0f} MB, which the task cannot need"
+            raise HearSsamError(f"{archive}: cannot be unpacked: it {much}; do not trust it.")
+        return tarfile.data_filter(member, path)  # refuses members that would leave the folder
+
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(scratch, filter="data")  # refuses members that would leave the folder
+            tar.extractall(scratch, filter=plain)
         os.utime(scratch, (time, time))
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
@@ -313,6 +328,15 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 
 # ---- what is known about HEAR's own tasks --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Download:
+    """An archive that is published, with its audio at `rate` Hz."""
+
+    url: str
+    rate: int
+    sha256: str  # empty where no checksum was found that could be cited
 
 
 @dataclass(frozen=True)
@@ -332,8 +356,19 @@ class TaskCard:
     archive: str  # RATE stands for the sample rate
     licence: str
     citation: str
+    download: Download
     sample_duration: float | None = None
     published: tuple[dict[str, Any], ...] = ()  # model, score (of the leading metric), source
+
+    @property
+    def short(self) -> str:
+        """A name that is easier to type: without version, and mode where it is `full`."""
+        name, mode = self.folder.partition("-")[0].removeprefix("tfds_"), self.folder.rpartition("-")[2]
+        return name if mode == "full" else f"{name}-{mode}"
+
+    def most_bytes(self, rate: int) -> int:
+        """More than an unpacked archive can hold: twice its 16-bit audio (30 s where clips differ) and its texts."""
+        return round(4 * rate * self.clips * (self.sample_duration or 30)) + 10_000 * self.clips + 10**8
 
     @property
     def source(self) -> str:
@@ -359,8 +394,14 @@ class TaskCard:
 @cache
 def known_tasks() -> dict[str, TaskCard]:
     """HEAR's own tasks by folder name."""
-    cards = (TaskCard(**read_toml(path)) for path in shipped("eval_tasks").glob("*.toml"))
+    read = (read_toml(path) for path in shipped("eval_tasks").glob("*.toml"))
+    cards = (TaskCard(**{**values, "download": Download(**values["download"])}) for values in read)
     return {card.folder: card for card in sorted(cards, key=lambda card: card.folder)}
+
+
+def folder_named(name: str) -> str:
+    """The folder of one of HEAR's tasks by its short name; any other name as it is."""
+    return next((card.folder for card in known_tasks().values() if card.short == name), name)
 
 
 def _read_text(path: Path) -> str:

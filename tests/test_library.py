@@ -1,0 +1,284 @@
+"""HEAR's tasks from a server on this machine; tasks made of labelled recordings."""
+
+import csv
+import http.server
+import io
+import json
+import tarfile
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+
+from hear_ssam import HearSsamError, cli
+from hear_ssam.evaluation import library, tasks
+from hear_ssam.evaluation.evaluate import run_evaluation
+from hear_ssam.evaluation.library import fetch_task, task_table
+from hear_ssam.evaluation.make import make_task
+from hear_ssam.evaluation.tasks import Download, find_tasks, folder_named, known_tasks, read_task
+from hear_ssam.paths import sha256
+
+from .test_quick import _Serial
+from .tiny_tasks import write_task
+
+FOLDER = "esc50-v2.0.0-full"
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A folder that a server on this machine offers, and its address."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    offered = tmp_path / "offered"
+    offered.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(offered))
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield offered, f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def publish(server, monkeypatch, archive, digest=None):
+    """Let esc50 be that archive, with the size of a small task."""
+    offered, address = server
+    card = known_tasks()[FOLDER]
+    source = Download(f"{address}/{archive.name}", 48000, sha256(archive) if digest is None else digest)
+    small = replace(card, download=source, clips=18, sample_duration=1.0)
+    monkeypatch.setattr(library, "known_tasks", lambda: {FOLDER: small})
+    assert archive.parent == offered
+    return small
+
+
+def pack(server, tmp_path, rate=48000):
+    task = write_task(tmp_path / "made" / FOLDER, rate=rate)
+    archive = server[0] / f"hear2021-{FOLDER}-48000.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(task, f"tasks/{FOLDER}")
+    return archive
+
+
+def test_fetch_resamples_verifies_and_is_idempotent(tmp_path, server, monkeypatch, capsys):
+    archive = pack(server, tmp_path)
+    publish(server, monkeypatch, archive)
+    to = tmp_path / "tasks"
+    assert cli.main(["tasks", "fetch", "esc50", "--to", str(to), "--rate", "16000"]) == 0
+    task = read_task(to / FOLDER)
+    assert capsys.readouterr().out.strip() == str(task.folder)
+    assert not (task.folder / "48000").exists()
+    for split in task.splits:
+        for name in task.clips(split):
+            audio, rate = soundfile.read(task.folder / "16000" / split / name)
+            assert rate == 16000 and audio.shape == (16000,)
+    assert [path.name for path in to.iterdir() if path.name != ".archives"] == [FOLDER]
+    assert not list((to / ".archives").glob("*.tar.gz"))
+    archive.unlink()  # what is here is not fetched again
+    assert fetch_task(FOLDER, to, 16000) == task.folder
+
+
+def test_fetch_adds_another_rate(tmp_path, server, monkeypatch):
+    archive = pack(server, tmp_path)
+    publish(server, monkeypatch, archive)
+    for rate in (16000, None):
+        fetch_task("esc50", tmp_path / "tasks", rate)
+    assert {p.name for p in (tmp_path / "tasks" / FOLDER).iterdir() if p.is_dir()} == {"16000", "48000"}
+
+
+def test_fetched_tasks_are_evaluated_by_their_short_name(tmp_path, server, monkeypatch):
+    publish(server, monkeypatch, pack(server, tmp_path))
+    fetch_task("esc50", tmp_path / "tasks", 16000)
+    monkeypatch.setattr("hear_ssam.evaluation.jobs.ProcessPoolExecutor", _Serial)
+    places = {"tasks_dir": tmp_path / "tasks", "results_dir": tmp_path / "results"}
+    evaluation = run_evaluation(["tests.tiny_hear"], **places, tasks=["esc50"], probe="knn", workers=1)
+    assert {r["task"] for r in evaluation.records} == {FOLDER}
+
+
+def member(name, data=b"x", kind=tarfile.REGTYPE, link=""):
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = (len(data) if kind == tarfile.REGTYPE else 0), kind, link
+    return info, io.BytesIO(data)
+
+
+@pytest.mark.parametrize(
+    ("hostile", "message"),
+    [
+        (member("tasks/../../escaped"), "escaped"),
+        (member("/etc/escaped"), "lacks|holds no HEAR task"),  # unpacked inside, so that nothing of use is left
+        (member("tasks/link", kind=tarfile.SYMTYPE, link="/etc/passwd"), "tasks/link is a link or a device"),
+        (member("tasks/hard", kind=tarfile.LNKTYPE, link="tasks/x"), "tasks/hard is a link or a device"),
+        (member("tasks/null", kind=tarfile.CHRTYPE), "tasks/null is a link or a device"),
+        (member("tasks/bomb", bytes(300_000_000)), "which the task cannot need; do not trust it"),
+    ],
+)
+def test_hostile_archives_leave_nothing(tmp_path, server, monkeypatch, hostile, message):
+    archive = server[0] / "evil.tar.gz"
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+        tar.addfile(*hostile)
+    publish(server, monkeypatch, archive)
+    before = set(tmp_path.rglob("escaped"))
+    with pytest.raises(HearSsamError, match=message):
+        fetch_task("esc50", tmp_path / "tasks", 16000)
+    assert [path.name for path in (tmp_path / "tasks").iterdir()] == [".archives"]
+    assert set(tmp_path.rglob("escaped")) == before
+
+
+def test_what_is_wrong_is_one_line_and_the_others_go_on(tmp_path, server, monkeypatch, capsys):
+    archive = pack(server, tmp_path)
+    publish(server, monkeypatch, archive, digest="0" * 64)
+    assert cli.main(["tasks", "fetch", "esc51", "esc50", "--to", str(tmp_path / "tasks")]) == 1
+    err = capsys.readouterr().err
+    assert "Did you mean 'esc50'" in err and "its SHA-256" in err
+    assert not (tmp_path / "tasks" / FOLDER).exists()
+    with pytest.warns(UserWarning, match="no hash is published"):
+        publish(server, monkeypatch, archive, digest="")
+        fetch_task("esc50", tmp_path / "tasks")
+    assert cli.main(["tasks", "fetch", "esc50", "--to", str(tmp_path), "--rate", "16"]) == 2
+
+
+def test_half_a_download_goes_on(tmp_path, server, monkeypatch):
+    archive = pack(server, tmp_path)
+    publish(server, monkeypatch, archive)
+    kept, full = tmp_path / "tasks" / ".archives", archive.read_bytes()
+    kept.mkdir(parents=True)
+    (kept / f".{archive.name}.part").write_bytes(full[: len(full) // 2])
+    assert fetch_task("esc50", tmp_path / "tasks", 48000) and not list(kept.glob("*.part"))
+
+
+def test_audio_that_is_missing_in_the_archive(tmp_path, server, monkeypatch):
+    task = write_task(tmp_path / "made" / FOLDER, rate=48000)
+    (task / "48000" / "test" / "test-1.wav").unlink()
+    archive = server[0] / "half.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(task, f"tasks/{FOLDER}")
+    publish(server, monkeypatch, archive)
+    with pytest.raises(HearSsamError, match=r"test-1\.wav: is missing"):
+        fetch_task("esc50", tmp_path / "tasks", 16000)
+    assert not (tmp_path / "tasks" / FOLDER).exists()
+
+
+def test_short_names():
+    short = [card.short for card in known_tasks().values()]
+    assert len(set(short)) == 20 and {"esc50", "speech_commands-5h", "speech_commands", "crema_d"} <= set(short)
+    assert {"maestro-5h", "beijing_opera", "nsynth_pitch-50h", "vox_lingua_top10"} <= set(short)
+    assert all(folder_named(card.short) == folder for folder, card in known_tasks().items())
+    for card in known_tasks().values():
+        assert card.download.url.endswith(card.archive.replace("RATE", str(card.download.rate)))
+        assert card.download.url.startswith("https://zenodo.org/records/") and len(card.download.sha256) in (0, 64)
+
+
+def test_list_says_what_is_here(tmp_path, capsys):
+    write_task(tmp_path / FOLDER)
+    write_task(tmp_path / "mine")
+    rows = {row[1]: row for row in task_table(tmp_path)}
+    assert rows[FOLDER][:4] == ["esc50", FOLDER, "2000", "2.8"] and rows[FOLDER][5] == "CC BY-NC 3.0"
+    assert rows[FOLDER][6].startswith("16000 Hz, 1 MB") and rows["mine"][5:] == ["yours", rows["mine"][6]]
+    assert rows["fsd50k-v1.0-full"][6] == "–" and len(rows) == 22
+    assert cli.main(["tasks", "list", "--dir", str(tmp_path)]) == 0
+    assert "speech_commands-5h" in capsys.readouterr().out
+
+
+# ---- make ------------------------------------------------------------------------------------------------------------
+
+
+def recordings(folder, counts, rate=22050):
+    rng = np.random.default_rng(0)
+    for label, count in counts.items():
+        (folder / label).mkdir(parents=True)
+        for number in range(count):
+            tone = np.sin(np.arange(rate) * (0.05 + 0.3 * len(label) / 10)) * 0.3
+            soundfile.write(folder / label / f"{number}.wav", tone + rng.normal(0, 0.01, rate), rate)
+    return folder
+
+
+def test_make_a_task_of_a_folder(tmp_path, monkeypatch, capsys):
+    source = recordings(tmp_path / "sounds", {"cat": 12, "doggy": 8})
+    assert cli.main(["tasks", "make", str(source), "-o", str(tmp_path / "tasks"), "--folds", "4"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "tasks" / "sounds-v1-full")
+    ((folder,),) = find_tasks(tmp_path / "tasks").values()
+    task = read_task(folder)
+    assert task.labels == ("cat", "doggy") and task.splits == [f"fold{i:02d}" for i in range(4)]
+    for split in task.splits:  # the same share of both
+        labels = [label for (label,) in task.clips(split).values()]
+        assert (labels.count("cat"), labels.count("doggy")) == (3, 2)
+    audio = [soundfile.info(p) for p in folder.rglob("*.wav")]
+    assert len(audio) == 20 and {(a.samplerate, a.channels, a.frames) for a in audio} == {(16000, 1, 16000)}
+    monkeypatch.setattr("hear_ssam.evaluation.jobs.ProcessPoolExecutor", _Serial)
+    places = {"tasks_dir": tmp_path / "tasks", "results_dir": tmp_path / "results"}
+    evaluation = run_evaluation(["tests.tiny_hear"], **places, probe="logreg", workers=1)
+    assert not evaluation.failures and evaluation.records[-1]["score"] > 0.9
+    with pytest.raises(HearSsamError, match="is there already; delete it or give another --name"):
+        make_task(source, tmp_path / "tasks", folds=4)
+
+
+def drawn(folder):
+    return {split: list(read_task(folder).clips(split)) for split in read_task(folder).splits}
+
+
+def test_make_is_seeded(tmp_path):
+    source = recordings(tmp_path / "sounds", {"cat": 8, "doggy": 8})
+    made = [drawn(make_task(source, tmp_path / str(i), seed=seed, folds=4)) for i, seed in enumerate((0, 0, 1))]
+    assert made[0] == made[1] != made[2]
+
+
+def table(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_make_keeps_groups_whole_and_names_apart(tmp_path):
+    recordings(tmp_path, {"cat": 12, "doggy": 12})
+    rows = [
+        {"path": f"{label}/{i}.wav", "label": label, "group": f"speaker{i % 6}"}
+        for label in ("cat", "doggy")
+        for i in range(12)
+    ]
+    folder = make_task(table(tmp_path / "labels.csv", rows), tmp_path / "tasks", "animals", folds=3, seconds=0.5)
+    assert folder.name == "animals-v1-full" and len(list(folder.rglob("*.wav"))) == 24
+    fold_of = {}
+    for split, clips in drawn(folder).items():
+        for clip in clips:
+            number = int(clip.removesuffix(".wav").split("~")[0])
+            assert fold_of.setdefault(number % 6, split) == split
+    assert {soundfile.info(p).frames for p in folder.rglob("*.wav")} == {8000}
+    assert json.loads((folder / "task_metadata.json").read_text())["sample_duration"] == 0.5
+
+
+def test_make_takes_given_splits(tmp_path):
+    recordings(tmp_path, {"cat": 12, "doggy": 12})
+    splits = ["train"] * 9 + ["test"] * 3
+    rows = [
+        {"path": f"{label}/{i}.wav", "label": label, "split": splits[i]}
+        for label in ("cat", "doggy")
+        for i in range(12)
+    ]
+    task = read_task(make_task(table(tmp_path / "labels.csv", rows), tmp_path / "tasks", folds=3))
+    assert {split: len(task.clips(split)) for split in task.splits} == {"train": 12, "valid": 6, "test": 6}
+
+
+def test_labels_that_make_no_task(tmp_path, capsys):
+    one = recordings(tmp_path / "one", {"cat": 3})
+    two = recordings(tmp_path / "two", {"cat": 3, "doggy": 2})
+    with pytest.raises(HearSsamError, match=r"one: .*class"):
+        make_task(one, tmp_path / "tasks")
+    for options, message in (
+        ({"folds": 2}, "--folds must be at least 3"),
+        ({"folds": 9}, "--folds 9: there are 5 groups"),
+        ({"seconds": 0.0}, "--seconds must be above 0"),
+        ({"name": "a/b"}, "--name a/b: names a folder"),
+    ):
+        with pytest.raises(HearSsamError, match=message):
+            make_task(two, tmp_path / "tasks", **options)
+    (two / "cat" / "0.wav").write_bytes(b"no audio")
+    with pytest.raises(HearSsamError, match=r"0\.wav: cannot be read as audio"):
+        make_task(two, tmp_path / "tasks", folds=3)
+    assert not list((tmp_path / "tasks").glob("*")) and tasks.METADATA == "task_metadata.json"
