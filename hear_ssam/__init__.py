@@ -36,7 +36,7 @@ Contents, in reading order:
     pretraining.leaks       which clips of a store are recordings of an evaluation: acoustic fingerprints
     pretraining.windows     training windows drawn from a store, and the patches to hide in them
     pretraining.learner     decoder, heads, objectives around the encoder
-    pretraining.loop        steps, processes, saved states, the checkpoint (card: its model card)
+    pretraining.loop        steps, processes, saved states, the checkpoint (card: its model card; watch: its picture)
     evaluation.module       any module with the HEAR API: imported, loaded, called
     evaluation.hf, .xares   models of transformers and of X-ARES as HEAR modules
     evaluation.tasks        HEAR's task folders, checked

@@ -50,6 +50,7 @@ def examine() -> dict[str, dict[str, Any]]:
     import soundfile
     import torch
 
+    from .download import cache_folder
     from .paths import sha256, shipped
     from .scan import available_backends
 
@@ -61,7 +62,7 @@ def examine() -> dict[str, dict[str, Any]]:
     name, flags = cpu()
     features = " ".join(flag for flag in FEATURES if flag in flags) or "unknown"
     by_torch = {"torch uses": torch.backends.cpu.get_cpu_capability(), "torch threads": torch.get_num_threads()}
-    files = sorted(shipped("checkpoints").glob("*.safetensors"))
+    files = sorted(file for folder in (shipped("checkpoints"), cache_folder()) for file in folder.glob("*.safetensors"))
     return {
         "versions": versions | {"libsndfile": str(soundfile.__libsndfile_version__)},
         "cpu": {"name": name, "cores": os.cpu_count(), "features": features, **by_torch},

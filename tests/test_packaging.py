@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,7 +16,7 @@ import pytest
 
 import hear_ssam
 from hear_ssam import __version__
-from hear_ssam.paths import shipped
+from hear_ssam.paths import read_toml, shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("checkpoints", "eval_tasks")
@@ -93,6 +94,18 @@ def test_editable_install_finds_the_shipped_folders(tmp_path: Path) -> None:
     call(env / "bin/python", "-m", "pip", "install", *options, "-e", ROOT, cwd=tmp_path)
     out = call(env / "bin/python", "-c", FIND, cwd=tmp_path)
     assert out.split() == [str(ROOT / folder) for folder in FOLDERS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_the_extras_resolve_together(python: str) -> None:
+    uv = shutil.which("uv") or shutil.which("uv", path=os.fspath(Path(sys.executable).parent))
+    if uv is None:
+        pytest.skip("uv is not installed (pip install uv)")
+    known = read_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
+    extras = known.keys() - {"cuda", "torchaudio", "test"}  # cuda needs nvcc
+    options = [word for extra in sorted(extras) for word in ("--extra", extra)]
+    call(uv, "pip", "compile", "-q", "--python-version", python, "pyproject.toml", *options, cwd=ROOT)
 
 
 def test_the_package_root_shows_the_api_and_nothing_else() -> None:

@@ -17,9 +17,11 @@ import pytest
 import torch
 
 from hear_ssam import cli, get_scene_embeddings, load_model
-from hear_ssam.config import CONFIGS
+from hear_ssam.config import CONFIGS, build_config
 from hear_ssam.download import fetch
+from hear_ssam.encoder import Encoder
 from hear_ssam.errors import HearSsamError
+from hear_ssam.hear import EncoderModel
 from hear_ssam.hub.weights import OFFICIAL, PUBLISHED, here, named
 from hear_ssam.paths import sha256, shipped
 from tests.test_checkpoint import official_weights
@@ -344,6 +346,24 @@ def test_load_model_by_name(published: Path, server: Server, monkeypatch: pytest
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert torch.equal(get_scene_embeddings(audio, load_model("ssamba_tiny.400")), wanted)
     assert len(server.seen) == 1
+
+
+def test_a_repository_is_a_model(published: Path, server: Server, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = build_config("ssam", 32, depth=1, pooling="mean_std")
+    model = EncoderModel("mine", config, Encoder(config), None, "").eval()
+    data = (model.save_pretrained(tmp_path / "mine") / "model.safetensors").read_bytes()
+    server.files |= {f"/owner/mine/resolve/{revision}/model.safetensors": data for revision in ("main", "v1")}
+    audio = torch.rand(1, 16000) - 0.5
+    for name in ("owner/mine", "owner/mine@v1"):
+        with pytest.warns(UserWarning, match="no hash is published"):
+            loaded = load_model(name)
+        assert loaded.name == "mine"
+        assert torch.equal(get_scene_embeddings(audio, loaded), get_scene_embeddings(audio, model))
+    with pytest.raises(HearSsamError, match=r"/owner/other/resolve/main/model\.safetensors: the server says 404"):
+        load_model("owner/other")
+    with pytest.raises(HearSsamError, match=f"^{tmp_path}/no.such.folder: no such file or folder"):
+        load_model(tmp_path / "no.such.folder")
 
 
 def test_the_commands(
