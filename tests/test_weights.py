@@ -338,6 +338,14 @@ def published(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_load_model_by_name(published: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     audio = torch.rand(1, 16000, generator=torch.Generator().manual_seed(0)) - 0.5
+    (path,) = server.files
+    server.files[path], right = b"<html>log in first</html>", server.files[path]
+    with (
+        pytest.warns(UserWarning, match="no hash is published"),
+        pytest.raises(HearSsamError, match="not a checkpoint"),
+    ):
+        load_model("ssamba_tiny")
+    server.files[path] = right  # and its hash is not taken for a change
     with pytest.warns(UserWarning, match="no hash is published"):
         model = load_model("ssamba_tiny")
     assert model.name == "ssamba_tiny" and model.checkpoint_sha256
@@ -345,7 +353,7 @@ def test_load_model_by_name(published: Path, server: Server, monkeypatch: pytest
     assert torch.equal(get_scene_embeddings(audio, model), wanted)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert torch.equal(get_scene_embeddings(audio, load_model("ssamba_tiny.400")), wanted)
-    assert len(server.seen) == 1
+    assert len(server.seen) == 2
 
 
 def test_a_repository_is_a_model(published: Path, server: Server, tmp_path: Path) -> None:

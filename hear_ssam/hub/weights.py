@@ -126,9 +126,13 @@ def obtain(
         if source:
             convert(Path(source), target, weights.name)
         elif not target.is_file():  # another process may have made it meanwhile
-            published = _published(weights, target.parent)
-            convert(published, target, weights.name)
-            if published.parent == target.parent:  # not in the hub's cache
+            published, memory = _published(weights, target.parent)
+            try:
+                convert(published, target, weights.name)
+            except HearSsamError:  # what came is no checkpoint, but the page of a hotel's network, say
+                _remove(published, memory.with_name(f"{memory.name}.sha256"))
+                raise
+            if published == memory:  # not in the hub's cache
                 published.unlink()
     return target
 
@@ -150,23 +154,27 @@ def hub_file(repo: str, file: str, revision: str | None, folder: Path, pinned: s
         raise HearSsamError(f"{repo}/{file}: cannot be had from the hub: {reason} {mend}.") from error
 
 
-def _published(weights: Weights, folder: Path) -> Path:
-    """The file as published, its hash checked."""
+def _published(weights: Weights, folder: Path) -> tuple[Path, Path]:
+    """The file as published, its hash checked, and the path for which the hash is noted."""
     assert weights.file
     memory = folder / weights.file
     if not weights.hub:
         assert weights.url
         fetch(weights.url, memory, weights.sha256)
-        return memory
+        return memory, memory
     file = hub_file(weights.hub, weights.file, weights.revision, folder, weights.sha256)
     if file != memory:  # from the hub's client, which compares sizes only
         try:
             check_hash(file, weights.label, weights.sha256, memory)
         except HearSsamError:
-            for path in {file.resolve(), file}:  # or its cache would give it again
-                path.unlink(missing_ok=True)
+            _remove(file)  # or its cache would give it again
             raise
-    return file
+    return file, memory
+
+
+def _remove(file: Path, *others: Path) -> None:
+    for path in {file.resolve(), file, *others}:
+        path.unlink(missing_ok=True)
 
 
 def _converted(weights: Weights, cache: str | os.PathLike[str] | None) -> Path:
