@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from .embedding.inputs import Recording
     from .hear import HearModel
 
-ROW_GROUP = 8192  # rows that are collected before they are written
+ROW_GROUP = 8192  # rows that are collected before they are written, fewer where they have more than these bytes
+ROW_BYTES = 4 << 20
 SAFE = 10.0  # seconds of work after which a shard is closed: no more is lost, whatever happens
 
 EXAMPLES = """examples:
@@ -160,7 +161,8 @@ def embed_files(
         raise HearSsamError(f"{output}: is one file, and --shard jobs write to a folder; name one (without .parquet).")
     options = Options(kind, window, hop, dtype, model_options or {})
     schema = options.schema(model)
-    target = Output(output, schema, "part" if parts == 1 else f"part-{part}-of-{parts}", ROW_GROUP)
+    group = min(ROW_GROUP, 1 + ROW_BYTES // (4 * model.scene_embedding_size))
+    target = Output(output, schema, "part" if parts == 1 else f"part-{part}-of-{parts}", group)
     skipped: list[Path] = []
     embedded = there = 0
     total = len(files) if isinstance(files, list) else None
@@ -190,8 +192,7 @@ def embed_files(
                 bar.update()
         if skipped and not embedded and not there:
             raise NothingEmbeddedError(f"{output}: not written: none of {len(skipped)} files could be embedded.")
-        if embedded:
-            target.finish()
+        target.finish()
     already = f", {there} were there already" if there else ""
     print(f"{output}: {embedded} of {embedded + len(skipped)} files{already}", file=sys.stderr)
     return skipped

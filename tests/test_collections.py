@@ -24,7 +24,8 @@ from hear_ssam import cli, extract
 from hear_ssam.audio import read_audio
 from hear_ssam.checkpoint import save_checkpoint
 from hear_ssam.config import build_config
-from hear_ssam.embedding import clips, work
+from hear_ssam.embedding import clips, shards, work
+from hear_ssam.embedding.shards import Output
 from hear_ssam.embedding.work import cut_windows
 from hear_ssam.encoder import Encoder
 from hear_ssam.errors import HearSsamError
@@ -325,3 +326,45 @@ def test_long_recordings_are_read_in_pieces(
     data = columns(tmp_path / "out.parquet")
     assert (data["path"], data["start_ms"]) == (paths, times)
     np.testing.assert_allclose(data["embedding"], torch.stack(rows).numpy(), atol=1e-5)
+
+
+def test_what_a_run_left_when_it_ended_while_making_the_one_file(
+    recordings: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the one file was there, and between making it and removing its parts: no row is lost, none twice."""
+    out, parts = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
+    arguments = "-o", out, "--model", weights, "--kind", "scene"
+    monkeypatch.setattr(Output, "finish", Output.close)
+    assert embed(recordings / "0*", *arguments) == 0 and not out.exists() and len(list(parts.iterdir())) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(shards.shutil, "rmtree", lambda folder: None)
+    assert embed(recordings / "0*", *arguments) == 0 and len(list(parts.iterdir())) == 1
+    assert names(out) == [f"{number:02}.wav" for number in range(10)]
+    monkeypatch.undo()
+    assert embed(recordings, *arguments) == 0
+    assert names(out) == [f"{number:02}.wav" for number in range(12)] and not parts.exists()
+
+
+def test_a_recording_is_whole_or_absent_in_a_shard(
+    recordings: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the middle of the rows of a long one."""
+    monkeypatch.setattr(clips, "LONG", 1)
+    monkeypatch.setattr(work, "CHUNK", 10)
+    monkeypatch.setattr(extract, "ROW_GROUP", 5)
+    monkeypatch.setattr(extract, "SAFE", -1.0)
+    flush, count = Output._flush, [0]
+
+    def interrupted(self: Output) -> None:
+        flush(self)
+        count[0] += 1
+        if count[0] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Output, "_flush", interrupted)
+    files = [recordings / "00.wav", recordings / "11.wav"]
+    assert embed(*files, "-o", tmp_path / "out", "--model", weights) == 130
+    assert count[0] == 4 and set(names(tmp_path / "out")) == {"00.wav"}
+    assert embed(*files, "-o", tmp_path / "out", "--model", weights) == 0
+    expected = 2 + sum(len(hear_ssam.load_model(weights).timestamps(len(read_audio(file, RATE)))) for file in files)
+    assert len(names(tmp_path / "out")) == expected

@@ -21,7 +21,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DO
 # They install, need the network, or are this test command.
 OTHERS = ("python3 -m venv", "pip install", ".venv/bin/pip install", ".venv-test/bin/pip install")
 TESTS = ".venv-test/bin/python -m tests"
-QUICK = ("embed", "report", "models", "doctor", "corpus")
+QUICK = ("embed", "classify", "search", "map", "report", "models", "doctor", "corpus")
 
 
 def commands() -> list[list[str]]:
@@ -70,25 +70,32 @@ def test_quick_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     Path("recordings").mkdir()
     noise = np.random.default_rng(0).normal(0, 0.1, (44_100, 2))
-    for name in ("a.wav", "b.flac"):
-        soundfile.write(Path("recordings", name), noise, 44_100)
+    for name in ("recordings/a.wav", "recordings/b.flac", "recordings/c.wav", "query.wav"):
+        soundfile.write(name, noise, 44_100)
+    for name in ("dog/1", "dog/2", "rain/1", "rain/2"):
+        Path("sounds", name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(f"sounds/{name}.wav", noise[:22_050], 44_100)
     append(Path("out/records.jsonl"), [record("ssam_tiny", 0.6), record("logmel", 0.5)])
     quick = [words for words in OWN if words[0] in QUICK and "fetch" not in words]
     assert {words[0] for words in quick} == set(QUICK)
     for words in quick:
         assert cli.main(words) == 0, words
-    assert Path("embeddings.parquet").is_file() and Path("report.html").is_file() and Path("store").is_dir()
+    assert all(Path(name).is_file() for name in ("embeddings.parquet", "report.html", "kinds.csv", "map.html"))
+    assert Path("store").is_dir() and Path("windows").is_dir()
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And its remarks on shapes and steps are true."""
     monkeypatch.chdir(tmp_path)
-    soundfile.write("speech_16k.wav", np.random.default_rng(0).normal(0, 0.1, 40_000), 16_000)
-    (code,) = (text for language, text in BLOCKS if language == "python")
+    Path("recordings").mkdir()
+    for name in ("speech_16k.wav", "recordings/a.wav", "recordings/b.flac"):
+        soundfile.write(name, np.random.default_rng(0).normal(0, 0.1, 40_000), 16_000)
+    code = "\n".join(text for language, text in BLOCKS if language == "python")
     values: dict[str, Any] = {}
     exec(code, values)
     (width,) = re.findall(r"# \(clips, (\d+)\)$", code, flags=re.MULTILINE)
     ((row, step),) = re.findall(r"# \(clips, rows, (\d+)\), .* (\d+) ms$", code, flags=re.MULTILINE)
     assert values["scene"].shape == (1, int(width))
     assert values["frames"].shape == (1, values["ms"].shape[1], int(row))
+    assert values["x"].shape == (1, 2 * int(row))
     assert (values["ms"].diff() - int(step)).abs().max() < 1e-3

@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import HearSsamError
-from ..options import add_model, add_model_options, parse_options
+from ..options import add_device, add_model, add_model_options, parse_options
 from ..paths import atomic_write
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     predict.add_argument("--hop", type=float, metavar="S", help="seconds from window to window; default: one window")
     for parser, run in ((train, _train), (predict, _predict)):
         add_model(parser)
-        add_model_options(parser)
+        (add_model_options if parser is train else add_device)(parser)
         parser.set_defaults(run=run)
 
 
@@ -216,9 +216,8 @@ def _predict(args: argparse.Namespace) -> int:
     from .table import compute, model_of
 
     classifier = read_classifier(args.classifier)
-    options = {**classifier["made"]["model_options"], **parse_options(args.model_options)}
     model = model_of(classifier["made"], args.classifier, args.model or classifier["model"], args.device)
-    how = Options("scene", args.window, args.hop or args.window, model_options=options)
+    how = Options("scene", args.window, args.hop or args.window)
     recordings, count = list(find_recordings(args.inputs)), 0
     skipped: list[str] = []
     columns = COLUMNS if args.window else ("path", "label")

@@ -68,7 +68,11 @@ def model_of(made: dict[str, Any], place: object, name: str, device: str) -> Hea
 
     Raises HearSsamError where the weights of that name are others.
     """
-    model = load_model(name or made["model"], **{**made["model_options"], "device": device})
+    options = {key: value for key, value in made["model_options"].items() if key != "model"}
+    try:
+        model = load_model(name or made["model"], **{**options, "device": device})
+    except HearSsamError as error:
+        raise HearSsamError(f"{place}: needs the model {made['model']}: {error} Or name it with --model.") from error
     if model.checkpoint_sha256 != made["checkpoint_sha256"]:
         raise HearSsamError(
             f"{place}: was made with weights {made['checkpoint_sha256'][:12] or '(none)'} of {made['model']}, not "

@@ -49,6 +49,10 @@ def same_provenance(place: Path, files: Iterable[Path], wanted: dict[str, Any]) 
             raise HearSsamError(f"{place}: holds embeddings with {text}; name another output, or delete this one.")
 
 
+def _paths(file: Path) -> set[str]:
+    return set(pq.read_table(file, columns=["path"])[0].unique().to_pylist())
+
+
 class Output:
     """Shards that are written one after the other; each is whole or absent.
 
@@ -67,6 +71,7 @@ class Output:
         self.pending: list[pa.Table] = []
         self.writer: pq.ParquetWriter | None = None
         self.since = 0.0  # when the open shard began
+        self.writing = False  # in the middle of a recording, which is kept whole or not at all
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Output]:
@@ -81,7 +86,8 @@ class Output:
                     yield self
                     self.close()
                 except KeyboardInterrupt:
-                    self.close()
+                    if not self.writing:
+                        self.close()
                     raise
                 finally:
                     self._drop()
@@ -102,9 +108,12 @@ class Output:
         parts = parquet_files(self.folder)
         older = [self.output] if self.single and provenance(self.output) else []
         same_provenance(self.output, older + parts, json.loads(self.schema.metadata[KEY]))
-        self.done = {
-            path for file in older + parts for path in pq.read_table(file, columns=["path"])[0].unique().to_pylist()
-        }
+        self.done = {path for file in older for path in _paths(file)}
+        for file in parts:
+            if self.done & (found := _paths(file)) and older:
+                file.unlink()  # the run before ended between making the one file and removing its parts
+            else:
+                self.done |= found
         mine = [file.stem.rpartition("-")[2] for file in parts if file.name.startswith(f"{self.prefix}-")]
         self.number = 1 + max(map(int, mine), default=-1)
         self.kept = older
@@ -118,10 +127,12 @@ class Output:
         """Add the rows of one recording to the open shard."""
         if not (self.writer or self.pending):
             self.since = time.monotonic()
+        self.writing = True
         for table in tables:
             self.pending.append(table)
             if sum(table.num_rows for table in self.pending) >= self.row_group:
                 self._flush()
+        self.writing = False
 
     def _flush(self) -> None:
         if self.writer is None:

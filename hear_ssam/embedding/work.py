@@ -28,7 +28,7 @@ KINDS = {"both": ("scene", "timestamps"), "scene": ("scene",), "timestamps": ("t
 DTYPES = {"float32": np.float32, "float16": np.float16}
 BATCH = {"cpu": (16, 4 << 20)}  # recordings, and bytes of them, that a worker takes at once
 GPU_BATCH = (256, 64 << 20)
-CHUNK = 4096  # rows of a long recording that are in memory at once
+CHUNK = 512  # rows of a long recording that are in memory at once
 
 
 @dataclass(frozen=True)
