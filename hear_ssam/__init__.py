@@ -43,7 +43,8 @@ Contents, in reading order:
     evaluation.embeddings   such a module on a task → a folder of embeddings, as heareval lays it out
     evaluation.rows         such a folder read: rows, targets, what scores predictions
     evaluation.probe        rows → trained heads, as heareval trains them
-    evaluation.quick        rows → probes of seconds: neighbours, logistic regression, few clips
+    evaluation.quick        rows → probes of seconds: neighbours, few clips, logistic regression
+    evaluation.logistic     the last of these on a checkpoint that is being trained
     evaluation.scores       HEAR's metrics
     evaluation.preview      a few clips of a task; how long all will take
     evaluation.jobs         heads in parallel processes

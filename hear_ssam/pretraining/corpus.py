@@ -38,6 +38,8 @@ def missing(folder: str | os.PathLike[str], entries: Iterable[dict[str, Any]]) -
             lines.append(f"git init -q {shlex.quote(str(place))} && {git} fetch -q --depth 1 {fetched}")
             lines.append(f"{git} checkout -q FETCH_HEAD")
     if packages:
-        unpack = f'dpkg -x "$deb" {shlex.quote(str(folder))}/"${{deb%%_*}}"'
-        lines = [f"apt-get download {' '.join(packages)}", f"for deb in *.deb; do {unpack}; done", *lines]
+        target = shlex.quote(str(folder))
+        unpack = f'dpkg -x "$deb" {target}/"${{deb%%_*}}"'
+        get = f"mkdir -p {target} && apt-get download {' '.join(packages)}"
+        lines = [get, f"for deb in *.deb; do {unpack}; done", *lines]
     return lines
