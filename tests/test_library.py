@@ -173,6 +173,12 @@ def test_short_names():
         assert card.download.url.startswith("https://zenodo.org/records/") and len(card.download.sha256) in (0, 64)
 
 
+def test_archives_are_found_by_short_names(tmp_path):
+    for name in ("hear2021-speech_commands-v0.0.2-5h-16000.tar.gz", "hear2021-esc50-v2.0.0-full-16000.tar.gz"):
+        (tmp_path / name).touch()
+    assert [path.name[9:24] for path in tasks.find_archives(tmp_path, ["speech_commands-5h"])] == ["speech_commands"]
+
+
 def test_list_says_what_is_here(tmp_path, capsys):
     write_task(tmp_path / FOLDER)
     write_task(tmp_path / "mine")

@@ -285,6 +285,7 @@ def find_tasks(tasks_dir: Path, names: Sequence[str] = (), unpacked: Iterable[Pa
 
 def find_archives(tasks_dir: Path, names: Sequence[str] = ()) -> list[Path]:
     """Archives in `tasks_dir` (.tar, .tar.gz, .tgz), all or those with one of `names` in their name."""
+    names = [folder_named(name) for name in names]
     found = (path for path in sorted(tasks_dir.glob("[!.]*")) if not names or any(name in path.name for name in names))
     return [path for path in found if path.name.endswith((".tar", ".tar.gz", ".tgz")) and path.is_file()]
 
