@@ -321,7 +321,11 @@ def load_model(
                 torch.default_generator.manual_seed(seed)
                 encoder = Encoder(config)
         else:
-            file, name = _find_weights(name, pretrained, cache)
+            if not pretrained and (named(name) or Path(name).exists() or "/" in name):
+                raise HearSsamError(f"{name}: has its own weights; pass the name of a model with pretrained=False.")
+            if not pretrained:
+                raise unknown_name("model", name, [*CONFIGS, BASELINE])
+            file, name = find_weights(name, cache)
             stored, state, info = load_checkpoint(file)
             card = file.with_suffix(".md")
             config, digest = _with_options(stored, options), info["sha256"]
@@ -393,10 +397,8 @@ def available_models(cache: str | os.PathLike[str] | None = None) -> dict[str, M
     return rows
 
 
-def _find_weights(name: str, pretrained: bool, cache: str | os.PathLike[str] | None) -> tuple[Path, str]:
-    """The file or folder behind a model's name or a path, and what the model is to be called."""
-    if not pretrained:
-        raise HearSsamError(f"{name}: has its own weights; pass the name of a model with pretrained=False.")
+def find_weights(name: str, cache: str | os.PathLike[str] | None = None) -> tuple[Path, str]:
+    """The file or folder behind whatever names a model, fetched if need be, and what the model is to be called."""
     if published := named(name):
         return obtain(published, convert, cache), name
     path = Path(name)

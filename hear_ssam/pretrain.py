@@ -95,7 +95,7 @@ recipes that ship: {recipes}""",
     )
     parser.add_argument("store", metavar="STORE", help="folder that `hear-ssam corpus` wrote")
     parser.add_argument("--name", default="codes", help="of the files beside the store (default codes)")
-    parser.add_argument("--checkpoint", default="", metavar="FILE", help="a checkpoint of ours as the teacher")
+    parser.add_argument("--checkpoint", default="", metavar="NAME|FILE", help="a model of ours as the teacher")
     parser.add_argument("--block", type=int, default=8, help="after which its tokens are taken (default 8)")
     parser.add_argument("--module", default="", help="a HEAR module as the teacher")
     parser.add_argument("--path", default="", help="its model_file_path")

@@ -24,6 +24,7 @@ from ..config import EncoderConfig
 from ..encoder import Encoder
 from ..errors import HearSsamError
 from ..frontend import HOP, SAMPLE_RATE, normalize
+from ..hear import find_weights
 from ..paths import atomic_write, sha256
 from .store import Frames, Store
 
@@ -146,7 +147,7 @@ def encoder_features(
     store: Store, path: str | os.PathLike[str], block: int
 ) -> tuple[EncoderConfig, Features, dict[str, Any]]:
     """The tokens of one of our checkpoints after `block` blocks; whole windows at the positions that inference uses."""
-    config, state, info = load_checkpoint(path)
+    config, state, info = load_checkpoint(find_weights(str(path))[0])
     if not 1 <= block <= config.depth or (config.paired and block % 2):
         raise HearSsamError(
             f"{path}: no tokens after block {block}; it has {config.depth}{' in pairs' * config.paired}."

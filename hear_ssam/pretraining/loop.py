@@ -24,6 +24,7 @@ from ..checkpoint import load_checkpoint, save_checkpoint
 from ..config import CONFIGS
 from ..encoder import Encoder
 from ..errors import HearSsamError
+from ..hear import find_weights
 from ..machine import noted_signals
 from ..options import pick_device
 from ..paths import atomic_write
@@ -321,7 +322,7 @@ class _Run:
 
 def _start_from(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:
     """Put the weights of `recipe.init` into the encoder; returns what that file tells about its own training."""
-    config, state, info = load_checkpoint(recipe.init)
+    config, state, info = load_checkpoint(find_weights(recipe.init)[0])
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}:
         raise HearSsamError(
