@@ -236,6 +236,8 @@ def test_other_weights_and_other_files_are_refused(
     file, out = sounds / "low" / "0.wav", ("-o", tmp_path / "out.csv")
     assert run("classify", "predict", classifier, file, *out, "--model", "ssam_tiny") == 2
     assert f"{classifier}: was made with weights (none) of logmel, not " in capsys.readouterr().err
+    assert run("classify", "predict", classifier, file, *out, "--window", "1", "--hop", "0") == 2
+    assert "--window 1 --hop 0: take seconds" in capsys.readouterr().err
     (tmp_path / "no.json").write_text("{}")
     for wrong in (tmp_path / "no.json", tmp_path / "absent.json", file):
         assert run("classify", "predict", wrong, file, *out) == 2

@@ -217,7 +217,7 @@ def _predict(args: argparse.Namespace) -> int:
 
     classifier = read_classifier(args.classifier)
     model = model_of(classifier["made"], args.classifier, args.model or classifier["model"], args.device)
-    how = Options("scene", args.window, args.hop or args.window)
+    how = Options("scene", args.window, args.window if args.hop is None else args.hop)
     recordings, count = list(find_recordings(args.inputs)), 0
     skipped: list[str] = []
     columns = COLUMNS if args.window else ("path", "label")

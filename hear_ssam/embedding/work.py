@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..errors import HearSsamError
 from ..hear import HearModel
 from ..machine import work_ahead
 from . import clips
@@ -40,6 +41,13 @@ class Options:
     hop: float = 0.0  # seconds
     dtype: str = "float32"  # a key of DTYPES
     model_options: dict[str, Any] = field(default_factory=dict)  # what `load_model` was given beside the name
+
+    def __post_init__(self) -> None:
+        window, hop = self.window, self.hop
+        if (window or hop) and not (0.02 <= window <= 600 and 0.001 <= hop <= 600):
+            raise HearSsamError(
+                f"--window {window:g} --hop {hop:g}: take seconds, windows from 0.02 to 600, hops from 0.001 to 600."
+            )
 
     def schema(self, model: HearModel) -> pa.Schema:
         """The columns of the rows, and in the metadata all that made them."""
