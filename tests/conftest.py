@@ -20,13 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("HEAR_SSAM_SHARED", ROOT.parent / "shared"))
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     # Without llvmlite `auto` falls back with a warning, and warnings of ours are errors: say that torch is meant.
     if available_backends()["cpu"] is not None:
         os.environ.setdefault("HEAR_SSAM_BACKEND", "torch")
     # No test leaves this machine or sees what its user has downloaded; those of downloads say otherwise.
     os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["HEAR_SSAM_CACHE"] = tempfile.mkdtemp(prefix="hear-ssam-tests-")
+    os.environ["HEAR_SSAM_CACHE"] = cache = tempfile.mkdtemp(prefix="hear-ssam-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")
