@@ -25,7 +25,7 @@ EXAMPLES = """examples:
   hear-ssam embed recordings/ -o embeddings.parquet
   hear-ssam embed a.wav b.flac -o scenes.parquet --kind scene
   hear-ssam embed list.csv 'field/**/*.flac' shards/a-000001.tar -o embeddings      a folder of shards
-  find . -name '*.wav' | hear-ssam embed - -o windows --window 2 --hop 1 --dtype float16
+  hear-ssam embed - -o windows --window 2 --hop 1 --dtype float16                   paths on stdin, one a line
   hear-ssam embed recordings/ -o embeddings --shard 3/8                             third of eight jobs, same folder
   hear-ssam embed recordings/ -o embeddings.parquet --model official/ssam_base.pth --precision bf16 --workers 4
 
