@@ -102,6 +102,7 @@ recipes that ship: {recipes}""",
     parser.add_argument("--student", default="ssam_tiny", metavar="MODEL", help="whose patches get a module's codes")
     parser.add_argument("--clusters", type=int, default=500, metavar="K", help="default 500")
     parser.add_argument("--seed", type=int, default=0)
+    add_device(parser)
     parser.set_defaults(run=run_codes)
 
 
@@ -181,7 +182,7 @@ def run_codes(args: argparse.Namespace) -> int:
         raise unknown_name("--student", args.student, CONFIGS)
     store, config = open_store(args.store), CONFIGS[args.student]
     if args.checkpoint:
-        config, features, teacher = encoder_features(store, args.checkpoint, args.block)
+        config, features, teacher = encoder_features(store, args.checkpoint, args.block, args.device)
     else:
         features, teacher = module_features(store, args.module, args.path, config)
     info = build_codes(

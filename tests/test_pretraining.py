@@ -231,9 +231,13 @@ def test_features_are_tokens_of_whole_clips_and_centres_the_means_of_their_rows(
     encoder = Encoder(model).eval()
     encoder.load_state_dict(load_checkpoint(teacher)[1])
     want = torch.cat([encoder.tokens(part, depth=1)[0, 1:].view(-1, 5, 48) for part in spec.split(200, dim=1)[:1]])
-    torch.testing.assert_close(features(longest, None)[: len(want)], want.detach(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(features(longest, 0), features(longest, None)[:50])
-    assert len(features(longest, None)) == (1 + len(opened[longest]) // 160) // 4
+    (whole,), (first,) = features([(longest, None)]), features([(longest, 0)])
+    torch.testing.assert_close(whole[: len(want)], want.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first, whole[:50])
+    assert len(whole) == (1 + len(opened[longest]) // 160) // 4
+    alone = [features([(clip, None)])[0] for clip in range(len(opened))]
+    for x, want in zip(features([(clip, None) for clip in range(len(opened))]), alone, strict=True):
+        torch.testing.assert_close(x, want, rtol=1e-4, atol=1e-4)
 
     x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
     centres = codes.k_means(x, 4)

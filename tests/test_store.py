@@ -72,6 +72,9 @@ def test_frames_are_those_of_the_whole_clip(store: Store, model: str, monkeypatc
     torch.testing.assert_close(frames(clip, position), want, rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):  # measuring is never rounded
         torch.testing.assert_close(frames(clip, position), want, rtol=1e-4, atol=1e-4)
+    frames.compute()  # all at once, as on a GPU
+    assert frames.data.shape == (sum(map(len, whole)), config.n_mels)
+    torch.testing.assert_close(frames(clip, position), want, rtol=1e-4, atol=1e-4)
 
 
 def log_mel_store(folder: Path) -> np.ndarray:

@@ -8,9 +8,10 @@ patch) or any HEAR module (timestamp embeddings, a code per time slot).
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,16 @@ from ..encoder import Encoder
 from ..errors import HearSsamError
 from ..frontend import HOP, SAMPLE_RATE, normalize
 from ..hear import find_weights
+from ..options import pick_device
 from ..paths import atomic_write, sha256
 from .store import Frames, Store
 
 NONE = 65535  # no code: beyond the last whole time slot that the teacher saw
 SAMPLE = 250_000  # rows that k-means sees
 ROUNDS = 25  # of k-means
-# Clip of the store, and which of its windows, None: all → (slots, bands or 1, D) float32
-Features = Callable[[int, int | None], Tensor]
+TOGETHER = 1 << 15  # time slots of the clips that are given to a teacher at once
+# Clips of the store, each with one of its windows, None: all → (slots, bands or 1, D) float32 of each
+Features = Callable[[Sequence[tuple[int, int | None]]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -97,22 +100,27 @@ def build_codes(
     rng = np.random.default_rng(seed)
     window = config.grid[0]
     rows: list[Tensor] = []
-    places: list[Tensor] = []
     while sum(x.shape[0] * x.shape[1] for x in rows) < SAMPLE and len(rows) < 8 * len(store):
-        clip = int(rng.choice(len(store), p=weights / weights.sum()))
-        x = features(clip, int(rng.integers(0, max(1, slots[clip] // window))))
-        rows.append(x)
-        places.append(torch.arange(len(x)))
-    place, every = torch.cat(places), torch.cat(rows)
+        clips = rng.choice(len(store), 64, p=weights / weights.sum()).tolist()
+        rows += features([(clip, int(rng.integers(0, max(1, slots[clip] // window)))) for clip in clips])
+    place, every = torch.cat([torch.arange(len(x)) for x in rows]), torch.cat(rows)
+    place = place.to(every.device)
     shift = _place_in_window(every, place, window)
     centres = k_means((every - shift[place][:, None]).flatten(0, 1), clusters, seed)
     codes = np.full((int(slots.sum()), every.shape[1]), NONE, np.uint16)
     first = np.concatenate([[0], np.cumsum(slots)])
+    together: list[int] = []
     for clip in progress(range(len(store))):
-        x = features(clip, None)[: slots[clip]]
-        x = x - shift[torch.arange(len(x)) % window][:, None]
-        found = nearest(x.flatten(0, 1), centres).view(x.shape[:2])
-        codes[first[clip] : first[clip] + len(x)] = found.numpy().astype(np.uint16)
+        together.append(clip)
+        if slots[together].sum() < TOGETHER and clip + 1 < len(store):
+            continue
+        rows = [x[: slots[i]] for i, x in zip(together, features([(i, None) for i in together]), strict=True)]
+        place = torch.cat([torch.arange(len(x)) for x in rows]) % window
+        x = torch.cat(rows) - shift[place.to(shift.device)][:, None]
+        found = nearest(x.flatten(0, 1), centres).view(x.shape[:2]).cpu().split([len(x) for x in rows])
+        for i, part in zip(together, found, strict=True):
+            codes[first[i] : first[i] + len(part)] = part.numpy().astype(np.uint16)
+        together = []
     info = {
         "clusters": clusters, "bands": config.grid[1], "grid": _grid(config), "store": store.digest, "seed": seed,
         "teacher": teacher, "used": len(np.unique(codes[codes != NONE])),
@@ -126,7 +134,7 @@ def build_codes(
 
 def _place_in_window(x: Tensor, place: Tensor, window: int) -> Tensor:
     """(window, D): mean over clips and bands of the rows (N, bands, D) at each place, less the mean over places."""
-    total = torch.zeros(window, x.shape[2]).index_add_(0, place, x.mean(1))
+    total = x.new_zeros(window, x.shape[2]).index_add_(0, place, x.mean(1))
     count = torch.bincount(place, minlength=window)[:, None]
     mean = total / count.clamp(min=1)
     return torch.where(count > 0, mean - mean[count[:, 0] > 0].mean(0), 0.0)
@@ -144,7 +152,7 @@ def _grid(config: EncoderConfig) -> list[Any]:
 
 
 def encoder_features(
-    store: Store, path: str | os.PathLike[str], block: int
+    store: Store, path: str | os.PathLike[str], block: int, device: str = "auto"
 ) -> tuple[EncoderConfig, Features, dict[str, Any]]:
     """The tokens of one of our checkpoints after `block` blocks; whole windows at the positions that inference uses."""
     config, state, info = load_checkpoint(find_weights(str(path))[0])
@@ -152,27 +160,35 @@ def encoder_features(
         raise HearSsamError(
             f"{path}: no tokens after block {block}; it has {config.depth}{' in pairs' * config.paired}."
         )
-    encoder = Encoder(config).eval()
+    place = pick_device(device)
+    encoder = Encoder(config).to(place).eval()
     encoder.load_state_dict(state)
-    frames = Frames(store, config, torch.device("cpu"))
+    frames = Frames(store, config, place)
     size, patch, bands = config.window_frames, config.patch_frames, config.grid[1]
+    together = 4 if place.type == "cpu" else 512  # windows in a pass: what caches, or a GPU, hold
 
     @torch.inference_mode()
-    def features(clip: int, window: int | None) -> Tensor:
-        length = int(frames.lengths[clip])
-        spec = normalize(frames(torch.tensor([clip]), torch.arange(length)[None]), config)[0]
-        spec = spec[: length // patch * patch]
-        if window is not None:
-            spec = spec[window * size : (window + 1) * size]
-        parts = [*spec[: len(spec) // size * size].view(-1, size, spec.shape[1]).split(4)]
-        if len(rest := spec[len(spec) // size * size :]):
-            parts.append(rest[None])
-        rows = []
-        for part in parts:
-            x = encoder.tokens(part, depth=block)[:, 1:]
-            grid = x.unflatten(1, (-1, bands)) if config.patch_order == "time" else x.unflatten(1, (bands, -1)).mT
-            rows.append(grid.flatten(0, 1))
-        return torch.cat(rows) if rows else torch.zeros(0, bands, config.embed_dim)
+    def features(asked: Sequence[tuple[int, int | None]]) -> list[Tensor]:
+        pieces: list[Tensor] = []  # windows (F, mels) of all clips
+        counts = []
+        for clip, window in asked:
+            length = int(frames.lengths[clip])
+            spec = normalize(frames(torch.tensor([clip]), torch.arange(length)[None]), config)[0]
+            spec = spec[: length // patch * patch]
+            if window is not None:
+                spec = spec[window * size : (window + 1) * size]
+            found = [part for part in spec.split(size) if len(part)]
+            counts.append(len(found))
+            pieces += found
+        tokens: dict[int, Tensor] = {}
+        for size_of in {len(piece) for piece in pieces}:  # passes over windows of one length
+            for same in torch.tensor([i for i, x in enumerate(pieces) if len(x) == size_of]).split(together):
+                x = encoder.tokens(torch.stack([pieces[i] for i in same]), depth=block)[:, 1:]
+                grid = x.unflatten(1, (-1, bands)) if config.patch_order == "time" else x.unflatten(1, (bands, -1)).mT
+                tokens |= dict(zip(same.tolist(), grid, strict=True))
+        each = iter(tokens[i] for i in range(len(pieces)))
+        nothing = torch.zeros(0, bands, config.embed_dim, device=place)
+        return [torch.cat([nothing, *itertools.islice(each, count)]) for count in counts]
 
     return config, features, {"checkpoint": Path(path).name, "sha256": info["sha256"], "block": block}
 
@@ -192,7 +208,7 @@ def module_features(
         raise HearSsamError(f"{name}: wants audio at {model.sample_rate} Hz; a store holds {SAMPLE_RATE} Hz.")
     hop = 1000 * config.patch_frames * HOP / SAMPLE_RATE  # milliseconds
 
-    def features(clip: int, window: int | None) -> Tensor:
+    def of(clip: int, window: int | None) -> Tensor:
         audio = torch.from_numpy(np.array(store[clip], np.float32) / 32768)[None]
         with torch.inference_mode():
             rows, times = module.get_timestamp_embeddings(audio, model)
@@ -203,6 +219,10 @@ def module_features(
         return moments if window is None else moments[window * config.grid[0] : (window + 1) * config.grid[0]]
 
     digest = sha256(Path(model_path)) if model_path and Path(model_path).is_file() else ""
+
+    def features(asked: Sequence[tuple[int, int | None]]) -> list[Tensor]:
+        return [of(clip, window) for clip, window in asked]
+
     return features, {"module": name, "model": Path(model_path).name, "sha256": digest}
 
 
@@ -212,7 +232,7 @@ def module_features(
 def k_means(x: Tensor, clusters: int, seed: int = 0) -> Tensor:
     """Lloyd's algorithm on a sample of the rows x (N, D): centres (clusters, D)."""
     generator = torch.Generator().manual_seed(seed)
-    x = x[torch.randperm(len(x), generator=generator)[:SAMPLE]]
+    x = x[torch.randperm(len(x), generator=generator)[:SAMPLE].to(x.device)]
     if len(x) < clusters:
         raise HearSsamError(f"codes: {len(x)} patches cannot form {clusters} clusters; add audio or ask for fewer.")
     centres = x[:clusters].clone()
@@ -221,7 +241,7 @@ def k_means(x: Tensor, clusters: int, seed: int = 0) -> Tensor:
         count = torch.bincount(found, minlength=clusters)
         centres = torch.zeros_like(centres).index_add_(0, found, x) / count.clamp(min=1)[:, None]
         empty = (count == 0).nonzero()[:, 0]  # starts anew at some row
-        centres[empty] = x[torch.randint(len(x), (len(empty),), generator=generator)]
+        centres[empty] = x[torch.randint(len(x), (len(empty),), generator=generator).to(x.device)]
     return centres
 
 

@@ -36,7 +36,8 @@ from .store import Store, open_store
 from .watch import draw
 from .windows import Batch, WindowSampler
 
-PARTS = ("data", "teacher", "forward", "backward", "optimiser")  # of the time that a step takes
+_Unread = tuple[Tensor, Tensor, int]  # losses (B,) of clips (B,), at a step
+PARTS = ("data", "wait", "forward", "backward", "optimiser")  # of the time that a step takes
 
 
 def pretrain(
@@ -84,6 +85,7 @@ def _loop(
     mine = ranks.share(recipe.batch_size, recipe.accumulate)
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
     clock, sums = _Clock(), torch.zeros(0)
+    unread: list[_Unread] = []  # what the device may still be working on
     bar = tqdm(total=recipe.steps, initial=run.step, unit="step", desc=recipe.model, disable=ranks.rank > 0)
     began = time.monotonic()
     since = run.step
@@ -94,19 +96,21 @@ def _loop(
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * _schedule(run.step / recipe.steps, recipe.warmup)
             optimizer.zero_grad(set_to_none=True)
-            told = torch.zeros(2 + len(learner.objectives))
+            told = torch.zeros(2 + len(learner.objectives), device=ranks.device)
             before = run.generator.get_state()
             for rows in mine:
                 run.generator.set_state(before)  # every part draws the same batch and takes its own rows
                 batch = sampler.draw(recipe.batch_size, run.generator, rows)
                 clock("data")
+                run.require_finite(unread, store)
+                clock("wait")
                 with autocast:
                     losses = learner(batch)
                     total = learner.total(losses)
                 clock("forward")
-                run.require_finite(total.detach(), batch, store)
                 (total.sum() / recipe.batch_size).backward()
-                told[1:] += torch.stack([total.detach(), *losses.values()]).detach().sum(1).cpu() / recipe.batch_size
+                unread.append((total.detach(), batch.clip, run.step))
+                told[1:] += torch.stack([total.detach(), *losses.values()]).detach().sum(1) / recipe.batch_size
                 clock("backward")
             told[0] = bool(noted)
             ranks.add([p.grad for p in trained if p.grad is not None], told)
@@ -118,11 +122,14 @@ def _loop(
             clock("optimiser")
             sums = told if not len(sums) else sums + told
             bar.update()
-            stop = bool(told[0]) or (ranks.world == 1 and bool(noted))  # looked at here, where nothing is half done
+            stop = bool(noted if ranks.world == 1 else told[0])  # looked at here, where nothing is half done
             now = time.monotonic()
             if run.step == recipe.steps or stop or ranks.agree(now - began > 60 * save_minutes):
+                run.require_finite(unread, store)
                 run.seconds += now - began
                 mean = (sums / (run.step - since))[1:].tolist()
+                if not all(map(math.isfinite, mean)):
+                    raise HearSsamError(f"{run.folder}: the loss of another process is not finite; see what it says.")
                 row = {"loss": mean[0], **dict(zip(learner.objectives, mean[1:], strict=True))}
                 rate = (run.step - since) * recipe.batch_size / (now - began)
                 row |= {"windows_per_second": round(rate, 1), **clock.shares((run.step - since) * recipe.batch_size)}
@@ -145,12 +152,13 @@ def _loop(
 def _held_out_loss(run: _Run, batch: Batch, store: Store, autocast: Any) -> float:
     with autocast:
         loss = run.learner.total(run.learner(batch))
-    run.require_finite(loss, batch, store)
+    run.require_finite([(loss, batch.clip, run.step)], store)
     return float(loss.mean())
 
 
 class _Clock:
-    """Time of this process by part: `clock(part)` ends a part."""
+    """Time of this process by part: `clock(part)` ends a part. A GPU works on while its process goes ahead: there the
+    time of a part is what the process needs to ask for it, and waiting for the GPU counts as `wait`."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = {}
@@ -191,7 +199,7 @@ class _Ranks:
         """Sum gradients and what is told over the processes, in place."""
         if self.world == 1:
             return
-        flat = torch.cat([g.flatten() for g in gradients] + [told.to(self.device)])
+        flat = torch.cat([g.flatten() for g in gradients] + [told])
         try:
             dist.all_reduce(flat)
         except RuntimeError as error:
@@ -201,7 +209,7 @@ class _Ranks:
         parts = flat.split([g.numel() for g in gradients] + [len(told)])
         for gradient, part in zip(gradients, parts[:-1], strict=True):
             gradient.copy_(part.view_as(gradient))
-        told.copy_(parts[-1].cpu())
+        told.copy_(parts[-1])
 
     def agree(self, value: bool) -> bool:
         """What the first process says."""
@@ -274,16 +282,19 @@ class _Run:
                 f"{path}: holds a run with {told}; repeat its recipe to resume it, or choose another folder."
             )
 
-    def require_finite(self, loss: Tensor, batch: Batch, store: Store) -> None:
-        """`loss` (B,) of the clips of a batch."""
-        if bool(loss.isfinite().all()):
-            return
-        broken = (~loss.isfinite()).nonzero()[:, 0].tolist()
-        names = ", ".join(store.name(int(batch.clip[i])) for i in broken[:3]) + (", ..." if len(broken) > 3 else "")
-        raise HearSsamError(
-            f"{self.folder}: the loss became {float(loss[broken[0]])} at step {self.step} on {names}; the state of "
-            f"step {self.saved} is kept. Start again in another folder with a lower learning_rate or precision fp32."
-        )
+    def require_finite(self, unread: list[_Unread], store: Store) -> None:
+        """Look at losses and empty the list."""
+        for loss, clip, step in unread:
+            if bool(loss.isfinite().all()):
+                continue
+            broken = (~loss.isfinite()).nonzero()[:, 0].tolist()
+            names = ", ".join(store.name(int(clip[i])) for i in broken[:3]) + (", ..." if len(broken) > 3 else "")
+            raise HearSsamError(
+                f"{self.folder}: the loss became {float(loss[broken[0]])} at step {step} on {names}; the state "
+                f"of step {self.saved} is kept. Start again in another folder with a lower learning_rate or precision "
+                "fp32."
+            )
+        unread.clear()
 
     def save(self, row: dict[str, float]) -> None:
         path = self.folder / "state.pt"

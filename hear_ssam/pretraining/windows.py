@@ -84,7 +84,8 @@ class WindowSampler:
         gain = (2 * uniform(batch) - 1) * recipe.gain
         first = int(uniform(1) * (count - window + 1))
         masks = [
-            random_mask(batch, config, generator, recipe.mask, recipe.mask_ratio or None) for _ in range(self.passes)
+            random_mask(batch, config, generator, recipe.mask, recipe.mask_ratio or None, self.device)
+            for _ in range(self.passes)
         ]
         mine = torch.arange(batch)[rows]
         partner = (mine - 1) % batch  # the clip drawn just before is the one that is added
@@ -108,7 +109,7 @@ class WindowSampler:
             codes = self.codes.of(clip[mine], slot % slots[mine]).masked_fill(~inside[..., None], NONE)
             codes = self._patches(codes).to(self.device)
         asked = self._patches(inside[..., None].expand(-1, -1, config.grid[1])).to(self.device)
-        return Batch(own, [m[mine].to(self.device) for m in masks], asked, codes, clip[mine])
+        return Batch(own, [m[rows] for m in masks], asked, codes, clip[mine])
 
     def _spectrogram(self, clip: Tensor, position: Tensor, slots: Tensor, pad: Tensor) -> Tensor:
         """Log energies (N, F, mels) of slots `position` (N, S); beyond a clip's end it is repeated or silent."""
@@ -125,9 +126,11 @@ class WindowSampler:
 
 def random_mask(
     batch: int, config: EncoderConfig, generator: torch.Generator | None = None, kind: str = "published",
-    ratio: float | None = None,
+    ratio: float | None = None, device: torch.device | None = None,
 ) -> Tensor:  # fmt: skip
-    """Which patches to hide: bool (batch, n), exactly round(n * ratio) True per clip, on the generator's device.
+    """Which patches to hide: bool (batch, n), exactly round(n * ratio) True per clip, on `device`.
+
+    Random numbers are drawn where the generator lives, which is also the default device; the rest is done on `device`.
 
     random   patches drawn uniformly
     time     whole time slots, all bands of each: round(slots * ratio) of them
@@ -136,17 +139,19 @@ def random_mask(
 
     `published` is cluster for the joint objective, else random; the default ratio is the config's `mask_ratio`.
     """
-    device = generator.device if generator is not None else torch.device("cpu")
+    source = generator.device if generator is not None else torch.device("cpu")
+    device = device or source
     n, ratio = config.num_patches, config.mask_ratio if ratio is None else ratio
     if kind == "time":
         slots, bands = config.grid
-        slot = torch.rand(batch, slots, generator=generator, device=device, dtype=torch.float32).argsort(dim=1)
+        slot = torch.rand(batch, slots, generator=generator, device=source, dtype=torch.float32).to(device)
+        slot = slot.argsort(dim=1, stable=True)
         hidden = (slot.argsort(dim=1) < round(slots * ratio))[..., None].expand(-1, -1, bands)
         return (hidden if config.patch_order == "time" else hidden.transpose(1, 2)).flatten(1)
-    order = torch.rand(batch, n, generator=generator, device=device, dtype=torch.float32)  # when a patch is drawn
+    order = torch.rand(batch, n, generator=generator, device=source, dtype=torch.float32).to(device)  # when drawn
     if kind == "cluster" or (kind == "published" and config.objective == "joint"):
         # A patch is hidden when the first cluster that covers it is drawn.
-        side = int(torch.randint(3, 6, (), generator=generator, device=device))
+        side = int(torch.randint(3, 6, (), generator=generator, device=source))
         offsets = [config.grid[0] * i + j for i in range(side) for j in range(side)]
         order = torch.stack([F.pad(order, (o, 0), value=math.inf)[:, :n] for o in offsets]).amin(0)
         order[:, 0] = math.inf
