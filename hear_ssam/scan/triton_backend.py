@@ -382,7 +382,8 @@ def scan_forward(inputs: ScanInputs, delta_softplus: bool, reverse: bool, save: 
             _scan_forward[(batch * blocks,)](
                 u, delta, _transposed(A), _float(B), _float(C), _float(D), z, _float(delta_bias),
                 _transposed(initial_state), out, last, saved, length, channels, blocks, *_strides(u, delta, z),
-                **_tiles(state, FORWARD), EVERY=SAVE_EVERY, SOFTPLUS=delta_softplus, REVERSE=reverse, SAVE=save, num_warps=1,
+                **_tiles(state, FORWARD), EVERY=SAVE_EVERY, SOFTPLUS=delta_softplus, REVERSE=reverse, SAVE=save,
+                num_warps=1,
             )  # fmt: skip
     return out, last, saved
 
@@ -412,7 +413,8 @@ def scan_backward(
                 dout, _transposed(dlast), u, delta, _transposed(A), _float(B), _float(C), _float(D), z,
                 _float(delta_bias), saved, scratch, du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial,
                 length, channels, blocks, *_strides(dout, u, delta, z),
-                **_tiles(state, CHANNELS), EVERY=SAVE_EVERY, T=PIECE, SOFTPLUS=delta_softplus, REVERSE=reverse, num_warps=1,
+                **_tiles(state, CHANNELS), EVERY=SAVE_EVERY, T=PIECE, SOFTPLUS=delta_softplus, REVERSE=reverse,
+                num_warps=1,
             )  # fmt: skip
     dD, dbias = (None if x is None else x.sum(0) for x in (dD, dbias))
     dinitial = None if dinitial is None else dinitial.transpose(1, 2)
