@@ -193,7 +193,8 @@ def train_head(
         head.train()
         for x, target in zip(train_x, train_target, strict=True):
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            # no cache: inside another autocast block it would give the weights of the first step for ever
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
                 hidden = head[:-1](x)
             # the last layer is small, and some CPUs add up its few columns in bfloat16
             torch.autograd.backward(head_loss(head[-1](hidden.float()), target, task.multilabel))
