@@ -212,19 +212,21 @@ def test_interrupting_keeps_what_is_done_and_the_same_command_goes_on(
     def hear_ctrl_c() -> None:  # which a shell's background jobs, this test among them, are made to ignore
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    process = start(*arguments, preexec_fn=hear_ctrl_c)
+    code = "import sys; from hear_ssam import cli, extract; extract.SAFE = 0.1; sys.exit(cli.main())"
+    call = [sys.executable, "-c", code, "embed", *map(str, arguments), "--model", "logmel"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(call, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c)
     parts = tmp_path / ".out.parquet.parts"
-    while not parts.exists():  # until the output has begun
+    while not list(parts.glob("part-*.parquet")):  # until something is safe
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
-    time.sleep(1)
     process.send_signal(reason)
     error = process.communicate()[1]
     assert process.returncode == 130
     assert error.splitlines()[-1] == "hear-ssam: interrupted" and "Traceback" not in error
     assert not (tmp_path / "out.parquet").exists()
-    (shard,) = parts.iterdir()  # whole, and nothing beside it
-    done = pq.read_table(shard).num_rows
+    assert all(file.name.startswith("part-") for file in parts.iterdir())  # whole shards, and nothing beside them
+    done = pq.read_table(parts).num_rows
     assert 0 < done < 3000
     for file in sorted((tmp_path / "in").iterdir())[done + 40 :]:
         file.unlink()  # the rest would only take time
