@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+UPSTREAM = ROOT / "tests" / "upstream"
 
 MTEB = """
 import sys, types, importlib.machinery
@@ -60,7 +61,7 @@ def apart(tmp_path_factory):
         for line in installs:
             if subprocess.run([python, "-m", "pip", "install", "-q", *line.split()]).returncode:
                 pytest.skip(f"{line} does not install here")
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'upstream'}", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{UPSTREAM}", "OMP_NUM_THREADS": "1"}
         done = subprocess.run([python, *command], env=environment, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -70,7 +71,7 @@ def apart(tmp_path_factory):
 
 @pytest.mark.tools
 def test_xares_takes_the_encoder(apart):
-    apart(["--no-deps xares==0.1.3", "loguru"], str(ROOT / "upstream" / "hear_ssam_encoder.py"))
+    apart(["--no-deps xares==0.1.3", "loguru"], str(UPSTREAM / "hear_ssam_encoder.py"))
 
 
 @pytest.mark.slow
