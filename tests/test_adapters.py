@@ -293,8 +293,9 @@ def test_evaluate_takes_names_modules_and_objects(tmp_path, serial, encoder):
 
 def test_evaluate_takes_a_transformers_model_with_its_extractor(tmp_path, serial):
     write_task(tmp_path / "tasks" / "tones")
-    records = hear_ssam.evaluate(build("wav2vec2"), tmp_path / "tasks", "logreg", workers=1)
-    assert {r["model"] for r in records} == {"hf:Wav2Vec2Model"} and records[0]["checkpoint_sha256"]
+    pairs = [build("wav2vec2"), build("hubert")]
+    records = hear_ssam.evaluate(pairs, str(tmp_path / "tasks"), "logreg", results_dir=str(tmp_path / "r"), workers=1)
+    assert {r["model"] for r in records} == {"hf:Wav2Vec2Model", "hf:HubertModel"} and records[0]["checkpoint_sha256"]
 
 
 def test_evaluate_says_what_it_cannot_judge(tmp_path, serial):

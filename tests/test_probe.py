@@ -179,8 +179,8 @@ def test_the_winner_is_the_first_best_and_its_best_epoch_is_tested(tmp_path):
     best = [max(check["val_score"] for check in history) for history in result.histories]
     winner = result.histories[best.index(max(best))]
     (fold,) = result.folds
-    assert fold.validation_score == max(best)
-    assert fold.epoch == next(check["epoch"] for check in winner if check["val_score"] == max(best))
+    assert fold.details["validation_score"] == max(best)
+    assert fold.details["epoch"] == next(check["epoch"] for check in winner if check["val_score"] == max(best))
 
 
 def test_training_stops_after_patience_checks_without_improvement(tmp_path):
@@ -196,7 +196,7 @@ def test_training_stops_after_patience_checks_without_improvement(tmp_path):
 def test_selection_by_loss(tmp_path):
     folder = write_embeddings(tmp_path / "toy", ["train", "valid", "test"], use_scoring_for_early_stopping=False)
     result = run_probe(folder, "ssam", 0)
-    assert result.folds[0].validation_score == min(c["val_loss"] for h in result.histories for c in h)
+    assert result.folds[0].details["validation_score"] == min(c["val_loss"] for h in result.histories for c in h)
 
 
 def test_initial_weights_and_first_epochs_equal_heareval(golden, one_thread):
@@ -233,8 +233,8 @@ def test_a_whole_run_equals_heareval(golden, one_thread):
     assert result.config.lr == expected["hparams"]["lr"]
     assert result.config.hidden_layers == expected["hparams"]["hidden_layers"]
     for fold in result.folds:
-        assert fold.epoch == expected[fold.fold]["epoch"]
-        assert fold.loss == pytest.approx(expected[fold.fold]["test_loss"], rel=5e-3)
+        assert fold.details["epoch"] == expected[fold.fold]["epoch"]
+        assert fold.details["loss"] == pytest.approx(expected[fold.fold]["test_loss"], rel=5e-3)
         assert fold.scores["top1_acc"] == pytest.approx(expected[fold.fold]["test_score"], abs=0.051)
 
 

@@ -104,7 +104,7 @@ def test_logreg_is_scikit_learns_with_the_strength_that_validation_chose(tmp_pat
     fits = {c: LogisticRegression(C=c).fit(x["train"], y["train"]) for c in STRENGTHS}
     validated = {c: fit.score(x["valid"], y["valid"]) for c, fit in fits.items()}
     best = max(validated, key=validated.get)
-    assert fold.chosen == {"C": best} and fold.validation_score == pytest.approx(validated[best])
+    assert fold.details == {"grid_point": {"C": best}, "validation_score": pytest.approx(validated[best])}
     assert fold.prediction == pytest.approx(fits[best].predict_proba(x["test"]), abs=1e-3)
 
 

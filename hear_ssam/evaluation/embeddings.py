@@ -77,17 +77,18 @@ def embed_task(
     _write_json(out_dir / PROVENANCE, {**made_by, "dtype": dtype, "seconds": round(seconds, 3)})
     profile = {"time_elapsed": seconds, "gpu_max_mem": None, "gpu_device_name": device}
     _write_json(out_dir / "profile.embeddings.json", profile)
-    _write(out_dir / DONE, b"")
+    write(out_dir / DONE, b"")
     return out_dir
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
+    """A file that is whole or absent."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    _write(path, json.dumps(value, indent=1).encode())
+    write(path, json.dumps(value, indent=1).encode())
 
 
 def _described_by(task: Task) -> list[str]:
@@ -198,11 +199,11 @@ def _embed_split(
         with open(shuffled, "wb") as file:
             for name in order:
                 file.write(mapped[slice(*spans[name])].tobytes())
-    _write(out_dir / f"{split}.embedding-dimensions.json", json.dumps([rows, dim]).encode())
-    _write(out_dir / f"{split}.target-labels.pkl", pickle.dumps([row for name in order for row in labels[name]]))
+    write(out_dir / f"{split}.embedding-dimensions.json", json.dumps([rows, dim]).encode())
+    write(out_dir / f"{split}.target-labels.pkl", pickle.dumps([row for name in order for row in labels[name]]))
     if task.event:
         stamped = [[f"{out_dir / split / name}", ms] for name in order for ms in timestamps[name]]
-        _write(out_dir / f"{split}.filename-timestamps.json", json.dumps(stamped).encode())
+        write(out_dir / f"{split}.filename-timestamps.json", json.dumps(stamped).encode())
     return dim
 
 

@@ -194,7 +194,8 @@ def run_evaluation(
             models = _load(modules or ("hear_ssam",), model, model_options, device, failures)
             sources = _module_sources(models, folders, results_dir, resample, limit, existing == "always", failures)
         stored = {key_of(record): record for record in read(store)} if store.exists() and existing != "always" else {}
-        _tell_skipped(sources, runs)
+        if quick := [probe for _, probe in runs if probe not in HEADS]:
+            _tell_skipped(sources, quick)
         work: list[tuple[Source, list[tuple[str, str, int]]]] = []  # what each source lacks: protocol, probe, seed
         kept = []
         for source in sources:
@@ -220,18 +221,17 @@ def run_evaluation(
     return Evaluation(records, failures)
 
 
-def _tell_skipped(sources: Sequence[Source], runs: Mapping[tuple[str, str], range]) -> None:
-    """Say on stderr which probes pass over which tasks, and where few-shot has less than it asks for."""
-    for name, task in {source.task.name: source.task for source in sources}.items():
-        quick = [probe for _, probe in runs if probe not in HEADS]
-        if task.event and quick:
-            print(f"{name}: skipped by {', '.join(quick)}: an event task, they judge clips.", file=sys.stderr)
-        for probe in quick if not task.event else ():
-            if probe.startswith("fewshot"):
-                from .quick import shortage
+def _tell_skipped(sources: Sequence[Source], quick: Sequence[str]) -> None:
+    """Say on stderr which tasks quick probes pass over, and where few-shot has less than it asks for."""
+    from .quick import shortage
 
-                if less := shortage(task, int(probe.removeprefix("fewshot"))):
-                    print(f"{name}: {less}.", file=sys.stderr)
+    for name, task in {source.task.name: source.task for source in sources}.items():
+        if task.event:
+            print(f"{name}: skipped by {', '.join(quick)}: an event task, they judge clips.", file=sys.stderr)
+            continue
+        for shots in (int(probe.removeprefix("fewshot")) for probe in quick if probe.startswith("fewshot")):
+            if less := shortage(task, shots):
+                print(f"{name}: {less}.", file=sys.stderr)
 
 
 def _outlook(work: Sequence[tuple[Source, Sequence[tuple[str, str, int]]]], plan: Protocol, workers: int) -> str:
@@ -239,20 +239,19 @@ def _outlook(work: Sequence[tuple[Source, Sequence[tuple[str, str, int]]]], plan
     from .embeddings import provenance
     from .preview import duration, probe_seconds
 
-    pace: dict[tuple[str, str], float] = {}  # of each model: seconds per second of audio
-    width: dict[tuple[str, str], int] = {}
+    seen: dict[tuple[str, str], tuple[float, int]] = {}  # of each model: seconds per second of audio, width
     audio = embeddings = probes = 0.0
     for source, todo in work:
-        noted, length = provenance(source.folder), source.seconds() if todo else 0.0
-        model = source.model, source.checkpoint_sha256
+        model, length = (source.model, source.checkpoint_sha256), source.seconds() if todo else 0.0
         if (source.folder / DONE).exists():
-            pace.setdefault(model, noted.get("seconds", 0.0) / (length or 1.0))
-            width.setdefault(model, noted.get("dim", 0))
-        elif model in pace:
+            noted = provenance(source.folder)
+            seen.setdefault(model, (noted.get("seconds", 0.0) / (length or 1.0), noted.get("dim", 0)))
+        elif model in seen:
             audio += length
-            embeddings += pace[model] * length
-        heads = sum(probe in HEADS for _, probe, _ in todo)
-        probes += heads * probe_seconds(source.task, width.get(model, 0), plan.grid_points) if heads else 0.0
+            embeddings += seen[model][0] * length
+        _, width = seen.get(model, (0.0, 0))
+        heads = [seed for _, probe, seed in todo if probe in HEADS]
+        probes += sum(probe_seconds(source.task, width, plan.grid_points) for _ in heads)
     parts = [f"{duration(embeddings)} more for the embeddings of {duration(audio)} of audio"] if audio else []
     parts += [f"{duration(probes / workers)} for heareval's heads on scene tasks"] if probes else []
     return f"estimate: {', then '.join(parts)}" if parts else ""
@@ -278,16 +277,16 @@ def _load(
     from .module import judged, load_hear_model
 
     models: dict[tuple[str, str], JudgedModule] = {}
-    names = [
-        module if isinstance(module, str) else getattr(module, "__name__", repr(type(module))) for module in modules
-    ]
-    for name, module in dict(zip(names, modules, strict=True)).items():
-        with noted(name, failures):
+    lost: dict[str, str] = {}
+    for module in modules:
+        name = module if isinstance(module, str) else getattr(module, "__name__", repr(type(module)))
+        with noted(name, lost):
             loads = isinstance(module, str | ModuleType)
             hear = load_hear_model(name, model, options, device) if loads else judged(module, device)
             models.setdefault((hear.name, hear.checkpoint_sha256), hear)
     if not models:
-        raise HearSsamError("; ".join(failures[name] for name in names if name in failures))
+        raise HearSsamError("; ".join(lost.values()))
+    failures |= lost
     return list(models.values())
 
 
@@ -333,8 +332,8 @@ def _given_sources(embeddings_dir: Path, names: Sequence[str], failures: dict[st
         with noted(folder.name, failures):
             made_by = provenance(folder)
             model, digest = made_by.get("model", embeddings_dir.resolve().name), made_by.get("checkpoint_sha256", "")
-            task, make = read_task(folder), functools.partial(require_done, folder)
-            _warn(task)
+            _warn(task := read_task(folder))
+            make = functools.partial(require_done, folder)
             sources.append(Source(task, model, digest, folder, given_origin(task), make))
     return sources
 
@@ -351,9 +350,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=EXAMPLES,
     )
     add = parser.add_argument
-    modules = (
-        "HEAR modules, hf:NAME|FOLDER (transformers), xares:FILE.py[:CLASS], each perhaps :{JSON} (default: hear_ssam)"
-    )
+    modules = "HEAR modules, hf:NAME|FOLDER, xares:FILE.py[:CLASS], each perhaps with :{JSON} (default: hear_ssam)"
     add("modules", nargs="*", metavar="MODULE", help=modules)
     add("--tasks-dir", type=Path, metavar="DIR", help="folder with one folder per HEAR task")
     add("--tasks", nargs="+", default=[], metavar="NAME", help="only these task folders")

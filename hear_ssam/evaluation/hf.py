@@ -40,11 +40,13 @@ class HubEncoder(torch.nn.Module):
         self.name = f"hf:{name}"
         self.checkpoint_sha256 = weights_sha256(self.encoder)
         self.sample_rate = int(extractor.sampling_rate)
-        self.padded = _padded_to(extractor)  # samples, where every input is padded to the same length
+        # samples that every input is padded or cut to; None where inputs are taken as they are
+        self.padded = getattr(extractor, "n_samples", getattr(extractor, "nb_max_samples", None))  # of Whisper, of CLAP
+        hop = self.sample_rate // 100  # a frame of AST
+        if type(extractor).__name__.startswith("AST"):
+            self.padded = extractor.max_length * hop
         config = self.encoder.config  # samples from row to row, where it says so: wav2vec 2.0 and its kin, AST
-        self.step = getattr(
-            config, "inputs_to_logits_ratio", getattr(config, "time_stride", 0) * self.sample_rate // 100
-        )
+        self.step = getattr(config, "inputs_to_logits_ratio", getattr(config, "time_stride", 0) * hop)
         samples = self.padded or 30 * self.sample_rate
         self.window = min(samples, round(window * self.sample_rate)) if window else samples
         if self.window < _LEAST * self.sample_rate:
@@ -59,9 +61,8 @@ class HubEncoder(torch.nn.Module):
         parameter = next(self.encoder.parameters())
         arrays = list(audio.float().cpu().numpy())
         given = self.extractor(arrays, sampling_rate=self.sample_rate, return_tensors="pt")
-        tensors = {key: value.to(parameter.device) for key, value in given.items()}
-        tensors = {key: v.to(parameter.dtype) if v.is_floating_point() else v for key, v in tensors.items()}
-        output = self.encoder(**tensors, output_hidden_states=self.layer != -1, return_dict=True)
+        given = given.to(parameter.device, parameter.dtype)
+        output = self.encoder(**given, output_hidden_states=self.layer != -1, return_dict=True)
         hidden = output.last_hidden_state
         if self.layer != -1:
             if hidden.ndim != 3:
@@ -85,8 +86,8 @@ class HubEncoder(torch.nn.Module):
         for start in range(0, audio.shape[1], self.window):
             piece = audio[:, start : start + self.window]
             length = 1000 * piece.shape[1] / self.sample_rate
-            missing = round(_LEAST * self.sample_rate) - piece.shape[1]
-            piece = torch.nn.functional.pad(piece, (0, max(0, missing)))
+            missing = max(0, round(_LEAST * self.sample_rate) - piece.shape[1])
+            piece = torch.nn.functional.pad(piece, (0, missing))
             rows, first = self.tokens(piece)
             step = self.step or (self.padded or piece.shape[1]) / rows.shape[1]
             ms = (torch.arange(rows.shape[1]) + 0.5) * (1000 * step / self.sample_rate)
@@ -97,23 +98,8 @@ class HubEncoder(torch.nn.Module):
         return torch.cat(found, 1), torch.cat(times), torch.stack(firsts).mean(0)
 
 
-def _padded_to(extractor: Any) -> int | None:
-    """The samples that a feature extractor pads or cuts every input to; None where it takes inputs as they are."""
-    for attribute in ("n_samples", "nb_max_samples"):  # of Whisper, of CLAP
-        if hasattr(extractor, attribute):
-            return int(getattr(extractor, attribute))
-    if type(extractor).__name__.startswith("AST"):
-        return int(extractor.max_length) * int(extractor.sampling_rate) // 100  # frames of 10 ms
-    return None
-
-
 def load_model(
-    model_file_path: str = "",
-    layer: int = -1,
-    pooling: str = "mean",
-    window: float | None = None,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
+    model_file_path: str = "", layer: int = -1, pooling: str = "mean", window: float | None = None, **asked: Any
 ) -> HubEncoder:
     """The model of a name on the hub, or of a local folder that `save_pretrained` wrote.
 
@@ -125,9 +111,9 @@ def load_model(
         raise HearSsamError("hf: needs the package transformers; pip install 'hear-ssam[hf]'.") from error
     if not model_file_path:
         raise HearSsamError("hf: name a model of the hub or a folder, as in hf:facebook/wav2vec2-base.")
-    asked = {"trust_remote_code": trust_remote_code, "revision": revision}
+    kinds: Any = transformers
+    asked = {"trust_remote_code": False, **asked}  # of `from_pretrained`, which would put a question otherwise
     try:
-        kinds: Any = transformers
         extractor = kinds.AutoFeatureExtractor.from_pretrained(model_file_path, **asked)
         model, report = kinds.AutoModel.from_pretrained(model_file_path, output_loading_info=True, **asked)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -140,8 +126,7 @@ def load_model(
     if missing:
         text = f"hf:{model_file_path}: {len(missing)} weights are not in its files and stay random, {missing[0]} first."
         warnings.warn(text, stacklevel=2)
-    folder = Path(model_file_path)
-    name = folder.resolve().name if folder.is_dir() else model_file_path
+    name = Path(model_file_path).resolve().name if Path(model_file_path).is_dir() else model_file_path
     return HubEncoder(model, extractor, name, layer, pooling, window)
 
 

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -36,8 +36,6 @@ from ..paths import atomic_write
 from .records import Record, append, make_records, predictions_file
 
 if TYPE_CHECKING:
-    from .probe import FoldResult
-    from .quick import QuickFold
     from .rows import Rows
     from .tasks import Task
 
@@ -55,12 +53,8 @@ class Job:
 
     @property
     def label(self) -> str:
-        return f"{self.identity['model']}, {self.identity['task']}, seed {self.identity['seed']}{self._probe}"
-
-    @property
-    def _probe(self) -> str:
-        """The probe in a label; the usual one goes without saying."""
-        return "" if self.identity["probe"] == "exact" else f", {self.identity['probe']}"
+        model, task, probe, seed = (self.identity[name] for name in ("model", "task", "probe", "seed"))
+        return f"{model}, {task}, seed {seed}{'' if probe == 'exact' else f', {probe}'}"
 
     @property
     def size(self) -> float:
@@ -132,8 +126,8 @@ def _run_pool(
                         records = future.result()
                         append(store, records)
                         last = records[-1]  # the score that leads
-                        result = f"{last['metric']} {last['score']} in {last['seconds']:.0f} s"
-                        bar.write(f"{job.label}: {result}", file=sys.stderr)
+                        text = f"{job.label}: {last['metric']} {last['score']} in {last['seconds']:.0f} s"
+                        bar.write(text, file=sys.stderr)
                     bar.update(1)
             if broken and workers == 1 and started.exception():
                 needs = "a script that calls run_evaluation needs its calls below `if __name__ == '__main__':`"
@@ -171,23 +165,29 @@ def _opened(folder: Path) -> tuple[Task, dict[str, Rows]]:
 
 def _work(job: Job) -> list[Record]:
     """Train the probes of one job; store their predictions; return their records."""
+    import numpy as np
     import torch
 
     from .embeddings import given_origin, provenance
 
     began, probe = time.time(), job.identity["probe"]
     task, splits = _opened(job.source_folder)
-    found: Sequence[FoldResult | QuickFold]
+    histories: list[list[dict[str, float]]] = []  # of the heads
+    config: dict[str, Any] = {}
     if probe in HEADS:
         from .probe import probe_task
 
         result = probe_task(task, splits, job.identity["protocol"], job.identity["seed"], bf16=probe == "bf16")
-        found, histories, config = result.folds, result.histories, {"grid_point": asdict(result.config)}
+        folds, histories, config = result.folds, result.histories, {"grid_point": asdict(result.config)}
     else:
         from .quick import quick_probe
 
-        found, histories, config = quick_probe(task, splits, probe, job.identity["seed"]), [], {}
-    _store_predictions(job, task, found, histories)
+        folds = quick_probe(task, splits, probe, job.identity["seed"])
+    arrays = {"labels": np.array(task.labels), "histories": np.array(json.dumps(histories))}
+    if not task.event:  # frames of long recordings would fill the disk
+        arrays |= {f"{f.fold}/{kind}": getattr(f, kind) for f in folds for kind in ("prediction", "target")}
+    with atomic_write(predictions_file(job.results_dir, job.identity)) as path, open(path, "wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # its stub takes the names for options
     made_by = provenance(job.source_folder)
     embeddings = {name: made_by.get(name) for name in ("dim", "device", "dtype", "backend", "seconds")}
     common = {
@@ -201,20 +201,7 @@ def _work(job: Job) -> list[Record]:
         "versions": {"hear_ssam": __version__, "python": platform.python_version(), "torch": torch.__version__},
         "commit": job.commit,
     }  # fmt: skip
-    folds = {fold.fold: (fold.scores, fold.details) for fold in found}
     return make_records(job.identity, task, folds, common)
-
-
-def _store_predictions(
-    job: Job, task: Task, folds: Sequence[FoldResult | QuickFold], histories: list[list[dict[str, float]]]
-) -> None:
-    import numpy as np
-
-    arrays = {"labels": np.array(task.labels), "histories": np.array(json.dumps(histories))}
-    if not task.event:  # frames of long recordings would fill the disk
-        arrays |= {f"{f.fold}/{kind}": getattr(f, kind) for f in folds for kind in ("prediction", "target")}
-    with atomic_write(predictions_file(job.results_dir, job.identity)) as path, open(path, "wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # its stub takes the names for options
 
 
 def git_commit() -> str | None:

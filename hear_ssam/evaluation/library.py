@@ -47,7 +47,10 @@ def fetch_task(name: str, to: Path, rate: int | None = None) -> Path:
             raise HearSsamError(f"{archive}: holds {', '.join(find_tasks(unpacked))}, not {card.folder}; get it again.")
         folder = folders[0]
         if rate != source.rate:
-            _resample(folder, source.rate, rate)
+            had, made = folder / str(source.rate), folder / str(rate)
+            files = sorted(path for path in had.rglob("*") if path.is_file())
+            convert_all(((path, made / path.relative_to(had)) for path in files), rate, len(files))
+            shutil.rmtree(had)
         _verified(folder, rate)
         if target.is_dir():  # at another rate
             (folder / str(rate)).rename(target / str(rate))
@@ -57,23 +60,14 @@ def fetch_task(name: str, to: Path, rate: int | None = None) -> Path:
     return target
 
 
-def _resample(folder: Path, source: int, rate: int) -> None:
-    """Audio of a task at another rate in place of what it has, several files at a time."""
-    files = sorted(path for path in (folder / str(source)).rglob("*") if path.is_file())
-    convert_all(
-        ((path, folder / str(rate) / path.relative_to(folder / str(source))) for path in files), rate, len(files)
-    )
-    shutil.rmtree(folder / str(source))
-
-
 def _verified(folder: Path, rate: int) -> Path:
     """A task whose description holds and whose audio is all there; differences from HEAR's release are said."""
     task = read_task(folder)
     for split in task.splits:
         require_audio(folder / str(rate) / split, task.clips(split))
-    if card := known_tasks().get(folder.name):
+    if card := known_tasks().get(task.name):
         for difference in card.differences(task):
-            print(f"{folder.name} is not as HEAR released it: {difference}.", file=sys.stderr)
+            print(f"{task.name} is not as HEAR released it: {difference}.", file=sys.stderr)
     return folder
 
 
@@ -81,18 +75,16 @@ def task_table(folder: Path | None) -> list[list[str]]:
     """HEAR's tasks and those in `folder`, as text, header first: names, size, licence, what is here."""
     here = find_tasks(folder) if folder and folder.is_dir() and any(folder.glob(f"*/{METADATA}")) else {}
     rows = [["task", "folder", "clips", "hours", "classes", "licence", "here"]]
-    for name in [*known_tasks(), *(name for name in here if name not in known_tasks())]:
-        rates = sorted(
-            int(path.name) for place in here.get(name, ()) for path in place.iterdir() if path.name.isdigit()
-        )
-        used = sum(file.stat().st_size for place in here.get(name, ()) for file in place.rglob("*") if file.is_file())
-        what = f"{', '.join(map(str, rates)) or 'no'} Hz, {used / 1e6:,.0f} MB" if name in here else "–"
-        card = known_tasks().get(name)
-        if card:
+    for name in dict.fromkeys([*known_tasks(), *here]):
+        places = here.get(name, [])
+        rates = sorted(int(path.name) for place in places for path in place.iterdir() if path.name.isdigit())
+        used = sum(file.stat().st_size for place in places for file in place.rglob("*") if file.is_file())
+        what = f"{', '.join(map(str, rates)) or 'no'} Hz, {used / 1e6:,.0f} MB" if places else "–"
+        if card := known_tasks().get(name):
             hours = f"{card.clips * card.sample_duration / 3600:.1f}" if card.sample_duration else "–"
             facts = [card.short, name, str(card.clips), hours, str(card.classes), card.licence or "not stated"]
         else:
-            task = read_task(here[name][0])
+            task = read_task(places[0])
             clips = sum(len(task.clips(split)) for split in task.splits)
             facts = [name, name, str(clips), "–", str(len(task.labels)), "yours"]
         rows.append([*facts, what])
@@ -137,21 +129,20 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _fetch(args: argparse.Namespace) -> int:
+    _check_rate(args.rate)
     failures: dict[str, str] = {}
-    rate = args.rate and _rate(args.rate)
     for name in dict.fromkeys(args.names):
         with noted(name, failures):
-            print(fetch_task(name, args.to, rate))
+            print(fetch_task(name, args.to, args.rate))
     return 1 if failures else 0
 
 
 def _make(args: argparse.Namespace) -> int:
-    rate = _rate(args.rate)
-    print(make_task(args.labels, args.output, args.name, args.folds, args.seed, rate, args.seconds))
+    _check_rate(args.rate)
+    print(make_task(args.labels, args.output, args.name, args.folds, args.seed, args.rate, args.seconds))
     return 0
 
 
-def _rate(rate: int) -> int:
-    if rate < 1000:
+def _check_rate(rate: int | None) -> None:
+    if rate is not None and rate < 1000:
         raise HearSsamError(f"--rate must be at least 1000 Hz, not {rate}.")
-    return rate

@@ -22,8 +22,6 @@ from ..errors import HearSsamError
 from ..machine import usable_cpus, work_ahead
 from .tasks import METADATA, VOCABULARY, read_task
 
-SCORES = ["top1_acc", "mAP", "d_prime", "aucroc"]  # as HEAR scores its multiclass tasks
-
 
 def make_task(
     labels: Path,
@@ -63,14 +61,11 @@ def make_task(
         splits = [f"fold{fold:02d}" for fold in _folds(classes, groups, folds, seed)]
         mode = {"split_mode": "new_split_kfold", "splits": sorted(set(splits)), "nfolds": folds}
     names = _names([row.path for row in rows])
-    metadata: dict[str, object] = {
-        "task_name": name,
-        "version": "v1",
-        "mode": "full",
-        "embedding_type": "scene",
-        **mode,
-    }
-    metadata |= {"prediction_type": "multiclass", "sample_duration": seconds, "evaluation": SCORES}
+    metadata = {
+        "task_name": name, "version": "v1", "mode": "full", "embedding_type": "scene", **mode,
+        "prediction_type": "multiclass", "sample_duration": seconds,
+        "evaluation": ["top1_acc", "mAP", "d_prime", "aucroc"],  # as HEAR's multiclass tasks
+    }  # fmt: skip
     vocabulary = io.StringIO()
     csv.writer(vocabulary, lineterminator="\n").writerows([("idx", "label"), *enumerate(sorted(set(classes)))])
     files = {METADATA: json.dumps(metadata, indent=1), VOCABULARY: vocabulary.getvalue()}
@@ -139,6 +134,5 @@ def convert_all(pairs: Iterable[tuple[Path, Path]], rate: int, total: int, secon
         try:
             future.result()
         except OSError as error:
-            raise HearSsamError(
-                f"{error.filename or 'audio'}: cannot be written: {error.strerror or error}."
-            ) from error
+            file, reason = error.filename or "audio", error.strerror or error
+            raise HearSsamError(f"{file}: cannot be written: {reason}; make room or use another place.") from error

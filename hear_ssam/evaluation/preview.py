@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import statistics
 import time
 from collections import Counter
@@ -16,8 +15,7 @@ import numpy as np
 import soundfile
 
 from ..errors import HearSsamError
-from ..paths import atomic_write
-from .embeddings import audio_folder
+from .embeddings import audio_folder, write
 from .tasks import METADATA, VOCABULARY, Task, read_task
 
 _EPOCHS = 150  # of one of heareval's heads, usually: 60 to wait, and those to its best
@@ -31,7 +29,8 @@ def limited(task: Task, count: int, folder: Path) -> Task:
     if all(len(task.clips(split)) <= count for split in task.splits):
         return task
     target, generator = folder / f"{task.name}-limit{count}", random.Random(0)
-    files = {METADATA: json.dumps({**task.metadata, "limit": count})}
+    files = {METADATA: json.dumps({**task.metadata, "limit": count}).encode()}
+    files[VOCABULARY] = (task.folder / VOCABULARY).read_bytes()
     for split in task.splits:
         clips, seen, turn = task.clips(split), Counter[str](), {}
         for name in generator.sample(sorted(clips), len(clips)):
@@ -40,12 +39,9 @@ def limited(task: Task, count: int, folder: Path) -> Task:
             turn[name] = seen[label]
             seen[label] += 1
         chosen = set(sorted(turn, key=turn.__getitem__)[:count])
-        files[f"{split}.json"] = json.dumps({name: clips[name] for name in clips if name in chosen})
-    for name, text in files.items():
-        with atomic_write(target / name) as path:
-            path.write_text(text, encoding="utf-8")
-    with atomic_write(target / VOCABULARY) as path:
-        shutil.copyfile(task.folder / VOCABULARY, path)
+        files[f"{split}.json"] = json.dumps({name: clips[name] for name in clips if name in chosen}).encode()
+    for name, content in files.items():
+        write(target / name, content)
     return replace(read_task(target), audio=task.audio)
 
 
@@ -73,10 +69,9 @@ def _product_seconds() -> float:
 
 def probe_seconds(task: Task, dim: int, points: int) -> float:
     """About how long a seed of heareval's heads takes on a scene task where `points` compete, by its products."""
-    products = 0
-    for number, split in enumerate(task.data_splits):
-        rows, heads = sum(len(task.clips(name)) for name in split.train), 1 if number else points
-        products += heads * _EPOCHS * rows * 3 * 1024 * (dim + len(task.labels))  # forward, and twice as much backward
+    rows = [sum(len(task.clips(name)) for name in split.train) for split in task.data_splits]
+    trained = _EPOCHS * (points * rows[0] + sum(rows[1:]))
+    products = trained * 3 * 1024 * (dim + len(task.labels))  # forward, and twice as much backward
     return 0.0 if task.event else products * _product_seconds()
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import HearSsamError, unknown_name
-from .records import finite
+from .records import FoldResult, finite
 from .rows import Rows, open_embeddings
 from .scores import named_score
 from .tasks import DataSplit, Task
@@ -228,24 +228,6 @@ def train_head(
 
 
 @dataclass(frozen=True)
-class FoldResult:
-    """The chosen head's result on one test split."""
-
-    fold: str
-    scores: dict[str, float]
-    loss: float
-    validation_score: float
-    epoch: int
-    prediction: np.ndarray  # float32 (rows, classes), rows as in the embedding folder
-    target: np.ndarray  # float32 (rows, classes)
-
-    @property
-    def details(self) -> dict[str, Any]:
-        """What a record says of a single fold."""
-        return {"epoch": self.epoch, "validation_score": finite(self.validation_score), "loss": finite(self.loss)}
-
-
-@dataclass(frozen=True)
 class ProbeResult:
     """One task, one seed: the winning grid point, a result per test split, and the log of every training."""
 
@@ -308,7 +290,7 @@ def _as_new(seed: int) -> Iterator[None]:
 def score_head(rows: Rows, trained: TrainedHead) -> FoldResult:
     """The result of a trained head on a test split."""
     logits, probability = predict(trained.head, rows.x, trained.config.batch_size, rows.task.multilabel)
-    loss = float(head_loss(logits, rows.target, rows.task.multilabel))
-    prediction, target = probability.numpy(), rows.target.numpy()
-    scores = rows.judge.test(prediction, trained.postprocessing)
-    return FoldResult(rows.split, scores, loss, trained.validation_score, trained.epoch, prediction, target)
+    loss = finite(float(head_loss(logits, rows.target, rows.task.multilabel)))
+    details = {"epoch": trained.epoch, "validation_score": finite(trained.validation_score), "loss": loss}
+    scores = rows.judge.test(probability.numpy(), trained.postprocessing)
+    return FoldResult(rows.split, scores, details, probability.numpy(), rows.target.numpy())

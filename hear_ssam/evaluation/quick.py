@@ -15,8 +15,6 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -27,7 +25,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 from threadpoolctl import threadpool_limits
 
 from ..errors import HearSsamError
-from .records import finite
+from .records import FoldResult, finite
 from .rows import Rows
 from .tasks import Task
 
@@ -38,24 +36,7 @@ MOST_TO_CHOOSE = 5000  # training rows that a strength is chosen with; the fit t
 Classify = Callable[[np.ndarray], np.ndarray]  # rows (n, dim) → probabilities float32 (n, classes)
 
 
-@dataclass(frozen=True)
-class QuickFold:
-    """A quick probe's result on one test split; `chosen` on the validation split, with the leading score there."""
-
-    fold: str
-    scores: dict[str, float]
-    chosen: dict[str, float]
-    validation_score: float
-    prediction: np.ndarray  # float32 (rows, classes), rows as in the embedding folder
-    target: np.ndarray
-
-    @property
-    def details(self) -> dict[str, Any]:
-        """What a record says of a single fold."""
-        return {"validation_score": finite(self.validation_score), "grid_point": self.chosen}
-
-
-def quick_probe(task: Task, splits: Mapping[str, Rows], probe: str, seed: int) -> list[QuickFold]:
+def quick_probe(task: Task, splits: Mapping[str, Rows], probe: str, seed: int) -> list[FoldResult]:
     """A result per test split by knn, logreg or fewshotN, computed in one thread. `seed` draws the few clips.
 
     Raises HearSsamError where the rows to train on are of a single class.
@@ -67,21 +48,18 @@ def quick_probe(task: Task, splits: Mapping[str, Rows], probe: str, seed: int) -
             x = np.concatenate([splits[name].x.numpy() for name in split.train])
             target = np.concatenate([splits[name].target.numpy() for name in split.train])
             if not task.multilabel and target.any(0).sum() < 2:
-                names = " + ".join(split.train)
-                raise HearSsamError(
-                    f"{task.name}: {names} has clips of one class alone; a probe needs two to tell apart."
-                )
+                alone = f"{' + '.join(split.train)} has clips of one class alone"
+                raise HearSsamError(f"{task.name}: {alone}; a probe needs two to tell apart.")
             valid, test = splits[split.valid], splits[split.test]
             if probe.startswith("fewshot"):
                 few = draw(target, int(probe.removeprefix("fewshot")), seed)
                 classify, chosen = _regression(x[few], target[few], task.multilabel, 1.0), {"clips": float(len(few))}
             else:
                 classify, chosen = (_knn if probe == "knn" else _logreg)(x, target, valid)
-            prediction = classify(test.x.numpy())
-            score = valid.judge.validate(classify(valid.x.numpy()))[0]
-            folds.append(
-                QuickFold(test.split, test.judge.test(prediction, None), chosen, score, prediction, test.target.numpy())
-            )
+            score, prediction = valid.judge.validate(classify(valid.x.numpy()))[0], classify(test.x.numpy())
+            details = {"validation_score": finite(score), "grid_point": chosen}
+            scores = test.judge.test(prediction, None)
+            folds.append(FoldResult(test.split, scores, details, prediction, test.target.numpy()))
     return folds
 
 
@@ -104,9 +82,9 @@ def shortage(task: Task, shots: int) -> str | None:
             counts.update(str(label) for labels in task.clips(name).values() for label in labels)
         label, count = min(counts.items(), key=lambda item: item[1])
         if count < shots:
-            short = sum(number < shots for number in counts.values())
-            many = f"{short} of {len(counts)} classes have fewer than {shots} clips to train on"
-            return f"{many} ({label!r}: {count}); few-shot takes what there is"
+            many = f"{sum(number < shots for number in counts.values())} of {len(counts)} classes"
+            few = f"fewer than {shots} clips to train on ({label!r}: {count})"
+            return f"{many} have {few}; few-shot takes what there is"
     return None
 
 

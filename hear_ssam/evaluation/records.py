@@ -10,13 +10,16 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ..errors import HearSsamError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .tasks import Task
 
 STORE = "records.jsonl"
@@ -58,6 +61,17 @@ class Record(_Key, total=False):
     label: str  # of the model in a table, never stored
 
 
+@dataclass(frozen=True)
+class FoldResult:
+    """What a probe reaches on one test split."""
+
+    fold: str
+    scores: dict[str, float]
+    details: dict[str, Any]  # what a record says of a single fold: the leading score in validation, what was chosen
+    prediction: np.ndarray  # float32 (rows, classes), rows as in the embedding folder
+    target: np.ndarray  # float32 (rows, classes)
+
+
 def key_of(record: Mapping[str, object]) -> tuple[Any, ...]:
     """What identifies a record."""
     return tuple(record[name] for name in KEY)
@@ -90,20 +104,17 @@ def predictions_file(results_dir: Path, record: Mapping[str, Any]) -> Path:
 
 
 def make_records(
-    identity: Mapping[str, Any], task: Task, folds: Mapping[str, tuple[Mapping[str, float], Mapping[str, Any]]],
-    common: Mapping[str, Any],
-) -> list[Record]:  # fmt: skip
-    """The records of one job: every score of each fold (its scores and details), and their mean over folds.
+    identity: Mapping[str, Any], task: Task, folds: Sequence[FoldResult], common: Mapping[str, Any]
+) -> list[Record]:
+    """The records of one job: every score of each fold, and their mean over folds.
 
     `identity` holds the fields of KEY that all share. What says that the job is done, the leading score, comes last.
     """
     from .scores import aggregate_folds, named_score
 
-    rows: list[tuple[str | None, Mapping[str, float], Mapping[str, Any]]] = [
-        (fold if len(folds) > 1 else None, scores, details) for fold, (scores, details) in folds.items()
-    ]
-    if len(folds) > 1:
-        rows.append((None, aggregate_folds([scores for scores, _ in folds.values()]), {}))
+    several = len(folds) > 1
+    rows = [(fold.fold if several else None, fold.scores, fold.details) for fold in folds]
+    rows += [(None, aggregate_folds([fold.scores for fold in folds]), {})] if several else []
     records = [
         {
             **identity,

@@ -208,6 +208,8 @@ def agreement(records: Iterable[Record]) -> list[list[str]]:
     Over models, the mean of the tasks with at least three; over tasks, the mean of the models with at least three.
     Empty where no two probes can be compared.
     """
+    from scipy.stats import spearmanr
+
     rows = []
     for one, other in itertools.combinations(tables(records), 2):
         both = [at for at in one.cells if at in other.cells]
@@ -215,19 +217,12 @@ def agreement(records: Iterable[Record]) -> list[list[str]]:
         for fixed, what in ((0, "task"), (1, "model")):
             groups = [[at for at in both if at[fixed] == name] for name in dict.fromkeys(at[fixed] for at in both)]
             means = [[[table.cells[at].mean for at in group] for table in (one, other)] for group in groups]
-            values = [_spearman(*pair) for pair in means if min(len(set(scores)) for scores in pair) >= 3]
-            found.append(
-                f"{statistics.mean(values):.2f} ({len(values)} {what}{'s' * (len(values) != 1)})" if values else "–"
-            )
+            values = [spearmanr(*pair).statistic for pair in means if min(len(set(scores)) for scores in pair) >= 3]
+            count = f"{len(values)} {what}{'s' * (len(values) != 1)}"
+            found.append(f"{statistics.mean(values):.2f} ({count})" if values else "–")
         if both:
             rows.append([*(f"{table.probe} ({table.protocol})" for table in (one, other)), *found])
     return [["probe", "and probe", "agree over models (ρ)", "over tasks (ρ)"], *rows] if rows else []
-
-
-def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(a, b).statistic)
 
 
 def terminal(records: list[Record], options: Options) -> str:
@@ -246,15 +241,13 @@ def aligned(rows: list[list[str]]) -> str:
 
 def markdown(records: list[Record], options: Options) -> str:
     """Pipe tables; the best of a row in bold."""
-    texts = [
-        f"{caption(table, options)}\n\n{_piped(grid(table, options, '**{}**'.format))}" for table in tables(records)
-    ]
-    return "\n".join([*texts, *map(_piped, filter(None, [agreement(records)]))])
 
+    def piped(rows: list[list[str]]) -> str:
+        header, *lines = (f"| {' | '.join(row)} |" for row in rows)
+        return "\n".join([header, "|" + "---|" * len(rows[0]), *lines]) + "\n"
 
-def _piped(rows: list[list[str]]) -> str:
-    header, *lines = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([header, "|" + "---|" * len(rows[0]), *lines]) + "\n"
+    texts = [f"{caption(t, options)}\n\n{piped(grid(t, options, '**{}**'.format))}" for t in tables(records)]
+    return "\n".join([*texts, *map(piped, filter(None, [agreement(records)]))])
 
 
 _LATEX = str.maketrans(

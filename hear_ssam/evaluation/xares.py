@@ -55,9 +55,8 @@ def load_model(model_file_path: str = "", **options: Any) -> XaresEncoder:
     path, _, name = (model_file_path, "", "") if model_file_path.endswith(".py") else model_file_path.rpartition(":")
     file = Path(path)
     if not file.is_file():
-        raise HearSsamError(
-            f"xares:{model_file_path}: no such file; name a file of Python, as in xares:encoder.py:MyEncoder."
-        )
+        mend = "no such file; name a file of Python, as in xares:encoder.py:MyEncoder"
+        raise HearSsamError(f"xares:{model_file_path}: {mend}.")
     spec = importlib.util.spec_from_file_location(f"xares_{file.stem}", file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
