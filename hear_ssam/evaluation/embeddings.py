@@ -148,10 +148,9 @@ def audio_folder(task: Task, split: str, sample_rate: int, resample: bool) -> Pa
     if not rates:
         raise HearSsamError(f"{task.audio} has no audio: the folder {sample_rate}/{split} is missing{where}.")
     if sample_rate not in rates and not resample:
-        raise HearSsamError(
-            f"{task.audio} has no {sample_rate} Hz audio for {split}, only {', '.join(map(str, rates))} Hz; "
-            f"allow resampling (--resample) or get it at the model's rate{where}."
-        )
+        lack = f"has no {sample_rate} Hz audio for {split}, only {', '.join(map(str, rates))} Hz"
+        mend = f"allow resampling (--resample) or get it at the model's rate{where}"
+        raise HearSsamError(f"{task.audio} {lack}; {mend}.")
     return task.audio / str(min(rates, key=lambda rate: _worse(rate, sample_rate))) / split
 
 

@@ -96,13 +96,9 @@ class Evaluation:
 
 
 def evaluate(
-    models: object,
-    tasks_dir: str | os.PathLike[str],
-    probe: Probe | Sequence[Probe] = "exact",
-    *,
-    results_dir: str | os.PathLike[str] | None = None,
-    **options: Any,
-) -> list[Record]:
+    models: object, tasks_dir: str | os.PathLike[str], probe: Probe | Sequence[Probe] = "exact", *,
+    results_dir: str | os.PathLike[str] | None = None, **options: Any,
+) -> list[Record]:  # fmt: skip
     """Judge one model, or a list of them, on the HEAR tasks in `tasks_dir`: the records of `hear-ssam evaluate`.
 
     A model is the name of a HEAR module, `hf:NAME`, `xares:FILE.py`, or an object: a HEAR module or what its load_model
@@ -120,24 +116,12 @@ def evaluate(
 
 
 def run_evaluation(
-    modules: Sequence[object] = (),
-    model: str = "",
-    model_options: Mapping[str, Any] | None = None,
-    *,
-    results_dir: Path,
-    tasks_dir: Path | None = None,
-    embeddings_dir: Path | None = None,
-    tasks: Sequence[str] = (),
-    protocol: str = "heareval",
-    probe: Probe | Sequence[Probe] = "exact",
-    shots: int = 8,
-    seeds: int | None = None,
-    limit: int | None = None,
-    existing: Existing = "only-missing",
-    workers: int | None = None,
-    resample: bool = False,
-    device: str = "auto",
-) -> Evaluation:
+    modules: Sequence[object] = (), model: str = "", model_options: Mapping[str, Any] | None = None, *,
+    results_dir: Path, tasks_dir: Path | None = None, embeddings_dir: Path | None = None, tasks: Sequence[str] = (),
+    protocol: str = "heareval", probe: Probe | Sequence[Probe] = "exact", shots: int = 8, seeds: int | None = None,
+    limit: int | None = None, existing: Existing = "only-missing", workers: int | None = None,
+    resample: bool = False, device: str = "auto",
+) -> Evaluation:  # fmt: skip
     """Judge HEAR modules (default: hear_ssam) on the tasks in `tasks_dir`, or finished embeddings in `embeddings_dir`.
 
     `model` and `model_options` are arguments of every module's `load_model`; a module may carry options of its own,
@@ -163,13 +147,11 @@ def run_evaluation(
         raise HearSsamError("say either where the tasks are (--tasks-dir) or the embeddings (--embeddings-dir).")
     asked: dict[str, object] = {"MODULE": modules, "--model": model, "--model-options": model_options}
     asked |= {"--resample": resample, "--limit": limit}
-    if embeddings_dir and any(asked.values()):
-        idle = ", ".join(name for name, value in asked.items() if value)
+    if embeddings_dir and (idle := ", ".join(name for name, value in asked.items() if value)):
         raise HearSsamError(f"{idle}: of no use with --embeddings-dir, which loads no model; leave one of them out.")
     plan = named_protocol(protocol)
     workers = usable_cpus() if workers is None else workers
-    counted = {"--seeds": seeds, "--workers": workers, "--shots": shots, "--limit": limit}
-    for option, value in counted.items():
+    for option, value in {"--seeds": seeds, "--workers": workers, "--shots": shots, "--limit": limit}.items():
         if value is not None and value < 1:
             raise HearSsamError(f"{option} must be at least 1, not {value}.")
     runs: dict[tuple[str, str], range] = {}  # protocol, probe → seeds; all quick probes take heareval's splits
@@ -196,12 +178,12 @@ def run_evaluation(
         stored = {key_of(record): record for record in read(store)} if store.exists() and existing != "always" else {}
         if quick := [probe for _, probe in runs if probe not in HEADS]:
             _tell_skipped(sources, quick)
-        work: list[tuple[Source, list[tuple[str, str, int]]]] = []  # what each source lacks: protocol, probe, seed
-        kept = []
+        work, kept = [], []
         for source in sources:
             wanted = [(*run, seed) for run in runs if source.fits(run[1]) for seed in runs[run]]
-            work.append((source, [one for one in wanted if not source.made(stored.get(source.key(*one)))]))
-            kept += [source.label] * (len(work[-1][1]) < len(wanted))
+            lacking = [one for one in wanted if not source.made(stored.get(source.key(*one)))]
+            work.append((source, lacking))
+            kept += [source.label] * (len(lacking) < len(wanted))
         if existing == "never" and kept:
             raise HearSsamError(f"{store} has results of {', '.join(kept)} already (--existing never).")
         jobs, commit = [], git_commit()

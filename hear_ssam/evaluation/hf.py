@@ -24,7 +24,6 @@ from .module import weights_sha256
 
 POOLING = ("mean", "max", "mean_std", "first")
 _LEAST = 0.1  # seconds that a model is given at least; the rest is silence
-_WITHOUT = ("masked_spec_embed",)  # weights that no embedding depends on
 
 
 class HubEncoder(torch.nn.Module):
@@ -122,8 +121,8 @@ def load_model(
         else:
             mend = f"{str(error).strip().splitlines()[0]}; check the name, the network and the folder"
         raise HearSsamError(f"hf:{model_file_path}: cannot be loaded: {mend}.") from error
-    missing = sorted(key for key in report["missing_keys"] if not key.endswith(_WITHOUT))
-    if missing:
+    # no embedding depends on the one that is left out
+    if missing := sorted(key for key in report["missing_keys"] if not key.endswith("masked_spec_embed")):
         text = f"hf:{model_file_path}: {len(missing)} weights are not in its files and stay random, {missing[0]} first."
         warnings.warn(text, stacklevel=2)
     name = Path(model_file_path).resolve().name if Path(model_file_path).is_dir() else model_file_path

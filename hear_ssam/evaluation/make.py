@@ -24,14 +24,9 @@ from .tasks import METADATA, VOCABULARY, read_task
 
 
 def make_task(
-    labels: Path,
-    out: Path,
-    name: str | None = None,
-    folds: int = 5,
-    seed: int = 0,
-    rate: int = 16000,
+    labels: Path, out: Path, name: str | None = None, folds: int = 5, seed: int = 0, rate: int = 16000,
     seconds: float | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write the task of `labels`, a folder with a subfolder per class or a CSV, as a folder in `out` and return it.
 
     Folds hold about the same share of every class, and no group is in two of them; `seed` draws them. Rows that say
@@ -100,9 +95,9 @@ def _folds(classes: list[str], groups: list[str], folds: int, seed: int) -> list
     fold = np.zeros(len(classes), int)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of that, in other words
-        divided = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(classes, classes, groups))
-    for number, (_, test) in enumerate(divided):
-        fold[test] = number
+        divided = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(classes, classes, groups)
+        for number, (_, test) in enumerate(divided):
+            fold[test] = number
     return fold.tolist()  # type: ignore[no-any-return]
 
 

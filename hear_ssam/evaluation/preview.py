@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import random
 import statistics
-import time
 from collections import Counter
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
-import numpy as np
 import soundfile
 
 from ..errors import HearSsamError
 from .embeddings import audio_folder, write
 from .tasks import METADATA, VOCABULARY, Task, read_task
 
+_PRODUCTS = 2e10  # multiplications and additions a second in one thread of a CPU of today, about
 _EPOCHS = 150  # of one of heareval's heads, usually: 60 to wait, and those to its best
 
 
@@ -58,21 +56,12 @@ def audio_seconds(task: Task, sample_rate: int, resample: bool) -> float:
     return total
 
 
-@cache
-def _product_seconds() -> float:
-    """What one multiplication and addition takes now in products of matrices on this machine."""
-    ones, began = np.ones((1024, 1024), np.float32), time.perf_counter()
-    for _ in range(3):
-        ones @ ones
-    return (time.perf_counter() - began) / (3 * 1024**3)
-
-
 def probe_seconds(task: Task, dim: int, points: int) -> float:
     """About how long a seed of heareval's heads takes on a scene task where `points` compete, by its products."""
     rows = [sum(len(task.clips(name)) for name in split.train) for split in task.data_splits]
     trained = _EPOCHS * (points * rows[0] + sum(rows[1:]))
     products = trained * 3 * 1024 * (dim + len(task.labels))  # forward, and twice as much backward
-    return 0.0 if task.event else products * _product_seconds()
+    return 0.0 if task.event else products / _PRODUCTS
 
 
 def duration(seconds: float) -> str:

@@ -59,11 +59,9 @@ class Protocol:
     grid_points: int = 8
 
 
-_HEAREVAL_GRID: dict[str, Sequence[Any]] = {
-    "hidden_layers": (1, 2),
-    "initialization": ("xavier_uniform", "xavier_normal"),
-    "lr": (3.2e-3, 1e-3, 3.2e-4, 1e-4),
-}
+_HEAREVAL_GRID = {
+    "hidden_layers": (1, 2), "initialization": ("xavier_uniform", "xavier_normal"), "lr": (3.2e-3, 1e-3, 3.2e-4, 1e-4)
+}  # fmt: skip
 _SSAM_GRID = {"hidden_layers": (1,), "initialization": ("xavier_normal",), "lr": (1e-4,), "dropout": (0.1, 0.25)}
 PROTOCOLS = {
     "heareval": Protocol(_HEAREVAL_GRID, first_seed=42, seeds=1),  # heareval 2021.1.3 as released: 8 of 16 points

@@ -26,7 +26,9 @@ STORE = "records.jsonl"
 KEY = ("model", "checkpoint_sha256", "task", "version", "protocol", "probe", "seed", "fold", "metric")
 
 
-class _Key(TypedDict):
+class Record(TypedDict, total=False):
+    """One line: the fields of KEY, the score, and where it comes from. Stores of other versions may lack the rest."""
+
     model: str
     checkpoint_sha256: str
     task: str
@@ -37,11 +39,6 @@ class _Key(TypedDict):
     fold: str | None  # None: the score of the task, over folds their mean
     metric: str
     score: float | None  # None where it is not finite
-
-
-class Record(_Key, total=False):
-    """One line: the fields of KEY, the score, and where it comes from. Stores of other versions may lack the rest."""
-
     primary: bool  # whether it leads
     maximize: bool
     epoch: int  # of the chosen head; these three of a single fold alone
@@ -117,18 +114,12 @@ def make_records(
     rows += [(None, aggregate_folds([fold.scores for fold in folds]), {})] if several else []
     records = [
         {
-            **identity,
-            "fold": fold,
-            "metric": metric,
-            "score": finite(score),
-            "primary": metric == task.scores[0],
+            **identity, "fold": fold, "metric": metric, "score": finite(score), "primary": metric == task.scores[0],
             "maximize": next(named_score(name).maximize for name in task.scores if metric.startswith(name)),
-            **details,
-            **common,
+            **details, **common,
         }
-        for fold, scores, details in rows
-        for metric, score in scores.items()
-    ]
+        for fold, scores, details in rows for metric, score in scores.items()
+    ]  # fmt: skip
     return cast(list[Record], sorted(records, key=lambda r: r["fold"] is None and r["primary"]))
 
 

@@ -17,10 +17,7 @@ from torch import Tensor
 
 from ..errors import HearSsamError
 from .scores import EventJudge, SceneJudge, to_events
-from .tasks import Task, read_task
-
-# ways to make events of frames; a task's metadata may state its own
-_POSTPROCESSING = {"median_filter_ms": (250,), "min_duration": (125, 250)}
+from .tasks import POSTPROCESSING, Task, read_task
 
 
 def open_embeddings(folder: Path) -> tuple[Task, dict[str, Rows]]:
@@ -90,7 +87,7 @@ class Rows:
         reference = {file: to_events(events, task.class_index) for file, events in task.clips(split).items()}
         if len(files) != len(self) or not set(files) <= set(reference):
             raise HearSsamError(f"{path}: does not fit the embeddings and {split}.json beside it; make them again.")
-        grid = task.metadata.get("evaluation_params", {}).get("event_postprocessing_grid", _POSTPROCESSING)
+        grid = task.metadata.get("evaluation_params", {}).get("event_postprocessing_grid", POSTPROCESSING)
         return EventJudge(task.scores, len(task.labels), files, times, reference, grid)
 
 

@@ -36,7 +36,7 @@ _CHOICES = {
     "split_mode": ("trainvaltest", "new_split_kfold", "presplit_kfold"),
 }
 _NEEDED = (*_CHOICES, "splits", "evaluation")
-_POSTPROCESSING = ("median_filter_ms", "min_duration")
+POSTPROCESSING = {"median_filter_ms": (250,), "min_duration": (125, 250)}  # of events, where a task states none
 
 
 def _number(value: object) -> bool:
@@ -69,7 +69,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "task_specific_param_grid": ("an object of lists of numbers or names",
                                  lambda value: _grid(value, lambda one: isinstance(one, str) or _number(one))),
     "event_postprocessing_grid": ("an object of two lists of ms, median_filter_ms and min_duration",
-                                  lambda value: _grid(value, lambda one: _number(one) and one >= 0, _POSTPROCESSING)),
+                                  lambda value: _grid(value, lambda one: _number(one) and one >= 0, POSTPROCESSING)),
 }  # fmt: skip
 
 
@@ -293,9 +293,8 @@ def find_archives(tasks_dir: Path, names: Sequence[str] = ()) -> list[Path]:
 def unpack(archive: Path, folder: Path, most: int | None = None) -> Path:
     """Unpack an archive into a folder of its own in `folder`, named after it, whole or not at all.
 
-    Raises HearSsamError for members that are links or devices, would leave the folder, or are over `most` bytes in all.
-
     Unpacked again where the archive's time is another than the folder's, which bears the time of its archive.
+    Raises HearSsamError for members that are links or devices, would leave the folder, or are over `most` bytes in all.
     """
     target, time = folder / archive.name, archive.stat().st_mtime
     if target.is_dir() and int(target.stat().st_mtime) == int(time):
