@@ -102,7 +102,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=EXAMPLES,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    one = actions.add_parser("list", help="HEAR's tasks: size, licence, what is here")
+    one = actions.add_parser("list", help="HEAR's tasks: size, licence, what is here", epilog=EXAMPLES)
     one.add_argument("--dir", type=Path, metavar="DIR", help="folder that may hold some")
     one.set_defaults(run=_list)
     one = actions.add_parser("fetch", help="download tasks, 48 kHz, and resample them", epilog=EXAMPLES)
