@@ -97,7 +97,7 @@ def test_models_list_prints_every_model(capsys: pytest.CaptureFixture[str]) -> N
         (line,) = (line for line in table.splitlines() if line.startswith(name))
         assert f"{row['parameters']:,}" in line
         assert not row["published"] or row["published"]["origin"]["licence"] in line
-    assert "10.24 s" in table and "github.com" in table
+    assert "10.24 s" in table and "drive.google.com" in table
 
 
 # ------------------------------------------------------------------------------------------------ tiny, in full
