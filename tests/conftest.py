@@ -1,4 +1,4 @@
-"""Where private test material lies (nothing else knows), the HEAR tools, and which scan backend the tests take."""
+"""What several test files use: private material (only here is known where it lies), the HEAR tools, small weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from hear_ssam.checkpoint import save_checkpoint
+from hear_ssam.config import build_config
+from hear_ssam.encoder import Encoder
+from hear_ssam.evaluation import jobs
 from hear_ssam.heareval import INSTALL
 from hear_ssam.scan import available_backends
 
@@ -28,6 +36,46 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HEAR_SSAM_CACHE"] = cache = tempfile.mkdtemp(prefix="hear-ssam-tests-")
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+
+
+class _Serial:
+    """A process pool that runs its jobs here and at once: to start a process takes seconds, a tiny job none."""
+
+    def __init__(self, *_: object) -> None:
+        jobs._opened.cache_clear()  # as in a new process
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def serial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of `evaluate` run in this process."""
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", _Serial)
+
+
+@pytest.fixture
+def same_thread_count() -> Iterator[None]:
+    threads = torch.get_num_threads()  # the command chooses it for its own process
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of an encoder with one narrow block."""
+    config = build_config("ssam", 16, depth=1)
+    file = tmp_path_factory.mktemp("weights") / "mini.safetensors"
+    save_checkpoint(file, config, Encoder(config).state_dict(), {})
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -18,14 +18,7 @@ from hear_ssam.evaluation.module import judged, load_hear_model, weights_sha256
 from hear_ssam.evaluation.rows import open_embeddings
 
 from . import tiny_hear
-from .test_quick import _Serial
 from .tiny_tasks import write_task
-
-
-@pytest.fixture
-def serial(monkeypatch):
-    monkeypatch.setattr("hear_ssam.evaluation.jobs.ProcessPoolExecutor", _Serial)
-
 
 # ---- transformers ----------------------------------------------------------------------------------------------------
 

@@ -22,25 +22,15 @@ import torch
 import hear_ssam
 from hear_ssam import cli, extract
 from hear_ssam.audio import read_audio
-from hear_ssam.checkpoint import save_checkpoint
-from hear_ssam.config import build_config
 from hear_ssam.embedding import clips, shards, work
 from hear_ssam.embedding.shards import Output
 from hear_ssam.embedding.work import cut_windows
-from hear_ssam.encoder import Encoder
 from hear_ssam.errors import HearSsamError
 from hear_ssam.hear import get_scene_embeddings, get_timestamp_embeddings
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("same_thread_count")
 RATE = 16_000
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = build_config("ssam", 16, depth=1)
-    file = tmp_path_factory.mktemp("weights") / "mini.safetensors"
-    save_checkpoint(file, config, Encoder(config).state_dict(), {})
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +40,6 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(12):
         soundfile.write(folder / f"{number:02}.wav", 0.2 * random.standard_normal(9_000 + 1_777 * number), RATE)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def same_thread_count() -> Any:
-    threads = torch.get_num_threads()  # the command chooses it for its own process
-    yield
-    torch.set_num_threads(threads)
 
 
 def embed(*arguments: str | Path) -> int:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -27,29 +26,6 @@ from .tiny_tasks import write_task
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = "tests.tiny_hear"
-
-
-class _Serial:
-    """A process pool that runs its jobs here and at once: to start a process takes seconds, a tiny job none."""
-
-    def __init__(self, *_):
-        jobs._opened.cache_clear()  # as in a new process
-
-    def submit(self, function, *arguments):
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **_):
-        pass
-
-
-@pytest.fixture
-def serial(monkeypatch):
-    monkeypatch.setattr(jobs, "ProcessPoolExecutor", _Serial)
 
 
 def embeddings(results, model=MODULE, task="tones"):

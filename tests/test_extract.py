@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,29 +19,12 @@ import torch
 import hear_ssam
 from hear_ssam import cli, extract
 from hear_ssam.audio import read_audio
-from hear_ssam.checkpoint import save_checkpoint
-from hear_ssam.config import build_config
-from hear_ssam.encoder import Encoder
 from hear_ssam.errors import HearSsamError
 from hear_ssam.hear import EncoderModel
 from hear_ssam.paths import sha256
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(autouse=True)
-def same_thread_count() -> Iterator[None]:
-    threads = torch.get_num_threads()  # the command chooses it for its own process
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = build_config("ssam", 16, depth=1)
-    file = tmp_path_factory.mktemp("weights") / "mini.safetensors"
-    save_checkpoint(file, config, Encoder(config).state_dict(), {})
-    return file
+pytestmark = pytest.mark.usefixtures("same_thread_count")
 
 
 @pytest.fixture(scope="module")

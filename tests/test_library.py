@@ -20,7 +20,6 @@ from hear_ssam.evaluation.make import make_task
 from hear_ssam.evaluation.tasks import Download, find_tasks, folder_named, known_tasks, read_task
 from hear_ssam.paths import sha256
 
-from .test_quick import _Serial
 from .tiny_tasks import write_task
 
 FOLDER = "esc50-v2.0.0-full"
@@ -91,10 +90,9 @@ def test_fetch_adds_another_rate(tmp_path, server, monkeypatch):
     assert {p.name for p in (tmp_path / "tasks" / FOLDER).iterdir() if p.is_dir()} == {"16000", "48000"}
 
 
-def test_fetched_tasks_are_evaluated_by_their_short_name(tmp_path, server, monkeypatch):
+def test_fetched_tasks_are_evaluated_by_their_short_name(tmp_path, server, monkeypatch, serial):
     publish(server, monkeypatch, pack(server, tmp_path))
     fetch_task("esc50", tmp_path / "tasks", 16000)
-    monkeypatch.setattr("hear_ssam.evaluation.jobs.ProcessPoolExecutor", _Serial)
     places = {"tasks_dir": tmp_path / "tasks", "results_dir": tmp_path / "results"}
     evaluation = run_evaluation(["tests.tiny_hear"], **places, tasks=["esc50"], probe="knn", workers=1)
     assert {r["task"] for r in evaluation.records} == {FOLDER}
@@ -203,7 +201,7 @@ def recordings(folder, counts, rate=22050):
     return folder
 
 
-def test_make_a_task_of_a_folder(tmp_path, monkeypatch, capsys):
+def test_make_a_task_of_a_folder(tmp_path, capsys, serial):
     source = recordings(tmp_path / "sounds", {"cat": 12, "doggy": 8})
     assert cli.main(["tasks", "make", str(source), "-o", str(tmp_path / "tasks"), "--folds", "4"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "tasks" / "sounds-v1-full")
@@ -215,7 +213,6 @@ def test_make_a_task_of_a_folder(tmp_path, monkeypatch, capsys):
         assert (labels.count("cat"), labels.count("doggy")) == (3, 2)
     audio = [soundfile.info(p) for p in folder.rglob("*.wav")]
     assert len(audio) == 20 and {(a.samplerate, a.channels, a.frames) for a in audio} == {(16000, 1, 16000)}
-    monkeypatch.setattr("hear_ssam.evaluation.jobs.ProcessPoolExecutor", _Serial)
     places = {"tasks_dir": tmp_path / "tasks", "results_dir": tmp_path / "results"}
     evaluation = run_evaluation(["tests.tiny_hear"], **places, probe="logreg", workers=1)
     assert not evaluation.failures and evaluation.records[-1]["score"] > 0.9

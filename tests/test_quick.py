@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from hear_ssam import cli
-from hear_ssam.evaluation import jobs
 from hear_ssam.evaluation.evaluate import run_evaluation
 from hear_ssam.evaluation.preview import audio_seconds, limited, probe_seconds
 from hear_ssam.evaluation.quick import STRENGTHS, draw, quick_probe, shortage
@@ -26,28 +24,8 @@ MODULE = "tests.tiny_hear"
 QUICK = ["knn", "logreg", "fewshot"]
 
 
-class _Serial:
-    """Runs jobs here and at once."""
-
-    def __init__(self, *_):
-        jobs._opened.cache_clear()
-
-    def submit(self, function, *arguments):
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **_):
-        pass
-
-
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "ProcessPoolExecutor", _Serial)
-
+def run(tmp_path, serial):
     def evaluate(*modules, **options):
         places = {"tasks_dir": tmp_path / "tasks", "results_dir": tmp_path / "results", "workers": 1}
         return run_evaluation(modules or (MODULE,), **places, **options)
@@ -225,8 +203,7 @@ def test_how_probes_agree():
     assert agreement([r for r in records if r["probe"] == "knn"]) == []
 
 
-def test_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(jobs, "ProcessPoolExecutor", _Serial)
+def test_command(tmp_path, serial, capsys):
     write_task(tmp_path / "tasks" / "tones", clips=9)
     command = ["evaluate", MODULE, "--tasks-dir", str(tmp_path / "tasks"), "--results-dir", str(tmp_path / "results")]
     assert cli.main([*command, "--workers", "1", "--probe", "knn", "logreg", "--limit", "6"]) == 0

@@ -36,9 +36,7 @@ def read_labels(place: str | os.PathLike[str]) -> list[Labelled]:
             raise HearSsamError(f"{place}: has no subfolders; put the recordings of each class in one of its name.")
         found = [Labelled(str(file), folder.name) for folder in classes for file in find_audio([folder])]
     else:
-        rows = read_manifest(place)
-        if "label" not in rows[0]:
-            raise HearSsamError(f"{place}: has no column label ({', '.join(rows[0])}); name it in the first line.")
+        rows = read_manifest(place, "label")
         found = [Labelled(r["path"], r["label"], r.get("split", ""), r.get("group", "")) for r in rows]
     _check(place, found)
     return found

@@ -44,10 +44,7 @@ def run(args: argparse.Namespace) -> int:
     table = read_embeddings(args.embeddings)
     labels = {}
     if args.labels:
-        rows = read_manifest(args.labels)
-        if "label" not in rows[0]:
-            raise HearSsamError(f"{args.labels}: has no column label; name it in the first line.")
-        labels = {os.path.abspath(row["path"]): row["label"] for row in rows}
+        labels = {os.path.abspath(row["path"]): row["label"] for row in read_manifest(args.labels, "label")}
     chosen = np.sort(np.random.default_rng(0).permutation(len(table.x))[:MOST])
     if len(chosen) < 3:
         raise HearSsamError(f"{args.embeddings}: {len(chosen)} rows make no map; embed at least three clips.")

@@ -71,10 +71,10 @@ def _all(inputs: Iterable[str | os.PathLike[str]]) -> Iterator[Recording]:
             yield from map(of_file, find_audio([given]))
 
 
-def read_manifest(file: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header and a column `path`; relative paths start at the folder of the CSV.
+def read_manifest(file: str | os.PathLike[str], *needed: str) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header, a column `path` and those `needed`; relative paths start at its folder.
 
-    Raises HearSsamError where it cannot be read, has no such column or no row, or names files that are not there.
+    Raises HearSsamError where it cannot be read, lacks a column or has no row, or names files that are not there.
     """
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
@@ -82,9 +82,13 @@ def read_manifest(file: str | os.PathLike[str]) -> list[dict[str, str]]:
             rows = [{key: (row[key] or "").strip() for key in reader.fieldnames or ()} for row in reader]
     except (OSError, UnicodeError, csv.Error) as error:
         raise about(file, HearSsamError(f"cannot be read as a CSV file: {error}; write it as UTF-8.")) from error
-    if not rows or "path" not in rows[0]:
-        columns = ", ".join(rows[0]) if rows else "no rows"
-        raise HearSsamError(f"{file}: has no column path ({columns}); name it in the first line.")
+
+    def require(column: str) -> None:
+        if not rows or column not in rows[0]:
+            columns = ", ".join(rows[0]) if rows else "no rows"
+            raise HearSsamError(f"{file}: has no column {column} ({columns}); name it in the first line.")
+
+    require("path")
     folder = os.path.dirname(os.fspath(file))
     for row in rows:
         row["path"] = os.path.join(folder, row["path"])
@@ -92,4 +96,6 @@ def read_manifest(file: str | os.PathLike[str]) -> list[dict[str, str]]:
         raise HearSsamError(
             f"{file}: {len(missing)} of {len(rows)} files are not there, {missing[0]} first; correct them."
         )
+    for column in needed:
+        require(column)
     return rows

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..audio import Clip
+from ..audio import CLIP_RATE, Clip
 from ..errors import HearSsamError, about
 from ..machine import work_ahead
 from ..paths import atomic_write, sha256
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from ..config import EncoderConfig
 
-RATE = 16_000  # Hz
+RATE = CLIP_RATE  # Hz
 BANDS = 80  # of the log-mel frames in earlier stores
 SHORTEST = 400  # samples, 25 ms: one window of the front ends
 
