@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import soundfile
 
 from hear_ssam import HearSsamError, cli
+from hear_ssam.audio import read_audio
 from hear_ssam.evaluation import library, tasks
 from hear_ssam.evaluation.evaluate import run_evaluation
 from hear_ssam.evaluation.library import fetch_task, task_table
@@ -285,3 +287,19 @@ def test_labels_that_make_no_task(tmp_path, capsys):
     with pytest.raises(HearSsamError, match=r"0\.wav: cannot be read as audio"):
         make_task(two, tmp_path / "tasks", folds=3)
     assert not list((tmp_path / "tasks").glob("*")) and tasks.METADATA == "task_metadata.json"
+
+
+def test_a_recording_that_cannot_be_read_leaves_nothing_however_slow_the_others(tmp_path, monkeypatch):
+    two = recordings(tmp_path / "two", {"cat": 3, "doggy": 3})
+    (two / "cat" / "0.wav").write_bytes(b"no audio")
+
+    def slow(path, rate):
+        time.sleep(0.0 if path.name == "0.wav" and path.parent.name == "cat" else 0.3)
+        return read_audio(path, rate)
+
+    monkeypatch.setattr("hear_ssam.evaluation.make.usable_cpus", lambda: 4)
+    monkeypatch.setattr("hear_ssam.evaluation.make.read_audio", slow)
+    with pytest.raises(HearSsamError, match=r"0\.wav: cannot be read as audio"):
+        make_task(two, tmp_path / "tasks", folds=3)
+    time.sleep(0.5)
+    assert not list((tmp_path / "tasks").glob("*"))

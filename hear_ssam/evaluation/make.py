@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -10,7 +11,9 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import soundfile
@@ -19,7 +22,7 @@ from tqdm import tqdm
 from ..audio import read_audio
 from ..downstream.labels import read_labels
 from ..errors import HearSsamError
-from ..machine import usable_cpus, work_ahead
+from ..machine import usable_cpus
 from .tasks import METADATA, VOCABULARY, read_task
 
 
@@ -123,11 +126,11 @@ def convert_all(pairs: Iterable[tuple[Path, Path]], rate: int, total: int, secon
         pair[1].parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(pair[1], audio.clip(-1, 1), rate, subtype="PCM_16", format="WAV")
 
-    workers = usable_cpus()
-    done = work_ahead(convert, pairs, workers, 4 * workers)
-    for _, future in tqdm(done, total=total, desc=f"{rate} Hz", unit="clip", disable=None, leave=False):
+    # Left when no thread writes any more: a folder that is removed then does not come back.
+    with ThreadPoolExecutor(usable_cpus()) as pool, contextlib.closing(cast(Any, pool.map(convert, pairs))) as done:
         try:
-            future.result()
+            for _ in tqdm(done, total=total, desc=f"{rate} Hz", unit="clip", disable=None, leave=False):
+                pass
         except OSError as error:
             file, reason = error.filename or "audio", error.strerror or error
             raise HearSsamError(f"{file}: cannot be written: {reason}; make room or use another place.") from error
