@@ -5,7 +5,7 @@
     python -m benchmarks probes --embeddings-dir EMBEDDINGS              # finished embeddings of any model
 
 What is in the results folder already is not run again. bfloat16 is faster only on a CPU that has instructions for it
-(`hear-ssam doctor` names them).
+(`hear-ssam doctor` names them); elsewhere the same rounded products are taken in float32.
 """
 
 from __future__ import annotations

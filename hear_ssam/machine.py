@@ -20,6 +20,8 @@ Result = TypeVar("Result")
 # What decides the speed, in /proc/cpuinfo's words.
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "bf16")
 
+BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # any of them: products of bfloat16 are faster than those of float32
+
 
 @functools.cache
 def cpu() -> tuple[str, frozenset[str]]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hear_ssam import HearSsamError
+from hear_ssam.evaluation import probe
 from hear_ssam.evaluation.probe import (
     PROTOCOLS,
     HeadConfig,
@@ -289,6 +290,26 @@ def test_bf16_repeats_and_agrees_with_the_exact_probe(tmp_path, one_thread):
     assert [fold.fold for fold in once.folds] == [fold.fold for fold in exact.folds]
     mean, expected = (np.mean([fold.scores["top1_acc"] for fold in result.folds]) for result in (once, exact))
     assert mean == pytest.approx(expected, abs=0.1)
+
+
+@pytest.mark.parametrize("bias", [0.0, 3.0])
+def test_bf16_products_are_the_same_with_and_without_instructions(monkeypatch, bias):
+    """Outputs and gradients; the order of the sums may turn a last rounding."""
+    found = []
+    for features in (frozenset(), frozenset({"avx512_bf16"})):
+        monkeypatch.setattr(probe, "cpu", lambda features=features: ("CPU", features))
+        torch.manual_seed(0)
+        layer, x = torch.nn.Linear(300, 40), torch.randn(64, 300)
+        torch.nn.init.constant_(layer.bias, bias)
+        y = probe.bf16_linear(layer, x.bfloat16())
+        y.backward(torch.randn(y.shape).bfloat16())
+        assert y.dtype == torch.bfloat16 and layer.weight.grad.dtype == torch.float32
+        exact = x.double() @ layer.weight.double().T + layer.bias.double()
+        assert 1e-4 < (y - exact).abs().max() < 0.05  # rounded, and to nothing worse than bfloat16
+        found.append([y.detach().float(), layer.weight.grad, layer.bias.grad])
+    for emulated, native in zip(*found, strict=True):
+        torch.testing.assert_close(emulated, native, rtol=1 / 64, atol=1e-2)
+        assert (emulated != native).float().mean() < 0.02
 
 
 @pytest.mark.parametrize(("layers", "offset"), [(0, 1000.0), (1, 0.0), (1, 1000.0), (2, 0.0)])
