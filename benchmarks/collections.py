@@ -1,7 +1,7 @@
 """`hear-ssam embed` on an hour-long file and on thousands of short ones: peak memory, files per second, equality.
 
-    python -m benchmarks collections long                # one second, and one hour of 48 kHz stereo
-    python -m benchmarks collections short --files 20000   # beside an AST of transformers in a loop
+    python -m benchmarks collections long --whole > benchmarks/collections-long.md   # an hour of 48 kHz stereo
+    python -m benchmarks collections short > benchmarks/collections-short.md     # beside an AST of transformers
 
 Every measurement is a process of its own; the audio is generated into a temporary folder.
 """
@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
 
-from hear_ssam.machine import cpu
+from .cpu import facts, heading
 
 MEASURE = """
 import resource, sys, time
 begin = time.perf_counter()
 {work}
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print("\\n", time.perf_counter() - begin, peak)
+used = resource.getrusage(resource.RUSAGE_SELF)
+print("\\n", time.perf_counter() - begin, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
 """
 EMBED = "from hear_ssam import cli; code = cli.main(['embed', *sys.argv[1:]]); assert code == 0"
 WHOLE = """import numpy, torch, hear_ssam; from hear_ssam.audio import read_audio
@@ -45,12 +47,17 @@ for file in sorted(Path(sys.argv[1]).glob("*.wav")):
     with torch.no_grad(): model(**inputs).last_hidden_state.mean(1).cpu().numpy()"""
 
 
-def measure(work: str, *arguments: str | Path) -> tuple[float, float]:
-    """Seconds and peak memory in MB of a process."""
+class Measured(NamedTuple):
+    seconds: float
+    cpu: float  # seconds of the CPU, of all threads
+    peak: float  # MB
+
+
+def measure(work: str, *arguments: str | Path) -> Measured:
+    """What a process takes."""
     command = [sys.executable, "-c", MEASURE.format(work=work), *map(str, arguments)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    seconds, peak = map(float, done.stdout.split()[-2:])
-    return seconds, peak
+    return Measured(*map(float, done.stdout.split()[-3:]))
 
 
 def noise(file: Path, seconds: float, rate: int, channels: int, seed: int) -> None:
@@ -69,28 +76,29 @@ def long(args: argparse.Namespace, folder: Path) -> None:
     for name, seconds in (("second", 1.0), ("long", 3600 * args.hours)):
         noise(folder / f"{name}.wav", seconds, 48_000, 2, 0)
     options = "--model", args.model, "--device", args.device
-    print("| | seconds | peak MB |\n|---|---|---|")
+    print("| | seconds | of the CPU | peak MB |\n|---|---|---|---|")
     peaks = {}
     for kind in args.kinds:
         for name in ("second", "long"):
             output = folder / f"{name}-{kind}.parquet"
-            seconds, peaks[name] = measure(EMBED, folder / f"{name}.wav", "-o", output, "--kind", kind, *options)
-            print(f"| {name}, --kind {kind} | {seconds:.1f} | {peaks[name]:.0f} |", flush=True)
-        print(f"| more than one second takes | | **{peaks['long'] - peaks['second']:.0f}** |")
+            found = measure(EMBED, folder / f"{name}.wav", "-o", output, "--kind", kind, *options)
+            peaks[name] = found.peak
+            print(f"| {name}, --kind {kind} | {found.seconds:.1f} | {found.cpu:.1f} | {found.peak:.0f} |", flush=True)
+        print(f"| more than one second takes | | | **{peaks['long'] - peaks['second']:.0f}** |", flush=True)
     if args.whole:
-        seconds, peak = measure(WHOLE, folder / "long.wav", folder / "whole.npz", args.model)
-        print(f"| whole file at once | {seconds:.1f} | {peak:.0f} |")
+        found = measure(WHOLE, folder / "long.wav", folder / "whole.npz", args.model)
+        print(f"| whole file at once | {found.seconds:.1f} | {found.cpu:.1f} | {found.peak:.0f} |\n")
         whole = np.load(folder / "whole.npz")
         for kind in args.kinds:
             expected = {"scene": whole["scene"][None], "timestamps": whole["rows"]}
-            found = pq.ParquetFile(folder / f"long-{kind}.parquet")
+            file = pq.ParquetFile(folder / f"long-{kind}.parquet")
             parts = [expected[part] for part in (["scene", "timestamps"] if kind == "both" else [kind])]
             rows = (row for part in parts for row in part)
             worst = 0.0
-            for batch in found.iter_batches(4096, columns=["embedding"]):
+            for batch in file.iter_batches(4096, columns=["embedding"]):
                 for row in batch.column(0):
                     worst = max(worst, float(np.abs(row.values.to_numpy() - next(rows)).max()))
-            print(f"largest difference from the whole file, --kind {kind}: {worst:.1e}")
+            print(f"- largest difference from the whole file, --kind {kind}: {worst:.1e}")
 
 
 def short(args: argparse.Namespace, folder: Path) -> None:
@@ -101,13 +109,14 @@ def short(args: argparse.Namespace, folder: Path) -> None:
     (folder / "few").mkdir()
     for file in sorted((folder / "in").iterdir())[: args.plain]:
         (folder / "few" / file.name).hardlink_to(file)
-    print("| | files | seconds | files per second | peak MB |\n|---|---|---|---|---|")
+    print("| | files | seconds | of the CPU | files per second of the CPU | peak MB |\n|---|---|---|---|---|---|")
 
-    def line(name: str, count: int, seconds: float, peak: float) -> None:
-        print(f"| {name} | {count:,} | {seconds:.1f} | {count / seconds:.1f} | {peak:.0f} |", flush=True)
+    def line(name: str, count: int, found: Measured) -> None:
+        times = f"{found.seconds:.1f} | {found.cpu:.1f} | {count / found.cpu:.1f}"
+        print(f"| {name} | {count:,} | {times} | {found.peak:.0f} |", flush=True)
 
     options = "--kind", "scene", "--model", args.model, "--device", args.device, "--precision", args.precision
-    line(f"hear-ssam embed, {args.model}", args.files, *measure(EMBED, folder / "in", "-o", folder / "out", *options))
+    line(f"hear-ssam embed, {args.model}", args.files, measure(EMBED, folder / "in", "-o", folder / "out", *options))
     try:
         import transformers
     except ImportError:
@@ -115,7 +124,7 @@ def short(args: argparse.Namespace, folder: Path) -> None:
         return
     device = args.device if args.device != "auto" else "cpu"
     name = f"transformers {transformers.__version__}, AST of 5.5 M"
-    line(name, args.plain, *measure(TRANSFORMERS, folder / "few", device))
+    line(name, args.plain, measure(TRANSFORMERS, folder / "few", device))
 
 
 def main(arguments: list[str]) -> int:
@@ -136,9 +145,11 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     import torch
 
-    print(f"{cpu()[0]}, {torch.get_num_threads()} threads, torch {torch.__version__}, {json.dumps(vars(args))}\n")
+    conditions = facts(torch.get_num_threads(), "pyarrow") | {"made with": json.dumps(vars(args))}
+    print(heading(f"hear-ssam embed: {args.what}", conditions), flush=True)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         {"long": long, "short": short}[args.what](args, Path(folder))
-    print(f"\n{time.perf_counter() - begin:.0f} s in all")
+    load = " ".join(f"{x:.1f}" for x in os.getloadavg())
+    print(f"\n- {time.perf_counter() - begin:.0f} s in all; load at the end: {load}")
     return 0

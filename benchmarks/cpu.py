@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
         raise HearSsamError(f"--threads must be at least 1, not {args.threads}.")
     rounds, sizes = (3, sizes[:1]) if args.quick else (7, sizes)
     for mode in modes:
-        conditions = _conditions(args.threads)
+        conditions = facts(args.threads)
         conditions["made by"] = _command(args, mode)
         conditions["clock"] = "CPU time of the process" if args.threads == 1 and mode != "start" else "wall"
         rows: list[Row] = []
@@ -221,12 +221,13 @@ def _work(size: str) -> dict[str, float]:
     }
 
 
-def _conditions(threads: int) -> dict[str, str]:
+def facts(threads: int, *others: str) -> dict[str, str]:
+    """What a table was made on: date, machine, its load, versions (of `others`, too)."""
     import torch
 
     name, flags = cpu()
     versions = {}
-    for package in ("hear-ssam", "torch", "llvmlite", "numpy", "transformers", "mambapy"):
+    for package in ("hear-ssam", "torch", "llvmlite", "numpy", "transformers", "mambapy", *others):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return {
@@ -239,6 +240,11 @@ def _conditions(threads: int) -> dict[str, str]:
         "load": " ".join(f"{x:.1f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown",
         "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
     }
+
+
+def heading(title: str, conditions: dict[str, str]) -> str:
+    """What stands above a table, in Markdown."""
+    return "\n".join([f"# {title}", "", *(f"- {name}: {value}" for name, value in conditions.items()), ""])
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -273,8 +279,7 @@ def _write(folder: Path, rows: list[Row], text: str, conditions: dict[str, str])
 
 def _markdown(mode: str, rows: list[Row], conditions: dict[str, str]) -> str:
     columns = [f.name for f in fields(Row) if f.name != "mode" and any(getattr(row, f.name) for row in rows)]
-    lines = [f"# CPU benchmark: {mode}", "", *(f"- {name}: {value}" for name, value in conditions.items()), ""]
-    lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines = [heading(f"CPU benchmark: {mode}", conditions), f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in rows:
         values = asdict(row)
         cells = ["" if values[c] is None else format(values[c], FORMATS.get(c, "")) for c in columns]

@@ -1,6 +1,6 @@
-"""The file of `hear-ssam export` in onnxruntime, beside the model itself: one clip of 2 s, one thread.
+"""The file of `hear-ssam export` in onnxruntime, beside the model itself: one clip of 2 s, one thread, its CPU time.
 
-python -m benchmarks onnx
+python -m benchmarks onnx > benchmarks/onnx.md
 python -m benchmarks onnx --model ssam_base --random
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import platform
+import logging
 import statistics
 import tempfile
 import time
@@ -19,17 +19,18 @@ import torch
 
 from hear_ssam import load_model
 from hear_ssam.embedding.export import export_onnx
-from hear_ssam.machine import cpu
+
+from .cpu import facts, heading
 
 
 def milliseconds(function: Callable[[], object], repeats: int) -> float:
-    """Median of `repeats` runs after one that does not count."""
+    """Median of `repeats` runs after one that does not count; of CPU time, which other processes hardly touch."""
     function()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         function()
-        times.append(1000 * (time.perf_counter() - start))
+        times.append(1000 * (time.process_time() - start))
     return statistics.median(times)
 
 
@@ -45,9 +46,10 @@ def main(arguments: list[str]) -> int:
     audio = torch.rand(1, 32_000, generator=torch.Generator().manual_seed(0)) - 0.5
     options = runtime.SessionOptions()
     options.intra_op_num_threads = 1
-    versions = f"torch {torch.__version__}, onnxruntime {runtime.__version__}, Python {platform.python_version()}"
-    print(f"{cpu()[0]}, one thread; {versions}")
-    print(f"\n| {args.model}, one clip of 2 s | ms | largest difference |\n|---|---|---|")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # or it names what it could export of torchvision
+    conditions = facts(1, "onnx", "onnxruntime") | {"clock": "CPU time of the process"}
+    print(heading(f"{args.model} in onnxruntime", conditions))
+    print("| one clip of 2 s | ms | largest difference |\n|---|---|---|")
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         wanted = model.scene_and_rows(audio)
         print(f"| hear_ssam | {milliseconds(lambda: model.scene_and_rows(audio), args.repeats):.0f} | – |")

@@ -72,7 +72,7 @@ def test_tables(tmp_path):
         Row("inference", "tiny", "ssam cpu", "fp32", 20.0, 19.0, 7, error=3e-7, gflop=2.25, floor_ms=16.0),
         Row("inference", "tiny", "ssam mambapy", "fp32", note="ImportError: No module named 'mambapy'"),
     ]
-    conditions = cpu._conditions(1)
+    conditions = cpu.facts(1)
     text = cpu._markdown("inference", cpu._compared(rows), conditions)
     assert "| tiny | ssam cpu | fp32 | 20.0 | 19.0 | 7 | 1.00 | 3e-07 |" in text and "No module named" in text
     assert "peak_mb" not in text  # a column that no row fills

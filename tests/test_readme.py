@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 import soundfile
 
 from hear_ssam import cli
+from hear_ssam.checkpoint import save_checkpoint
+from hear_ssam.config import CONFIGS
+from hear_ssam.encoder import Encoder
 from hear_ssam.evaluation.records import append
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,22 +84,29 @@ def test_quick_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert {words[0] for words in quick} == set(QUICK)
     for words in quick:
         assert cli.main(words) == 0, words
-    assert all(Path(name).is_file() for name in ("embeddings.parquet", "report.html", "kinds.csv", "map.html"))
+    assert all(
+        Path(name).is_file() for name in ("embeddings.parquet", "report.html", "kinds.csv", "moments.csv", "map.html")
+    )
     assert Path("store").is_dir() and Path("windows").is_dir()
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And its remarks on shapes and steps are true."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HEAR_SSAM_CACHE", str(tmp_path))  # with what stands for weights that were fetched
+    config = dataclasses.replace(CONFIGS["ssamba_tiny"], depth=2, token_order="official", pooling="mean")
+    save_checkpoint(tmp_path / "ssamba_tiny.400.safetensors", config, Encoder(config).state_dict(), {})
     Path("recordings").mkdir()
     for name in ("speech_16k.wav", "recordings/a.wav", "recordings/b.flac"):
         soundfile.write(name, np.random.default_rng(0).normal(0, 0.1, 40_000), 16_000)
     code = "\n".join(text for language, text in BLOCKS if language == "python")
     values: dict[str, Any] = {}
-    exec(code, values)
+    for line in code.splitlines():
+        exec(line, values)
+        if shape := re.search(r"^(\w+) = .* # \((\d+), (\d+)\)", line):
+            assert values[shape[1]].shape == (int(shape[2]), int(shape[3])), line
     (width,) = re.findall(r"# \(clips, (\d+)\)$", code, flags=re.MULTILINE)
     ((row, step),) = re.findall(r"# \(clips, rows, (\d+)\), .* (\d+) ms$", code, flags=re.MULTILINE)
     assert values["scene"].shape == (1, int(width))
     assert values["frames"].shape == (1, values["ms"].shape[1], int(row))
-    assert values["x"].shape == (1, 2 * int(row))
     assert (values["ms"].diff() - int(step)).abs().max() < 1e-3

@@ -6,6 +6,8 @@ import argparse
 import html
 import json
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -93,90 +95,67 @@ def _link(path: str, folder: Path) -> str:
 
 def page(points: list[list[object]], words: str) -> str:
     """The HTML page of points [x, y, label, name, address(, start, end in s)]."""
-    count: dict[str, int] = {}
-    for point in points:
-        count[str(point[2])] = count.get(str(point[2]), 0) + 1
-    shown = sorted(sorted(count, key=lambda label: -count[label])[:MOST_LABELS])
+    count = Counter(str(point[2]) for point in points)
+    shown = sorted(label for label, _ in count.most_common(MOST_LABELS))
     hues = {label: f"hsl({360 * index // len(shown)} 70% 50%)" for index, label in enumerate(shown)}
     # "<" would end the script where a file is called </script>
     data = json.dumps({"points": points, "hues": hues}, ensure_ascii=False).replace("<", "\\u003c")
-    keys = "".join(
-        f'<button data-label="{html.escape(label)}"><i style="background: {hue}"></i>{html.escape(label or "(none)")} '
-        f"{count[label]}</button>"
+    keys = "\n".join(
+        f'<button data-label="{html.escape(label)}"><i style="background: {hue}"></i>'
+        f"{html.escape(label or '(none)')} {count[label]:,}</button>"
         for label, hue in hues.items()
     )
-    body = f'<h1>{html.escape(words)}</h1><p id="now">Click a point to hear it.</p><audio id="audio" controls></audio>'
-    drawing = f'<div id="map"><canvas id="canvas"></canvas><div id="tip" hidden></div></div><div id="keys">{keys}</div>'
-    head = '<meta charset="utf-8"><title>Map of clips</title><meta name="viewport" content="width=device-width">'
-    script = f"const data = {data};\n{_SCRIPT}"
-    return (
-        f'<!doctype html><html lang="en">{head}<style>{_STYLE}</style>{body}{drawing}<script>{script}</script></html>\n'
-    )
+    parts = {"WORDS": html.escape(words), "KEYS": keys, "DATA": data}
+    return re.sub("|".join(parts), lambda match: parts[match[0]], _PAGE)
 
 
-_STYLE = """
-:root { color-scheme: light dark; --bg: light-dark(#fff, #15181c); --fg: light-dark(#1c2024, #e6e8ea);
-  --line: light-dark(#d5d8dc, #3c4148) }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 1100px; padding: 0 1rem;
-  background: var(--bg); color: var(--fg) }
-h1 { font-size: 1.1rem } #now { overflow-wrap: anywhere; margin: .3rem 0 } audio { width: 100%; height: 2.2rem }
-#map { position: relative; height: min(75vh, 800px); border: 1px solid var(--line); margin: .7rem 0 }
-canvas { width: 100%; height: 100%; display: block; cursor: pointer }
-#tip { position: absolute; pointer-events: none; background: var(--fg); color: var(--bg); padding: .1rem .5rem;
-  border-radius: 4px; font-size: .85rem; white-space: nowrap }
-button { font: inherit; color: inherit; background: none; border: 0; margin-right: .7rem; cursor: pointer }
-button.off { opacity: .3 } i { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin: 0 .3em }
-"""
-
-_SCRIPT = """
-const canvas = document.getElementById("canvas"), tip = document.getElementById("tip");
-const audio = document.getElementById("audio"), now = document.getElementById("now"), hidden = new Set();
-let chosen = null, until = Infinity;
-const place = point => [10 + point[0] * (canvas.clientWidth - 20), 10 + (1 - point[1]) * (canvas.clientHeight - 20)];
-function draw() {
-  const scale = devicePixelRatio, pen = canvas.getContext("2d");
-  canvas.width = canvas.clientWidth * scale; canvas.height = canvas.clientHeight * scale;
-  pen.scale(scale, scale);
-  for (const point of data.points) if (!hidden.has(point[2])) {
-    const [x, y] = place(point), size = point === chosen ? 8 : data.points.length > 3000 ? 2 : 4;
-    pen.fillStyle = data.hues[point[2]] ?? "#888";
-    pen.beginPath(); pen.arc(x, y, size, 0, 7); pen.fill();
-  }
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Map of clips</title>
+<style>
+:root { color-scheme: light dark }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 1100px; padding: 0 1rem }
+h1 { font-size: 1.1rem } audio { width: 100%; height: 2.2rem }
+#now { overflow-wrap: anywhere; margin: .3rem 0 }
+#map { border: 1px solid #8886; margin: .7rem 0; padding: 12px }
+svg { width: 100%; height: min(70vh, 780px); display: block; overflow: visible }
+circle { r: 4px; stroke: transparent; stroke-width: 8; cursor: pointer } .many circle { r: 2px }
+svg circle:hover, svg .chosen { r: 7px; stroke: CanvasText; stroke-width: 2 }
+circle.off { display: none } button.off { opacity: .3 }
+button { font: inherit; color: inherit; background: none; border: 0; cursor: pointer }
+i { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .3em }
+</style>
+<h1>WORDS</h1>
+<p id="now">Click a point to hear it.</p><audio controls></audio>
+<div id="map"><svg></svg></div><div id="keys">KEYS</div>
+<script>
+const data = DATA;
+const svg = document.querySelector("svg"), audio = document.querySelector("audio");
+const now = document.getElementById("now"), make = name => document.createElementNS(svg.namespaceURI, name);
+let chosen, until = Infinity;
+svg.classList.toggle("many", data.points.length > 3000);
+for (const [x, y, label, name, link, start, end] of data.points) {
+  const dot = make("circle"), title = make("title");
+  const part = end === undefined ? "" : ` ${start.toFixed(2)}-${end.toFixed(2)} s`;
+  title.textContent = (label && label + ": ") + name.split("/").pop() + part;
+  dot.dataset.label = label;
+  for (const [key, value] of [["cx", 100 * x + "%"], ["cy", 100 - 100 * y + "%"], ["fill", data.hues[label] ?? "#888"]])
+    dot.setAttribute(key, value);
+  dot.onclick = () => {
+    chosen?.classList.remove("chosen");
+    (chosen = dot).classList.add("chosen");
+    now.textContent = name + part + (link ? "" : " (not a file of its own, cannot be played)");
+    until = end ?? Infinity;
+    if (link) { audio.src = link + (part && `#t=${start},${end}`); audio.play(); }
+  };
+  dot.append(title);
+  svg.append(dot);
 }
-function near(event) {
-  let best = null, least = 15 ** 2;
-  for (const point of data.points) if (!hidden.has(point[2])) {
-    const [x, y] = place(point), far = (x - event.offsetX) ** 2 + (y - event.offsetY) ** 2;
-    if (far < least) [best, least] = [point, far];
-  }
-  return best;
-}
-const words = point => point[3] + (point.length > 5 ? ` ${point[5].toFixed(2)}-${point[6].toFixed(2)} s` : "");
-canvas.addEventListener("mousemove", event => {
-  const point = near(event);
-  tip.hidden = !point;
-  if (!point) return;
-  tip.textContent = (point[2] ? point[2] + ": " : "") + words(point).split("/").pop();
-  const right = event.offsetX > canvas.clientWidth / 2;
-  tip.style.left = right ? "auto" : event.offsetX + 12 + "px";
-  tip.style.right = right ? canvas.clientWidth - event.offsetX + 12 + "px" : "auto";
-  tip.style.top = Math.max(0, event.offsetY - 12) + "px";
-});
-canvas.addEventListener("mouseleave", () => tip.hidden = true);
-canvas.addEventListener("click", event => {
-  const point = near(event);
-  if (!point) return;
-  chosen = point; draw();
-  now.textContent = words(point) + (point[4] ? "" : " (not a file of its own, cannot be played)");
-  until = point[6] ?? Infinity;
-  if (point[4]) { audio.src = point[4] + (point.length > 5 ? `#t=${point[5]},${point[6]}` : ""); audio.play(); }
-});
-audio.addEventListener("error", () => now.textContent += " (the browser cannot play it, or it was moved)");
-audio.addEventListener("timeupdate", () => { if (audio.currentTime >= until) { audio.pause(); until = Infinity; } });
-for (const button of document.querySelectorAll("#keys button")) button.addEventListener("click", () => {
-  const label = button.dataset.label;
-  if (!hidden.delete(label)) hidden.add(label);
-  button.classList.toggle("off", hidden.has(label)); draw();
-});
-addEventListener("resize", draw); draw();
+audio.onerror = () => now.textContent += " (the browser cannot play it, or it was moved)";
+audio.ontimeupdate = () => { if (audio.currentTime >= until) { audio.pause(); until = Infinity; } };
+for (const button of document.querySelectorAll("button")) button.onclick = () => {
+  const off = button.classList.toggle("off");
+  for (const dot of svg.children) if (dot.dataset.label === button.dataset.label) dot.classList.toggle("off", off);
+};
+</script>
+</html>
 """
