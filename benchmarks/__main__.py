@@ -15,6 +15,9 @@ NAMES = {
     "collections": "hear-ssam embed on an hour-long file and on thousands of short ones",
     "onnx": "the file of `hear-ssam export` in onnxruntime, beside the model itself",
     "leaks": "recall and false alarms of the search for test recordings in a pre-training store",
+    "scaling": "time, memory and operations of the four systems by length; attention naive and fused",
+    "ablations": "equal trainings of SSAM that differ in one thing",
+    "comparison": "scores with intervals, speed and memory of checkpoints that are named",
     "choices": "the picture of token order and mask position",
 }
 

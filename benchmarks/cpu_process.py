@@ -9,14 +9,11 @@ import contextlib
 import functools
 import importlib
 import multiprocessing
-import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from hear_ssam.errors import HearSsamError
@@ -143,7 +140,10 @@ def prepare(task: Measurement, begin: float) -> dict[str, Callable[[], Any]]:
         if task.mode == "start":
             return start()
         if task.mode == "long":
-            return _with_peak(read_long, clock)
+            from .cells import timed
+
+            found = timed(lambda _: read_long(), runs=1)
+            return {"seconds": found["cpu_s" if task.threads == 1 else "wall_s"], "peak_mb": found["peak_mb"]}
         return {"seconds": _repeat(act, TURN, clock)}
 
     if task.mode != "start" and task.dtype != "float64":
@@ -159,19 +159,6 @@ def _repeat(action: Callable[[], Any], at_least: float, clock: Callable[[], floa
         action()
         seconds.append(clock() - begin)
     return seconds
-
-
-def _with_peak(action: Callable[[], Any], clock: Callable[[], float]) -> dict[str, Any]:
-    """Time, and the highest memory while running above the memory held before."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on a Mac, in KiB elsewhere
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if os.path.exists("/proc/self/statm"):
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    seconds = _repeat(action, 0, clock)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"seconds": seconds, "peak_mb": (peak - before) / 1e6}
 
 
 def naive_attention(attention: Any) -> Any:

@@ -1,0 +1,169 @@
+"""From which model to choose: scores with intervals beside speed and memory, of checkpoints that you name.
+
+    python -m benchmarks comparison ssam=run/ssam_tiny.safetensors ssast=other/ssast_tiny.safetensors
+    python -m benchmarks comparison NAME=FILE ... --probes logreg exact --seeds 10 --tasks-dir tasks
+
+Scores are those of `hear-ssam evaluate`, which keeps its results in the folder of --results; speed and memory are those
+of scene embeddings of clips of 2, 10 and 60 seconds, one at a time, on one thread. Of tasks with one class per clip the
+CSV keeps which clips were right, so that significance is paired: the same clips, two models.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hear_ssam.errors import HearSsamError
+from hear_ssam.paths import sha256, shipped
+
+from .cells import Cell, Row, canvas, machines, medians, parser, piped, run, save, timed
+
+KEYS = ("model", "sha256", "what", "task", "probe", "seed", "audio_s")
+LENGTHS = (2, 10, 60)  # seconds
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m benchmarks comparison`: comparison.csv, comparison.png and its section of README.md."""
+    from hear_ssam.evaluation.tasks import find_tasks
+
+    made = parser("comparison", __doc__ or "")
+    made.add_argument("models", nargs="*", metavar="NAME=FILE", help="checkpoints, and what the table calls them")
+    made.add_argument("--tasks-dir", type=Path, default=shipped("eval_tasks") / "demo" / "tasks", help="default: demo")
+    made.add_argument("--probes", nargs="+", choices=["logreg", "exact"], default=["logreg"])
+    made.add_argument("--seeds", type=int, default=3, help="of the probe exact (default 3; logreg has one)")
+    made.add_argument("--results", type=Path, default=Path("runs/comparison"), help="folder of embeddings and records")
+    args = made.parse_args(arguments)
+    cells: list[Cell] = []
+    for name, _, file in (model.partition("=") for model in args.models):
+        if not Path(file).is_file():
+            raise HearSsamError(f"{name}={file}: no such file; name models as NAME=FILE.")
+        common = {"model": name, "sha256": sha256(Path(file))[:12], "_file": str(Path(file).absolute())}
+        common |= {"_tasks": str(args.tasks_dir.absolute()), "_results": str(args.results.absolute())}
+        nothing = dict.fromkeys(KEYS[3:], "")
+        cells += [common | nothing | {"what": "speed", "audio_s": seconds} for seconds in LENGTHS]
+        for task, probe in itertools.product(find_tasks(args.tasks_dir), args.probes):
+            for seed in range(args.seeds if probe == "exact" else 1):
+                cells.append(common | nothing | {"what": "score", "task": task, "probe": probe, "seed": seed})
+    return run(__name__, cells, args, lambda cell: cell["what"] == "score")
+
+
+def measure(cell: Cell) -> Iterator[Cell]:
+    import torch
+
+    import hear_ssam
+
+    torch.set_num_threads(1)
+    if cell["what"] == "score":
+        yield score(cell)
+        return
+    model = hear_ssam.load_model(cell["_file"])
+    yield {"parameters": sum(weight.numel() for weight in model.parameters())}
+    hear_ssam.get_scene_embeddings(torch.zeros(1, 16_000), model)  # what loads or compiles at first use
+    found = timed(lambda audio: hear_ssam.get_scene_embeddings(audio, model), lambda: noise(cell["audio_s"]))
+    yield medians(found)
+
+
+def noise(seconds: int) -> Any:
+    import torch
+
+    return 0.1 * torch.randn(1, 16_000 * seconds, generator=torch.Generator().manual_seed(0))
+
+
+def score(cell: Cell) -> Cell:
+    """The score of one model, task, probe and seed; `right`: a 1 for every test clip whose class was found, else 0."""
+    from hear_ssam.evaluation.evaluate import run_evaluation
+    from hear_ssam.evaluation.records import predictions_file
+    from hear_ssam.evaluation.report import read_predictions
+
+    results, count = Path(cell["_results"]), cell["seed"] + 1 if cell["probe"] == "exact" else None
+    done = run_evaluation(
+        ["hear_ssam"], cell["_file"], results_dir=results, tasks_dir=Path(cell["_tasks"]), tasks=[cell["task"]],
+        probe=cell["probe"], seeds=count, workers=1, device="cpu",
+    )  # fmt: skip
+    if done.failures:
+        raise HearSsamError("; ".join(f"{name}: {reason}" for name, reason in done.failures.items()))
+    record = max((r for r in done.records if r["fold"] is None and r["primary"]), key=lambda r: r["seed"])
+    _, _, target, prediction = read_predictions(predictions_file(results, record))
+    right = ""
+    if len(target) and (target.sum(1) == 1).all():
+        right = "".join(map(str, (target.argmax(1) == prediction.argmax(1)).astype(int)))
+    return {"score": f"{record['score']:.6f}", "metric": record["metric"], "right": right}
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def clips(rows: Sequence[Row]) -> list[float]:
+    """For every test clip in how many of the seeds it was right, in %: one model, task and probe."""
+    return [100 * statistics.mean(map(int, column)) for column in zip(*(row["right"] for row in rows), strict=True)]
+
+
+def with_interval(mean: float, values: Sequence[float], form: str = ".1f") -> str:
+    """A mean over test clips with its 95 % interval."""
+    if len(values) < 2:
+        return f"{mean:{form}}"
+    return f"{mean:{form}} ± {1.96 * statistics.stdev(values) / len(values) ** 0.5:.1f}"
+
+
+def page(rows: Sequence[Row], folder: Path) -> str:
+    from scipy.stats import ttest_rel
+
+    speed = {(row["model"], row["audio_s"]): row for row in rows if row["what"] == "speed"}
+    judged: dict[tuple[str, str], dict[str, list[Row]]] = {}  # task, probe → model → its seeds
+    for row in rows:
+        if row["what"] == "score":
+            judged.setdefault((row["task"], row["probe"]), {}).setdefault(row["model"], []).append(row)
+    means = {
+        key: {model: statistics.mean(100 * float(row["score"]) for row in seeds) for model, seeds in found.items()}
+        for key, found in judged.items()
+    }
+    scores, pairs, costs = [], [], []
+    for key, found in judged.items():
+        ordered = sorted(found, key=lambda model: -means[key][model])
+        for model in ordered:
+            scores.append((*key, model, with_interval(means[key][model], clips(found[model])), len(found[model])))
+        for a, b in itertools.combinations(ordered, 2):
+            one, other, gap = clips(found[a]), clips(found[b]), means[key][a] - means[key][b]
+            if one and len(one) == len(other):
+                p = float(ttest_rel(one, other).pvalue)
+                text = with_interval(gap, [x - y for x, y in zip(one, other, strict=True)], "+.1f")
+                pairs.append((*key, f"{a} − {b}", text, f"{p:.2g}", "yes" if p < 0.05 else "no"))
+    for model in dict.fromkeys(row["model"] for row in rows):
+        cells = [speed.get((model, str(seconds))) for seconds in LENGTHS]
+        said = [f"{float(c['cpu_ms']):,.0f} ms, {float(c['peak_mb']):,.0f} MB" if c else "not run" for c in cells]
+        costs.append((model, next((f"{float(c['parameters']) / 1e6:.1f} M" for c in cells if c), ""), *said))
+    if rows:
+        draw(means, speed, folder / "comparison.png")
+    return "\n".join([
+        "## Comparison", "", f"{NOTE} {machines(rows)}", "",
+        *(["![Score against time.](comparison.png)", "",
+           "CPU time and memory above the loaded model, scene embeddings of one clip:", "",
+           piped(["model", "parameters", *(f"{seconds} s of audio" for seconds in LENGTHS)], costs),
+           "Scores in % ± 95 % over test clips (the mean over seeds, where there are several):", "",
+           piped(["task", "probe", "model", "score", "seeds"], scores),
+           "Differences, paired by test clip (t-test, two-sided, not corrected for the number of pairs):", "",
+           piped(["task", "probe", "models", "difference", "p", "below 5 %"], pairs)] if rows else ["Not run yet."]),
+    ])  # fmt: skip
+
+
+NOTE = """`python -m benchmarks comparison NAME=FILE ... --probes logreg exact` makes this section, `comparison.csv`
+and `comparison.png`. The files here are `tiny` of all four systems, trained equally: each on 42 hours of audio's
+worth of windows with its published recipe, on an NVIDIA H100. They are not part of the repository; with files of
+yours the command makes the same tables."""
+
+
+def draw(means: Any, speed: Any, file: Path) -> None:
+    models = dict.fromkeys(model for model, _ in speed)
+    colours = dict(zip(models, itertools.cycle(("#1f6f8b", "#c44e52", "#2e8b57", "#6a51a3")), strict=False))
+    figure, panels = canvas(len(LENGTHS), 10, 3.2)
+    for axes, seconds in zip(panels, LENGTHS, strict=True):
+        for ((task, probe), found), marker in zip(means.items(), itertools.cycle("os^Dv"), strict=False):
+            for model in found.keys() & colours.keys():
+                ms, label = float(speed[model, str(seconds)]["cpu_ms"]), f"{model}, {task}, {probe}"
+                axes.semilogx(ms, found[model], marker, color=colours[model], label=label)
+        axes.set(title=f"{seconds} s of audio", xlabel="CPU time (ms)", ylabel="score (%)")
+    panels[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, file)
