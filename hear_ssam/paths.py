@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from .errors import HearSsamError
 
@@ -62,6 +63,16 @@ def atomic_write(path: str | os.PathLike[str], reported: type[Exception] = OSErr
     except (OSError, reported) as error:
         reason = getattr(error, "strerror", None) or error
         raise HearSsamError(f"{target}: cannot be written: {reason}; make room or use another place.") from error
+
+
+def link(path: str | os.PathLike[str], folder: Path) -> str:
+    """The address of a file as seen from a page in `folder`, empty where it is not there (members of tars)."""
+    if not os.path.isfile(path):
+        return ""
+    try:
+        return quote(Path(os.path.relpath(path, folder)).as_posix())
+    except ValueError:  # another drive
+        return Path(path).as_uri()
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

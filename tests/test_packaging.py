@@ -58,7 +58,7 @@ def test_wheel_has_one_top_level_name_and_carries_the_data(built: Path) -> None:
     }
     assert sum(name.endswith(".safetensors") for name in names) == 1  # other weights are downloaded
     wanted |= {file.relative_to(ROOT).as_posix() for file in (ROOT / "hear_ssam").rglob("*.py")}
-    wanted.add("hear_ssam/py.typed")
+    wanted |= {"hear_ssam/py.typed", "hear_ssam/evaluation/report.html.j2"}
     assert wanted <= set(names)
 
 

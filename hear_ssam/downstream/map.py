@@ -10,10 +10,9 @@ import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 from ..errors import HearSsamError
-from ..paths import atomic_write
+from ..paths import atomic_write, link
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         label = labels.get(path, "") if labels else os.path.basename(os.path.dirname(path))
         times = [] if np.isnan(table.starts[index]) else [table.starts[index] / 1000, table.ends[index] / 1000]
         points.append(
-            [round(float(across), 4), round(float(up), 4), label, table.paths[index], _link(path, folder), *times]
+            [round(float(across), 4), round(float(up), 4), label, table.paths[index], link(path, folder), *times]
         )
     words = (
         f"{len(chosen):,} of {len(table.x):,} clips of {Path(args.embeddings).name}, embedded by {table.made['model']}"
@@ -81,16 +80,6 @@ def _places(x: np.ndarray, method: str) -> np.ndarray:
         x = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=0).fit_transform(x)
     x = np.pad(x, ((0, 0), (0, 2 - x.shape[1]))) if x.shape[1] < 2 else x
     return np.asarray((x - x.min(0)) / np.maximum(np.ptp(x, axis=0), 1e-30))
-
-
-def _link(path: str, folder: Path) -> str:
-    """The address of a file as seen from the page, empty where it is not there (members of tars)."""
-    if not os.path.isfile(path):
-        return ""
-    try:
-        return quote(Path(os.path.relpath(path, folder)).as_posix())
-    except ValueError:  # another drive
-        return Path(path).as_uri()
 
 
 def page(points: list[list[object]], words: str) -> str:

@@ -55,8 +55,11 @@ def embed_task(
     made_by = origin(hear, task, out_dir, resample)
     if not again and (out_dir / DONE).exists() and made_by.items() <= provenance(out_dir).items():
         return out_dir
+    audio = {}  # noted for those who want to listen
     for split in task.splits:
-        require_audio(audio_folder(task, split, hear.sample_rate, resample), task.clips(split))
+        folder = audio_folder(task, split, hear.sample_rate, resample)
+        require_audio(folder, task.clips(split))
+        audio[split] = str(folder.resolve())
     held = {path.name for path in out_dir.iterdir()} if out_dir.exists() else set()
     if held and not held & {PROVENANCE, DONE}:
         raise HearSsamError(f"{out_dir}: holds something else than embeddings; choose another folder or empty it.")
@@ -74,7 +77,8 @@ def embed_task(
     seconds, device = time.time() - started, hear.device.type
     dtype = str(next((p.dtype for p in hear.model.parameters()), torch.float32)).removeprefix("torch.")
     made_by |= {"clips": count, "dim": dim, "device": device, "backend": getattr(hear.model, "backend", None)}
-    _write_json(out_dir / PROVENANCE, {**made_by, "dtype": dtype, "seconds": round(seconds, 3)})
+    made_by |= {"dtype": dtype, "seconds": round(seconds, 3), "audio": audio}
+    _write_json(out_dir / PROVENANCE, made_by)
     profile = {"time_elapsed": seconds, "gpu_max_mem": None, "gpu_device_name": device}
     _write_json(out_dir / "profile.embeddings.json", profile)
     write(out_dir / DONE, b"")

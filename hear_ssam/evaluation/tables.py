@@ -32,6 +32,14 @@ class Cell(NamedTuple):
     mean: float
     half_width: float | None
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.mean - (self.half_width or 0), self.mean + (self.half_width or 0)
+
+    def text(self, metric: str) -> str:
+        width = "" if self.half_width is None else f" ± {as_text(self.half_width, metric)}"
+        return as_text(self.mean, metric) + width
+
 
 @dataclass(frozen=True)
 class Table:
@@ -147,9 +155,7 @@ def grid(table: Table, options: Options, bold: Callable[[str], str]) -> list[lis
         row = [task, metric]
         for model in table.models:
             cell = table.cells.get((task, model))
-            text = "≈ " * table.close_to_best(task, model) + (as_text(cell.mean, metric) if cell else "–")
-            if cell and cell.half_width is not None:
-                text += f" ± {as_text(cell.half_width, metric)}"
+            text = "≈ " * table.close_to_best(task, model) + (cell.text(metric) if cell else "–")
             row.append(bold(text) if model == table.best(task) else text)
         row += [as_text(found[task]["score"], metric) if task in found else "–" for found in outside.values()]
         rows.append(row)
