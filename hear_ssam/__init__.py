@@ -58,7 +58,7 @@ Contents, in reading order:
     demo, doctor            a small task, drawn; what runs on this machine
     cli                     the commands
     options                 what several commands share: how a model and a device are named
-    paths, machine, errors  files, shipped and atomic; CPUs, threads, memory; the one error class
+    paths, machine, errors  files, shipped and atomic; CPUs, threads, memory, Ray clusters; the one error class
 """
 
 from __future__ import annotations

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import HearSsamError, about
-from .options import add_model, add_model_options, parse_options
+from .options import add_model, add_model_options, add_scale, parse_options, parse_shard
 
 if TYPE_CHECKING:
     from .embedding.inputs import Recording
     from .hear import HearModel
+    from .machine import Cluster
 
 ROW_GROUP = 8192  # rows that are collected before they are written, fewer where they have more than these bytes
 ROW_BYTES = 4 << 20
@@ -27,9 +28,10 @@ EXAMPLES = """examples:
   hear-ssam embed list.csv 'field/**/*.flac' shards/a-000001.tar -o embeddings      a folder of shards
   hear-ssam embed - -o windows --window 2 --hop 1 --dtype float16                   paths on stdin, one a line
   hear-ssam embed recordings/ -o embeddings --shard 3/8                             third of eight jobs, same folder
+  hear-ssam embed /shared/recordings -o /shared/embeddings --engine ray             on all nodes of a Ray cluster
   hear-ssam embed recordings/ -o embeddings.parquet --model official/ssam_base.pth --precision bf16 --workers 4
 
-columns of the output, in the order of the input files:
+columns of the output, in the order of the input files (--engine ray: in that in which they are finished):
   path               as given, or as found below a folder; TAR:MEMBER; of a CSV: its folder and its column path
   start_ms           time of a timestamp embedding, milliseconds; null: the embedding of the whole file (scene)
   end_ms             with --window: where the window ends; start_ms is where it starts
@@ -66,7 +68,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--window", type=float, metavar="S", help="one row per window of so many seconds, as if it were cut out")
     add("--hop", type=float, metavar="S", help="seconds from window to window; default: one window")
     add("--dtype", choices=("float32", "float16"), default="float32", help="of the embeddings; default: float32")
-    add("--shard", metavar="I/N", help="every N-th file from the I-th (from 1): N jobs that write to one folder")
+    add_scale(parser, "file")
     add("--workers", type=int, metavar="N", help="threads that read and embed; default: CPU cores")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
     add_model_options(parser)
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from .audio import is_tar
     from .embedding.inputs import find_recordings
     from .hear import load_model
-    from .machine import usable_cpus
+    from .machine import engine_named, usable_cpus
 
     window, hop = args.window or 0.0, args.hop if args.hop is not None else args.window or 0.0
     if args.window is not None and args.kind not in (None, "scene"):
@@ -103,23 +105,17 @@ def run(args: argparse.Namespace) -> int:
         recordings = list(recordings)
         workers = min(workers, len(recordings))
     options = {"precision": args.precision, **parse_options(args.model_options)}
-    model = load_model(args.model, **{"device": args.device, **options})
-    torch.set_num_threads(max(1, cores // workers))  # of this process; 1 unless there are fewer files than cores
     how = {"kind": "scene" if args.window else args.kind or "both", "window": window, "hop": hop, "dtype": args.dtype}
+    how |= {"shard": part, "workers": workers, "model_options": options}
     try:
-        skipped = embed_files(recordings, args.output, model, **how, shard=part, workers=workers, model_options=options)
+        with engine_named(args.engine, args.device, args.workers) as cluster:
+            model = load_model(args.model, **{"device": "cpu" if cluster else args.device, **options})
+            torch.set_num_threads(max(1, cores // workers))  # of this process; 1 unless files are fewer than cores
+            skipped = embed_files(recordings, args.output, model, **how, cluster=cluster)
     except NothingEmbeddedError as error:
         print(error, file=sys.stderr)
         return 1
     return 1 if skipped else 0
-
-
-def parse_shard(text: str | None) -> tuple[int, int]:
-    """Which of how many equal parts: "3/8" → (3, 8); without a text all of one."""
-    first, _, last = (text or "1/1").partition("/")
-    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise HearSsamError(f"--shard {text}: give which part of how many, from 1/8 to 8/8.")
-    return int(first), int(last)
 
 
 def embed_files(
@@ -134,6 +130,7 @@ def embed_files(
     shard: tuple[int, int] = (1, 1),
     workers: int = 1,
     model_options: dict[str, Any] | None = None,
+    cluster: Cluster | None = None,
 ) -> list[Path]:
     """Embed files and write them to `output` in their order; returns the files that were skipped.
 
@@ -144,6 +141,7 @@ def embed_files(
     shard          (i, n): every n-th file from the i-th (from 1), into a folder that n processes share
     workers        threads, each with a batch of files, and with one more that waits
     model_options  what `load_model` was given beside the name, for the metadata
+    cluster        that works instead of threads here; the files are then written in the order in which they are done
 
     Skipped files are named on stderr. Raises HearSsamError where `output` cannot be written, holds embeddings of other
     weights or options, or every file is skipped; what was there is then left as it was.
@@ -178,7 +176,7 @@ def embed_files(
 
     with target.opened(), tqdm(total=total and -(-(total - part + 1) // parts), unit="file", disable=None) as bar:
         worker = Worker(model, options, schema, target.folder)
-        found = embed_all(wanted(), worker, workers, total, lambda: target.close_if(SAFE))
+        found = embed_all(wanted(), worker, workers, total, lambda: target.close_if(SAFE), cluster)
         with contextlib.closing(found) as results:
             for recording, tables, error in results:
                 if error:

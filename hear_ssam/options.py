@@ -32,6 +32,25 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", metavar="DEVICE", help=text)
 
 
+def add_scale(parser: argparse.ArgumentParser, what: str) -> None:
+    """The options --shard, which `parse_shard` reads, and --engine, for `machine.engine_named`."""
+    text = f"every N-th {what} from the I-th (from 1): N jobs that write to one folder"
+    parser.add_argument("--shard", metavar="I/N", help=text)
+    text = (
+        "ray: on the Ray cluster at RAY_ADDRESS or of this machine, --workers per node or all GPUs (default: local); "
+    )
+    text += "every node must see the files by the same names"
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help=text)
+
+
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """Which of how many equal parts: "3/8" → (3, 8); without a text all of one."""
+    first, _, last = (text or "1/1").partition("/")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise HearSsamError(f"--shard {text}: give which part of how many, from 1/8 to 8/8.")
+    return int(first), int(last)
+
+
 def parse_options(text: str) -> dict[str, Any]:
     """Options of `load_model` from a JSON object."""
     try:

@@ -171,22 +171,29 @@ def job(folder, results, seed, model="m"):
 
 
 def test_a_killed_worker_takes_only_its_job_along(tmp_path, monkeypatch):
-    """What ran beside it runs again, alone; what had not begun still runs side by side; one line says what failed."""
+    """That runs once more, alone, when all others are done; one line says what failed."""
     write_task(tmp_path / "tasks" / "tones")
     folder = embed_task(load_hear_model(MODULE), tmp_path / "tasks" / "tones", tmp_path / "a")
     make = [job(folder, tmp_path / "b", seed) for seed in range(4)]
     make.insert(1, job(folder, tmp_path / "b", 0, model=_Killer()))
-    pools, failures, run_pool = [], {}, jobs._run_pool
+    started, given, failures, store = [], [], {}, tmp_path / "b" / STORE
 
-    def watched(waiting, store, workers, *others):
-        pools.append((len(waiting), workers))
-        return run_pool(waiting, store, workers, *others)
+    class Watched(jobs.ProcessPoolExecutor):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            started.append(self)
 
-    monkeypatch.setattr(jobs, "_run_pool", watched)
-    jobs.run_jobs(make, tmp_path / "b" / STORE, 2, failures)
+        def submit(self, function, *arguments):
+            given.append((arguments[0].label, len(read(store)) if store.exists() else 0) if arguments else None)
+            return super().submit(function, *arguments)
+
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", Watched)
+    jobs.run_jobs(make, store, 2, failures)
     assert list(failures) == ["killer, task, seed 0"] and "out of memory?" in failures["killer, task, seed 0"]
-    assert {r["seed"] for r in read(tmp_path / "b")} == set(range(4))
-    assert pools[0] == (5, 2) and pools[-1][1] == 2 and len([1 for _, workers in pools if workers == 1]) <= 2
+    records = read(tmp_path / "b")
+    assert {r["seed"] for r in records} == set(range(4)) and len(store.read_text().splitlines()) == len(records)
+    assert len(started) == 5  # two, and three for the two deaths
+    assert given[-2:] == [("killer, task, seed 0", len(records)), None] and len(given) == 7
 
 
 def _dies(leash):

@@ -33,7 +33,7 @@ def test_commands_start_no_more_workers_than_they_may_run(one_of_many, monkeypat
     pretrain.add_parser(subparsers)
     assert subparsers.choices["corpus"].parse_args(["store", "--audio", "x"]).workers == 1
     seen = []
-    monkeypatch.setattr(evaluate, "run_jobs", lambda jobs, store, workers, failures: seen.append(workers))
+    monkeypatch.setattr(evaluate, "run_jobs", lambda jobs, store, workers, *_: seen.append(workers))
     monkeypatch.setattr(evaluate, "find_tasks", lambda *_: {})
     evaluate.run_evaluation(["tests.tiny_hear"], tasks_dir=tmp_path, results_dir=tmp_path)
     assert seen == [1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..errors import HearSsamError
+from ..errors import HearSsamError, about
 from ..hear import HearModel
-from ..machine import work_ahead
+from ..machine import Cluster, work_ahead
+from ..options import pick_device
 from . import clips
 from .inputs import Recording
 
@@ -213,22 +215,50 @@ def cut_windows(blocks: Iterable[np.ndarray], window: int, hop: int, least: int)
 
 
 def embed_all(
-    recordings: Iterable[Recording], worker: Worker, workers: int, total: int | None, tick: Callable[[], object]
-) -> Generator[Result, None, None]:
-    """The results of `workers` threads in the order of the recordings; `tick` is called with each, and every second."""
-    most, size = BATCH.get(worker.model.device.type, GPU_BATCH)
+    recordings: Iterable[Recording], worker: Worker, workers: int, total: int | None, tick: Callable[[], object],
+    cluster: Cluster | None = None,
+) -> Generator[Result, None, None]:  # fmt: skip
+    """The results of `workers` threads in the order of the recordings, or of a cluster as they are finished.
+
+    `tick` is called with each, and every second.
+    """
+    device = cluster.device if cluster else worker.model.device.type
+    workers = len(cluster.places(device)) if cluster else workers
+    most, size = BATCH.get(device, GPU_BATCH)
     batches = _batches(recordings, min(most, -(-total // workers)) if total else most, size)
-    with contextlib.closing(work_ahead(worker, batches, workers, workers + 1)) as outcomes:
-        for _, outcome in outcomes:
+    outcomes = work_ahead(worker, batches, workers, workers + 1)
+    if cluster:
+        build = functools.partial(_far_worker, worker.model, worker.options, worker.schema)
+        outcomes = cluster.work(build, batches, device, 1 if device == "cpu" else 4, tick)
+    with contextlib.closing(outcomes):
+        for batch, outcome in outcomes:
             while True:
                 try:
                     results = outcome.result(1.0)
                     break
                 except StillRunning:
                     tick()
+                except HearSsamError as error:  # of a cluster: nothing is known but that the batch is lost
+                    results = [Result(recording, error=error) for recording in batch]
+                    break
             for result in results:
                 yield result
                 tick()
+
+
+def _far_worker(
+    model: HearModel, options: Options, schema: pa.Schema, device: str
+) -> Callable[[Sequence[Recording]], list[Result]]:
+    """A `Worker` in a process of a cluster, whose results travel."""
+    worker = Worker(model.to(pick_device(device)), options, schema, tempfile.gettempdir())
+
+    def work(batch: Sequence[Recording]) -> list[Result]:
+        return [
+            Result(recording._replace(decode=None), list(tables), error and about(recording.name, error))
+            for recording, tables, error in worker(batch)
+        ]
+
+    return work
 
 
 def _batches(recordings: Iterable[Recording], most: int, size: int) -> Iterator[list[Recording]]:

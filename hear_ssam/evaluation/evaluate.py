@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import os
+import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +24,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..errors import HearSsamError, unknown_name
-from ..machine import usable_cpus
-from ..options import add_model_options, parse_options
+from ..machine import Cluster, engine_named, usable_cpus
+from ..options import add_model_options, add_scale, parse_options, parse_shard
 from .jobs import HEADS, Job, git_commit, noted, run_jobs
 from .records import STORE, Record, embeddings_folder, key_of, read
 from .tables import Options, terminal
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 Probe = Literal["exact", "bf16", "knn", "logreg", "fewshot"]
 PROBES: tuple[Probe, ...] = get_args(Probe)
+Loader = Callable[[str], "JudgedModule"]  # puts a model on a device
+Models = dict[tuple[str, str], tuple["JudgedModule", Loader]]  # by name and hash: the loaded one, what loads another
+Work = tuple["Source", Sequence[tuple[str, str, int]]]  # and what it lacks: protocol, probe, seed
 Existing = Literal["only-missing", "always", "never"]
 EXISTING: tuple[Existing, ...] = get_args(Existing)
 EXAMPLES = """examples:
@@ -48,6 +52,8 @@ EXAMPLES = """examples:
   hear-ssam evaluate hearbaseline.naive --tasks-dir tasks --results-dir results --resample
   hear-ssam evaluate hear_ssam 'hear_ssam:{"model": "logmel"}' some.module --tasks-dir tasks --results-dir results
   hear-ssam evaluate 'hf:facebook/hubert-base-ls960:{"layer": 6}' xares:mine.py --tasks-dir tasks --results-dir out
+  hear-ssam evaluate --tasks-dir tasks --results-dir results --shard 3/8            third of eight jobs, same folder
+  hear-ssam evaluate --tasks-dir /shared/tasks --results-dir /shared/out --engine ray    on all nodes of a Ray cluster
   hear-ssam evaluate --embeddings-dir embeddings/hearbaseline --results-dir results     embeddings made by heareval
 """
 
@@ -61,8 +67,12 @@ class Source:
     checkpoint_sha256: str
     folder: Path  # in heareval's layout
     origin: dict[str, Any]  # what its results must come from to be used again
-    make: Callable[[], object]  # makes the folder, or raises where it is not finished
+    make: Callable[..., object]  # of the model, if it has one here; raises where the folder is not finished
     seconds: Callable[[], float] = float  # of audio, about
+
+    @property
+    def weights(self) -> tuple[str, str]:
+        return self.model, self.checkpoint_sha256
 
     @property
     def label(self) -> str:
@@ -120,7 +130,8 @@ def run_evaluation(
     results_dir: Path, tasks_dir: Path | None = None, embeddings_dir: Path | None = None, tasks: Sequence[str] = (),
     protocol: str = "heareval", probe: Probe | Sequence[Probe] = "exact", shots: int = 8, seeds: int | None = None,
     limit: int | None = None, existing: Existing = "only-missing", workers: int | None = None,
-    resample: bool = False, device: str = "auto",
+    resample: bool = False, device: str = "auto", shard: tuple[int, int] = (1, 1),
+    engine: Literal["local", "ray"] = "local",
 ) -> Evaluation:  # fmt: skip
     """Judge HEAR modules (default: hear_ssam) on the tasks in `tasks_dir`, or finished embeddings in `embeddings_dir`.
 
@@ -133,14 +144,16 @@ def run_evaluation(
     `limit` takes so many clips of every split, as a task of another name that says so.
     `existing` says what happens to results that are already in `results_dir`: only-missing runs the rest, always runs
     everything again, never treats them as an error.
+    `shard` (i, n) takes every n-th pair of task and model from the i-th (from 1); n processes share `results_dir`.
+    `engine` ray embeds and probes on the actors of a Ray cluster, whose nodes all see the folders (`machine.Cluster`).
     A task or module that fails is named in `failures` and does not stop the others. Jobs run in spawned processes: a
     script that calls this needs the usual `if __name__ == "__main__"`.
     """
     from .probe import named_protocol
 
     probes: list[str] = [probe] if isinstance(probe, str) else list(probe)
-    asked_for = [("policy for existing results", existing, EXISTING), *(("probe", name, PROBES) for name in probes)]
-    for kind, name, known in asked_for:
+    names = {"policy for existing results": (existing, EXISTING), "engine": (engine, ("local", "ray"))}
+    for kind, (name, known) in [*names.items(), *(("probe", (name, PROBES)) for name in probes)]:
         if name not in known:
             raise unknown_name(kind, name, known)
     if (tasks_dir is None) == (embeddings_dir is None):
@@ -150,7 +163,7 @@ def run_evaluation(
     if embeddings_dir and (idle := ", ".join(name for name, value in asked.items() if value)):
         raise HearSsamError(f"{idle}: of no use with --embeddings-dir, which loads no model; leave one of them out.")
     plan = named_protocol(protocol)
-    workers = usable_cpus() if workers is None else workers
+    cores = usable_cpus() if workers is None else workers
     for option, value in {"--seeds": seeds, "--workers": workers, "--shots": shots, "--limit": limit}.items():
         if value is not None and value < 1:
             raise HearSsamError(f"{option} must be at least 1, not {value}.")
@@ -163,18 +176,22 @@ def run_evaluation(
             runs["heareval", f"fewshot{shots}" if few else name] = range((seeds or 10) if few else 1)
     failures: dict[str, str] = {}
     store = results_dir / STORE
-    with _only_driver(results_dir):
+    models: Models = {}
+    folders = [place for place in (results_dir, tasks_dir, embeddings_dir) if place]
+    with engine_named(engine, device, workers, *folders) as cluster, _only_driver(results_dir, shard):
         if embeddings_dir:
             sources = _given_sources(embeddings_dir, tasks, failures)
         else:
             assert tasks_dir is not None
             unpacked = []
             for archive in find_archives(tasks_dir, tasks):
-                with noted(archive.name, failures):
+                with noted(archive.name, failures), FileLock(results_dir / ".tasks.lock"):
                     unpacked.append(unpack(archive, results_dir / "tasks"))
-            folders = find_tasks(tasks_dir, tasks, unpacked)
-            models = _load(modules or ("hear_ssam",), model, model_options, device, failures)
-            sources = _module_sources(models, folders, results_dir, resample, limit, existing == "always", failures)
+            found = find_tasks(tasks_dir, tasks, unpacked)
+            place = "cpu" if cluster else device
+            models = _load(modules or ("hear_ssam",), model, model_options, place, failures)
+            sources = _module_sources(models, found, results_dir, resample, limit, existing == "always", failures)
+        sources = sources[shard[0] - 1 :: shard[1]]
         stored = {key_of(record): record for record in read(store)} if store.exists() and existing != "always" else {}
         if quick := [probe for _, probe in runs if probe not in HEADS]:
             _tell_skipped(sources, quick)
@@ -188,16 +205,18 @@ def run_evaluation(
             raise HearSsamError(f"{store} has results of {', '.join(kept)} already (--existing never).")
         jobs, commit = [], git_commit()
         first = sum(source.task.name == sources[0].task.name for source in sources)  # by all models
-        for number, (source, todo) in enumerate(tqdm(work, desc="tasks", unit="task", disable=None, leave=False), 1):
+        made = _made(work, cluster, models)
+        bar = tqdm(made, total=len(work), desc="tasks", unit="task", disable=None, leave=False)
+        for number, ((source, todo), make) in enumerate(bar, 1):
             if todo:
                 with noted(source.label, failures):
-                    source.make()
+                    make()
                     for *run, seed in todo:
                         identity = {**source.identity(*run), "seed": seed}
                         jobs.append(Job(source.folder, identity, results_dir, commit))
-            if number == first and (outlook := _outlook(work, plan, workers)):
+            if number == first and not cluster and (outlook := _outlook(work, plan, cores)):
                 tqdm.write(outlook, file=sys.stderr)
-        run_jobs(jobs, store, workers, failures)
+        run_jobs(jobs, store, cores, failures, cluster)
         keys = {source.key(*run, seed)[:-2] for source in sources for run in runs for seed in runs[run]}
         records = [r for r in read(store) if key_of(r)[:-2] in keys] if store.exists() else []  # folds and metrics
     return Evaluation(records, failures)
@@ -216,7 +235,31 @@ def _tell_skipped(sources: Sequence[Source], quick: Sequence[str]) -> None:
                 print(f"{name}: {less}.", file=sys.stderr)
 
 
-def _outlook(work: Sequence[tuple[Source, Sequence[tuple[str, str, int]]]], plan: Protocol, workers: int) -> str:
+def _made(work: Sequence[Work], cluster: Cluster | None, models: Models) -> Iterator[tuple[Work, Callable[[], object]]]:
+    """Each source with what makes its embeddings, or raises why a cluster could not."""
+    if cluster and models:
+        build = functools.partial(_far_maker, {weights: load for weights, (_, load) in models.items()})
+        lacking = [one for one in work if one[1]]
+        with contextlib.closing(cluster.work(build, lacking, cluster.device)) as outcomes:
+            yield from ((one, outcome.result) for one, outcome in outcomes)
+    else:
+        yield from ((one, functools.partial(one[0].make, *models.get(one[0].weights, ())[:1])) for one in work)
+
+
+def _far_maker(loaders: Mapping[tuple[str, str], Loader], device: str) -> Callable[[Work], None]:
+    """What makes embeddings in a process of a cluster."""
+    load = functools.lru_cache(1)(lambda weights: loaders[weights](device))  # tasks of a model follow each other
+
+    def work(one: Work) -> None:
+        source, hear = one[0], load(one[0].weights)
+        if (hear.name, hear.checkpoint_sha256) != source.weights:
+            raise HearSsamError(f"{source.model}: has other weights on the node {platform.node()}; make them the same.")
+        source.make(hear)
+
+    return work
+
+
+def _outlook(work: Sequence[Work], plan: Protocol, workers: int) -> str:
     """How long the rest takes, by the embeddings of the first task; empty where nothing of it takes long."""
     from .embeddings import provenance
     from .preview import duration, probe_seconds
@@ -224,7 +267,7 @@ def _outlook(work: Sequence[tuple[Source, Sequence[tuple[str, str, int]]]], plan
     seen: dict[tuple[str, str], tuple[float, int]] = {}  # of each model: seconds per second of audio, width
     audio = embeddings = probes = 0.0
     for source, todo in work:
-        model, length = (source.model, source.checkpoint_sha256), source.seconds() if todo else 0.0
+        model, length = source.weights, source.seconds() if todo else 0.0
         if (source.folder / DONE).exists():
             noted = provenance(source.folder)
             seen.setdefault(model, (noted.get("seconds", 0.0) / (length or 1.0), noted.get("dim", 0)))
@@ -240,11 +283,11 @@ def _outlook(work: Sequence[tuple[Source, Sequence[tuple[str, str, int]]]], plan
 
 
 @contextlib.contextmanager
-def _only_driver(results_dir: Path) -> Iterator[None]:
-    """Hold a lock on a results folder; the system lets go of it however the process ends."""
+def _only_driver(results_dir: Path, shard: tuple[int, int]) -> Iterator[None]:
+    """Hold a lock on a results folder, or a part of it; the system lets go of it however the process ends."""
     try:
         results_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(results_dir / ".lock", timeout=0):
+        with FileLock(results_dir / (".lock" if shard == (1, 1) else ".lock-{}-of-{}".format(*shard)), timeout=0):
             yield
     except Timeout:
         raise HearSsamError(f"{results_dir}: another evaluation writes to it; wait or choose another folder.") from None
@@ -254,26 +297,28 @@ def _only_driver(results_dir: Path) -> Iterator[None]:
 
 def _load(
     modules: Sequence[object], model: str, options: Mapping[str, Any] | None, device: str, failures: dict[str, str]
-) -> list[JudgedModule]:
+) -> Models:
     """All models that are given or can be loaded, each once; raises HearSsamError where there are none."""
     from .module import judged, load_hear_model
 
-    models: dict[tuple[str, str], JudgedModule] = {}
+    models: Models = {}
     lost: dict[str, str] = {}
     for module in modules:
         name = module if isinstance(module, str) else getattr(module, "__name__", repr(type(module)))
+        load = functools.partial(judged, module)
+        if isinstance(module, str | ModuleType):
+            load = functools.partial(load_hear_model, name, model, options)
         with noted(name, lost):
-            loads = isinstance(module, str | ModuleType)
-            hear = load_hear_model(name, model, options, device) if loads else judged(module, device)
-            models.setdefault((hear.name, hear.checkpoint_sha256), hear)
+            hear = load(device)
+            models.setdefault((hear.name, hear.checkpoint_sha256), (hear, load))
     if not models:
         raise HearSsamError("; ".join(lost.values()))
     failures |= lost
-    return list(models.values())
+    return models
 
 
 def _module_sources(
-    models: Sequence[JudgedModule], tasks: Mapping[str, Sequence[Path]], results_dir: Path, resample: bool,
+    models: Models, tasks: Mapping[str, Sequence[Path]], results_dir: Path, resample: bool,
     limit: int | None, again: bool, failures: dict[str, str],
 ) -> list[Source]:  # fmt: skip
     from .embeddings import best_folder, embed_task, origin
@@ -281,7 +326,7 @@ def _module_sources(
 
     sources, warned = [], set()
     for name, folders in tasks.items():
-        for hear in models:
+        for hear, _ in models.values():
             with noted(f"{hear.name}, {name}", failures):
                 task = read_task(best_folder(folders, hear.sample_rate))
                 task = limited(task, limit, results_dir / "tasks") if limit else task
@@ -289,7 +334,7 @@ def _module_sources(
                     _warn(task)
                 warned.add(task.folder)
                 target = embeddings_folder(results_dir, hear.name, hear.checkpoint_sha256, task.name)
-                make = functools.partial(embed_task, hear, task, target, resample=resample, again=again)
+                make = functools.partial(embed_task, task=task, out_dir=target, resample=resample, again=again)
                 comes_from = origin(hear, task, target, resample)
                 seconds = functools.partial(audio_seconds, task, hear.sample_rate, resample)
                 sources.append(Source(task, hear.name, hear.checkpoint_sha256, target, comes_from, make, seconds))
@@ -349,13 +394,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     existing = "with results there: run the rest (default), run all again, embeddings too, or refuse"
     add("--existing", choices=EXISTING, default="only-missing", help=existing)
     add("--workers", type=int, metavar="N", help="parallel probe processes (default: one per core)")
+    add_scale(parser, "pair of task and model")
     add("--resample", action="store_true", help="allow audio of another sample rate than the model's")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     sys.path.append(os.getcwd())  # a module in the current folder can be judged too
-    given = {**vars(args), "model_options": parse_options(args.model_options)}
+    shard, options = parse_shard(args.shard), parse_options(args.model_options)
+    given = {**vars(args), "model_options": options, "shard": shard}
     evaluation = run_evaluation(**{name: given[name] for name in inspect.signature(run_evaluation).parameters})
     if evaluation.records:  # beside what other models have reached on the same tasks
         tasks = {r["task"] for r in evaluation.records}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import math
 import multiprocessing
@@ -18,20 +19,19 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from .. import __version__
 from ..errors import HearSsamError
-from ..machine import keep_freed_memory
+from ..machine import Cluster, keep_freed_memory
 from ..paths import atomic_write
 from .records import Record, append, make_records, predictions_file
 
@@ -79,65 +79,72 @@ def noted(name: str, failures: dict[str, str]) -> Iterator[None]:
         print(f"{name}: {failures[name]}", file=sys.stderr)
 
 
-def run_jobs(jobs: list[Job], store: Path, workers: int, failures: dict[str, str]) -> None:
-    """Run all jobs, each in a process, and append the records of each as soon as it is finished.
+def run_jobs(
+    jobs: Sequence[Job], store: Path, workers: int, failures: dict[str, str], cluster: Cluster | None = None
+) -> None:
+    """Run all jobs, each in a process, here or on a cluster, and append the records of each as soon as it is finished.
 
-    If a worker dies, the jobs that were running go down with it and run once more, each alone; then the others go on.
     Raises HearSsamError where no worker lives long enough to take a job.
     """
-    waiting = deque(sorted(jobs, key=lambda job: -job.size))  # longest first, so that no core waits for one at the end
-    with tqdm(total=len(jobs), desc="probe", unit="job", disable=None) as bar:
-        while waiting:
-            for job in _run_pool(waiting, store, workers, failures, bar):
-                if _run_pool(deque([job]), store, 1, failures, bar):
-                    reason = "its process was killed or crashed (out of memory?); run again what is missing"
-                    failures[job.label] = reason
-                    bar.update(1)
+    longest_first = sorted(jobs, key=lambda job: -job.size)  # so that no core waits for one at the end
+    outcomes = cluster.work(_far_worker, longest_first, "cpu") if cluster else _work_here(longest_first, workers)
+    with contextlib.closing(outcomes), tqdm(total=len(jobs), desc="probe", unit="job", disable=None) as bar:
+        for job, outcome in outcomes:
+            with noted(job.label, failures):
+                records = outcome.result()
+                append(store, records)
+                last = records[-1]  # the score that leads
+                bar.write(f"{job.label}: {last['metric']} {last['score']} in {last['seconds']:.0f} s", file=sys.stderr)
+            bar.update(1)
 
 
-def _run_pool(
-    waiting: deque[Job], store: Path, workers: int, failures: dict[str, str], bar: tqdm[NoReturn]
-) -> list[Job]:
-    """Run jobs from `waiting` until it is empty or a worker dies; returns the jobs that died with it."""
+def _work_here(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, Future[list[Record]]], None, None]:
+    """Each job with its finished future, from a process. One whose process dies runs once more, alone, at the end."""
     spawn = multiprocessing.get_context("spawn")
-    processes = min(workers, len(waiting))
-    watched, leash = spawn.Pipe(duplex=False)  # workers end when this end of it closes, however that happens
-    pool = ProcessPoolExecutor(processes, spawn, _start_worker, (watched,))
-    running: dict[Future[list[Record]], Job] = {}
-    died: list[Job] = []
-    broken = False
+    watched, leash = spawn.Pipe(duplex=False)  # processes end when this end of it closes, however that happens
+    start = functools.partial(ProcessPoolExecutor, 1, spawn, _start_worker, (watched,))
+    free = [start() for _ in range(min(workers, len(jobs)))]
+    waiting = deque((job, 1) for job in jobs)
+    running: dict[Future[list[Record]], tuple[ProcessPoolExecutor, Job, int]] = {}
     with leash, watched:
         try:
-            started = pool.submit(os.getpid)
-            while running or (waiting and not broken):
-                while waiting and len(running) < processes and not broken:
-                    try:
-                        running[pool.submit(_work, waiting[0])] = waiting[0]
-                        waiting.popleft()
-                    except BrokenProcessPool:
-                        broken = True
+            while waiting or running:
+                while waiting and free and (waiting[0][1] == 1 or not running):
+                    pool, (job, tries) = free.pop(), waiting.popleft()
+                    if tries > 1:  # not where an idle process may have died of the same
+                        pool.shutdown()
+                        pool = start()
+                    running[pool.submit(_work, job)] = pool, job, tries
                 for future in wait(running, None, FIRST_COMPLETED).done:
-                    job = running.pop(future)
-                    if isinstance(future.exception(), BrokenProcessPool):
-                        broken = True
-                        died.append(job)
+                    pool, job, tries = running.pop(future)
+                    if lost := isinstance(future.exception(), BrokenProcessPool):
+                        pool.shutdown()
+                        pool = start()
+                    free.append(pool)
+                    if lost and tries == 1:
+                        waiting.append((job, 2))
                         continue
-                    with noted(job.label, failures):
-                        records = future.result()
-                        append(store, records)
-                        last = records[-1]  # the score that leads
-                        text = f"{job.label}: {last['metric']} {last['score']} in {last['seconds']:.0f} s"
-                        bar.write(text, file=sys.stderr)
-                    bar.update(1)
-            if broken and workers == 1 and started.exception():
-                needs = "a script that calls run_evaluation needs its calls below `if __name__ == '__main__':`"
-                raise HearSsamError(f"workers of the probe do not start: {needs}, and a worker memory for torch.")
+                    if lost and pool.submit(os.getpid).exception():
+                        needs = "a script needs its calls of run_evaluation below `if __name__ == '__main__':`"
+                        raise HearSsamError(f"workers of the probe do not start: {needs}, and memory for torch.")
+                    if lost:
+                        future = Future()
+                        reason = "its process was killed or crashed (out of memory?); run again what is missing"
+                        future.set_exception(HearSsamError(reason))
+                    yield job, future
         except BaseException:  # Ctrl-C: what is finished is stored, the rest is dropped at once
             leash.close()
             raise
         finally:
-            pool.shutdown(cancel_futures=True)
-    return died
+            for pool in [*free, *(pool for pool, *_ in running.values())]:
+                pool.shutdown(cancel_futures=True)
+
+
+def _far_worker(_: str) -> Callable[[Job], list[Record]]:
+    import torch
+
+    torch.set_num_threads(1)
+    return _work
 
 
 def _start_worker(leash: Connection) -> None:
@@ -156,7 +163,7 @@ def _start_worker(leash: Connection) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-@lru_cache(1)  # seeds of one task follow each other
+@functools.lru_cache(1)  # seeds of one task follow each other
 def _opened(folder: Path) -> tuple[Task, dict[str, Rows]]:
     from .rows import open_embeddings
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
+from filelock import FileLock
+
 from ..errors import HearSsamError
 
 if TYPE_CHECKING:
@@ -128,21 +130,22 @@ def append(path: Path, records: Iterable[Record]) -> None:
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-        size = os.fstat(descriptor).st_size
-        try:
-            os.lseek(descriptor, max(0, size - 1), os.SEEK_SET)
-            if size and os.read(descriptor, 1) != b"\n":
-                text = "\n" + text  # close the line that a crash tore
-            data = text.encode()
-            if os.write(descriptor, data) != len(data):
-                raise OSError(None, "the disk is full")
-            os.fsync(descriptor)
-        except OSError:  # a part of the records would pass for all of them
-            os.ftruncate(descriptor, size)
-            raise
-        finally:
-            os.close(descriptor)
+        with FileLock(path.with_name(f".{path.name}.lock")):  # jobs of an array share the store
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            size = os.fstat(descriptor).st_size
+            try:
+                os.lseek(descriptor, max(0, size - 1), os.SEEK_SET)
+                if size and os.read(descriptor, 1) != b"\n":
+                    text = "\n" + text  # close the line that a crash tore
+                data = text.encode()
+                if os.write(descriptor, data) != len(data):
+                    raise OSError(None, "the disk is full")
+                os.fsync(descriptor)
+            except OSError:  # a part of the records would pass for all of them
+                os.ftruncate(descriptor, size)
+                raise
+            finally:
+                os.close(descriptor)
     except OSError as error:
         reason = error.strerror or error
         raise HearSsamError(f"{path}: cannot be written: {reason}; make room or use another place.") from error
