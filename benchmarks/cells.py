@@ -9,18 +9,19 @@ at limits that are now higher.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib
-import json
+import multiprocessing
 import os
 import random
 import re
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -86,22 +87,29 @@ def medians(found: dict[str, Any]) -> Cell:
 
 def alone(study: str, cell: Cell) -> Cell:
     """What measure(cell) of the module `study` finds in a process of its own; "ended": why it found less, or ""."""
-    threads = str(cell.get("threads", 1))
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    command = [sys.executable, "-m", "benchmarks.cells", study, json.dumps(cell)]
-    done = subprocess.run(command, cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, text=True)
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # a study that wants more tells torch
+    forked = "forkserver" in multiprocessing.get_all_start_methods()  # from one that has imported torch and no more
+    context = multiprocessing.get_context("forkserver" if forked else "spawn")
+    if forked:
+        context.set_forkserver_preload(["hear_ssam.encoder"])
+    pipe, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_serve, args=(theirs, study, cell))
+    process.start()
+    theirs.close()
     found: Cell = {"ended": ""}
-    for line in done.stdout.splitlines():
-        found |= json.loads(line)
-    if done.returncode == -signal.SIGXCPU:
+    with contextlib.suppress(EOFError):
+        while True:
+            found |= pipe.recv()
+    process.join()
+    if process.exitcode and process.exitcode == -getattr(signal, "SIGXCPU", 0):
         found["ended"] = f"over {cell['limit_s']:g} s"
-    elif done.returncode:
-        raise HearSsamError(f"{cell}: its process ended with {done.returncode}; see above, mend it and run again.")
+    elif process.exitcode:
+        raise HearSsamError(f"{cell}: its process ended with {process.exitcode}; see above, mend it and run again.")
     return found
 
 
-def serve(study: str, cell: Cell) -> None:
-    """The body of such a process: a line of JSON for everything that is found."""
+def _serve(pipe: Connection, study: str, cell: Cell) -> None:
+    """The body of such a process: send everything that is found."""
     if cell.get("limit_gb"):
         import resource
 
@@ -109,11 +117,11 @@ def serve(study: str, cell: Cell) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
     try:
         for found in importlib.import_module(study).measure(cell):
-            print(json.dumps(found), flush=True)
+            pipe.send(found)
     except (RuntimeError, MemoryError) as error:  # torch has no name for it on a CPU
         if not isinstance(error, MemoryError) and not re.search("alloc|out of memory", str(error)):
             raise
-        print(json.dumps({"ended": "out of memory"}))
+        pipe.send({"ended": "out of memory"})
 
 
 # --- all cells of a study -------------------------------------------------------------------------------------------
@@ -131,7 +139,7 @@ def parser(name: str, text: str) -> argparse.ArgumentParser:
 
 
 def run(
-    study: str, cells: Sequence[Cell], args: argparse.Namespace, cost: Callable[[Cell], float], **limits: float
+    study: str, cells: Sequence[Cell], args: argparse.Namespace, cost: Callable[[Cell], Any], **limits: float
 ) -> int:
     """Run what the CSV of the module `study` lacks, then write the page; 1 where a cell failed, which runs again.
 
@@ -227,7 +235,3 @@ def machines(rows: Sequence[Row]) -> str:
     """What the rows were measured on, in a sentence."""
     names = sorted({f"{row['CPU']} ({row['features']}), {row['threads']} thread, {row['versions']}" for row in rows})
     return f"Measured on {'; '.join(names)}." if names else ""
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], json.loads(sys.argv[2]))

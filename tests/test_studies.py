@@ -109,6 +109,11 @@ def test_the_page_of_scaling_says_what_the_rows_say(tmp_path: Path):
     # at 22,000 tokens: 1 - 0.1 / 2.2, 1 - 0.1 / 0.44; 1 - 0.02 / 0.44, twice as much
     assert "| 95.5 % less: holds | 77.3 % less: less than published |" in text
     assert "| 95.5 % less: holds | 100 % more: does not hold |" in text
+    rows = [one for one in rows if one["form"] != "naive" or one["tokens"] != "22000"]
+    rows.append(row(("ssast", "naive"), 22_000, 0, 0, "over 60 s") | {"limit_s": "60.0"})
+    times, sizes = ({name: scaling.curve(rows, name, c) for name in scaling.SYSTEMS} for c in ("cpu_ms", "peak_mb"))
+    first, second, *_ = scaling.claims(rows, times, sizes)
+    assert first[2] == "at least 96.3 % less: holds" and second[2] == "SSAST ended: over 60 s"  # of 2.2 s
 
 
 def test_the_page_of_the_comparison_pairs_clips(tmp_path: Path):
