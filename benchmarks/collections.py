@@ -138,7 +138,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--hours", type=float, default=1.0, help="of the long file (default 1)")
-    parser.add_argument("--kinds", nargs="+", default=["both", "scene"], help="default: both scene")
+    parser.add_argument("--kinds", nargs="+", default=["both"], help="both (default), scene")
     parser.add_argument("--whole", action="store_true", help="compare with the whole file at once (gigabytes)")
     parser.add_argument("--files", type=int, default=20_000, help="short ones (default 20000)")
     parser.add_argument("--plain", type=int, default=500, help="of them in the plain loop (default 500)")

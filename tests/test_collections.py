@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
@@ -309,6 +310,28 @@ def test_long_recordings_are_read_in_pieces(
     data = columns(tmp_path / "out.parquet")
     assert (data["path"], data["start_ms"]) == (paths, times)
     np.testing.assert_allclose(data["embedding"], torch.stack(rows).numpy(), atol=1e-5)
+
+
+def test_the_one_file_is_made_piece_by_piece(tmp_path: Path) -> None:
+    """What is read of a shard is freed before the next piece of it is read."""
+    with pq.ParquetWriter(tmp_path / "a.parquet", pa.schema({"x": pa.list_(pa.float32())})) as writer:
+        for _ in range(20):
+            values = np.random.default_rng(0).random(256 * 256, np.float32)
+            lists = pa.ListArray.from_arrays(np.arange(0, len(values) + 1, 256, dtype=np.int32), values)
+            writer.write_table(pa.table({"x": lists}))
+    before, held, rows = pa.total_allocated_bytes(), [], 0
+    for table in shards.row_groups(tmp_path / "a.parquet"):
+        held.append((pa.total_allocated_bytes() - before) / table.nbytes)
+        rows += table.num_rows
+    assert rows == 20 * 256 and max(held) < 12  # threads of pyarrow are late in freeing some; all at once: 33
+
+
+def test_rows_that_nobody_wants_are_not_kept(weights: Path, tmp_path: Path) -> None:
+    """Of an hour in windows they would be gigabytes."""
+    model, options = hear_ssam.load_model(weights), work.Options("scene", 1.0, 1.0)
+    worker = work.Worker(model, options, options.schema(model), tmp_path)
+    ((scene, rows),) = worker._embed([torch.zeros(RATE)])
+    assert len(scene) == model.scene_embedding_size and rows.untyped_storage().nbytes() == 0
 
 
 def test_what_a_run_left_when_it_ended_while_making_the_one_file(

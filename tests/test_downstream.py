@@ -150,6 +150,11 @@ def test_from_embeddings_with_labels_splits_and_groups(
     assert run("classify", "train", embeddings, "--labels", tested, "-o", tmp_path / "a.json") == 0
     text = capsys.readouterr().out
     assert "12 clips" in text and "the test split" in text and re.search(r"accuracy +6 ", text)
+    (tmp_path / "more.csv").write_text(
+        "\n".join([tested.read_text(), f"{tested},other,train,", f"{embeddings},other,train,"])
+    )
+    assert run("classify", "train", embeddings, "--labels", tmp_path / "more.csv", "-o", tmp_path / "no.json") == 2
+    assert "class 'other' has 0 recordings with embeddings to train on" in capsys.readouterr().err
     grouped = write("group.csv", lambda seed: "", lambda seed: f"day {seed % 2}")
     assert run("classify", "train", embeddings, "--labels", grouped, "-o", tmp_path / "b.json") == 0
     assert "2 folds" in capsys.readouterr().out

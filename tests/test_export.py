@@ -58,6 +58,9 @@ def test_what_cannot_be_exported_says_why(tmp_path: Path, capsys: pytest.Capture
         export_onnx(load_model("logmel"), tmp_path / "a.onnx")
     assert cli.main(["export", "-o", str(tmp_path / "a.onnx"), "--seconds", "0.001"]) == 2
     assert "audio has 16 samples" in capsys.readouterr().err
+    for wrong in (["--clips", "0"], ["--seconds", "-1"], ["--seconds", "nan"]):
+        assert cli.main(["export", "-o", str(tmp_path / "a.onnx"), *wrong]) == 2
+        assert f"{' '.join(wrong)}" in (said := capsys.readouterr().err) and "take one clip or more" in said
     assert cli.main(["export", "ssam_tinny", "-o", str(tmp_path / "a.onnx")]) == 2
     assert "Did you mean 'ssam_tiny'" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

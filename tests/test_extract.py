@@ -129,11 +129,22 @@ def test_bad_files_are_named_and_skipped(
 def test_nothing_good_leaves_the_older_output(
     with_bad: list[Path], weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "out.parquet").write_text("older")
-    assert embed(with_bad[0], "-o", tmp_path / "out.parquet", "--model", weights) == 1
+    output = tmp_path / "out.parquet"
+    assert embed(with_bad[1], "-o", output, "--model", weights) == 0
+    before = output.read_bytes()
+    assert embed(with_bad[0], "-o", output, "--model", weights) == 1
     assert "none of 1 files" in capsys.readouterr().err
-    assert [file.name for file in tmp_path.iterdir()] == ["out.parquet"]
-    assert (tmp_path / "out.parquet").read_text() == "older"
+    assert [file.name for file in tmp_path.iterdir()] == ["out.parquet"] and output.read_bytes() == before
+
+
+def test_a_file_of_another_kind_is_not_overwritten(
+    with_bad: list[Path], weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.parquet"
+    output.write_text("mine")
+    assert embed(with_bad[1], "-o", output, "--model", weights) == 2
+    assert f"{output}: is not a file of embeddings, or damaged; move it away" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["out.parquet"] and output.read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,8 @@ def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> di
     path. Raises HearSsamError where embeddings of labelled recordings are missing or a class is left with one group.
     """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import PredefinedSplit, StratifiedGroupKFold, cross_val_predict
+    from sklearn.metrics import log_loss
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -116,29 +117,24 @@ def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> di
     y, split = np.array([classes.index(row.label) for row in rows], int), np.array([row.split for row in rows])
     group = np.unique([row.group or row.path for row in rows], return_inverse=True)[1] if rows else y
     test, valid = split == "test", split == "valid"
-    least = min((len(set(group[~test & ~valid & (y == c)])) for c in range(len(classes))), default=0)
-    if least < 2:
-        raise HearSsamError(f"{place}: a class has fewer than two recordings with embeddings; embed all it names.")
-    folds = min(5, least)
-    fitted = ~test
-    if valid.any():
-        cv: Any = PredefinedSplit(np.where(valid[fitted], 0, -1))
-    else:
-        cv = list(StratifiedGroupKFold(folds, shuffle=True, random_state=0).split(x[fitted], y[fitted], group[fitted]))
+    counts = [len(set(group[~test & ~valid & (y == c)])) for c in range(len(classes))]
+    if (least := min(counts)) < 2:
+        few = f"class {classes[counts.index(least)]!r} has {least} recordings with embeddings to train on"
+        raise HearSsamError(f"{place}: {few}; embed all it names.")
+    folds, fitted = min(5, least), ~test
+    chooses = valid if valid.any() else fitted  # the rows by which the strength is chosen
+    cv = list(StratifiedGroupKFold(folds, shuffle=True, random_state=0).split(x[fitted], y[fitted], group[fitted]))
 
     def pipeline(strength: float) -> Any:
         return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
 
-    def loss(probabilities: np.ndarray, truth: np.ndarray) -> float:
-        return float(-np.log(np.maximum(probabilities[np.arange(len(truth)), truth], 1e-12)).mean())
-
-    tried = {}
-    for strength in STRENGTHS:
+    def attempt(strength: float) -> Any:
         if valid.any():
-            tried[strength] = pipeline(strength).fit(x[split == "train"], y[split == "train"]).predict_proba(x[valid])
-        else:
-            tried[strength] = cross_val_predict(pipeline(strength), x[fitted], y[fitted], cv=cv, method="predict_proba")
-    strength = min(STRENGTHS, key=lambda c: loss(tried[c], y[valid if valid.any() else fitted]))
+            return pipeline(strength).fit(x[split == "train"], y[split == "train"]).predict_proba(x[valid])
+        return cross_val_predict(pipeline(strength), x[fitted], y[fitted], cv=cv, method="predict_proba")
+
+    tried = {strength: attempt(strength) for strength in STRENGTHS}
+    strength = min(STRENGTHS, key=lambda c: log_loss(y[chooses], tried[c], labels=range(len(classes))))
     final = pipeline(strength).fit(x[fitted], y[fitted])
     scaler, regression = final[0], final[1]
     coefficients, intercept = regression.coef_ / scaler.scale_, regression.intercept_

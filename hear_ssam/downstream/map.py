@@ -78,7 +78,6 @@ def _places(x: np.ndarray, method: str) -> np.ndarray:
     x = PCA(min(2 if method == "pca" else 50, *x.shape), random_state=0).fit_transform(x)
     if method == "tsne":
         x = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=0).fit_transform(x)
-    x = np.pad(x, ((0, 0), (0, 2 - x.shape[1]))) if x.shape[1] < 2 else x
     return np.asarray((x - x.min(0)) / np.maximum(np.ptp(x, axis=0), 1e-30))
 
 

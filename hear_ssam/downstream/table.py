@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..embedding.inputs import Recording
-from ..embedding.shards import parquet_files, provenance, same_provenance
+from ..embedding.shards import parquet_files, provenance, row_groups, same_provenance
 from ..embedding.work import Options, Worker, embed_all
 from ..errors import HearSsamError, about
 from ..hear import HearModel, load_model
@@ -41,14 +40,12 @@ def read_embeddings(place: str | os.PathLike[str]) -> Embeddings:
     made = provenance(files[0]) if files else None
     if made is None:
         raise HearSsamError(f"{place}: holds no embeddings; write them there with `hear-ssam embed`.")
-    same_provenance(Path(place), files, made)
+    same_provenance(Path(place), files, made, "give each model and each set of options a folder of its own")
     if made["kind"] == "timestamps":
         raise HearSsamError(f"{place}: holds timestamp embeddings only; use `hear-ssam embed --kind scene`.")
-    tables = []
-    for file in files:
-        for batch in pq.ParquetFile(file).iter_batches():  # of an hour of timestamps only the scene is kept
-            table = pa.Table.from_batches([batch])
-            tables.append(table if made["window"] else table.filter(pa.compute.is_null(table["start_ms"])))
+    tables = (table for file in files for table in row_groups(file))
+    if not made["window"]:  # of an hour of timestamps only the scene is kept
+        tables = (table.filter(pa.compute.is_null(table["start_ms"])) for table in tables)
     return as_embeddings(tables, made)
 
 
@@ -92,11 +89,11 @@ def compute(
 
     recordings = list(recordings)
     made, schema = options.made(model), options.schema(model)
-    workers = min(usable_cpus(), len(recordings))
-    torch.set_num_threads(max(1, usable_cpus() // max(1, workers)))
+    workers = max(1, min(usable_cpus(), len(recordings)))
+    torch.set_num_threads(max(1, usable_cpus() // workers))
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=len(recordings), unit="file", disable=None) as bar:
         worker = Worker(model, options, schema, scratch)
-        for recording, tables, error in embed_all(recordings, worker, max(1, workers), len(recordings), lambda: None):
+        for recording, tables, error in embed_all(recordings, worker, workers, len(recordings), lambda: None):
             bar.update()
             if error:
                 tqdm.write(f"skipped {about(recording.name, error)}", file=sys.stderr)

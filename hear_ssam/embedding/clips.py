@@ -53,6 +53,8 @@ def embed(
     model = model if isinstance(model, HearModel) else _load(os.fspath(model or ""))
     if pooling not in (None, "mean", "mean_std"):
         raise unknown_name("pooling", pooling, ("mean", "mean_std"))
+    if layers is not None and not isinstance(model, EncoderModel):
+        raise HearSsamError(f"layers={list(layers)}: {model.name} has no blocks; leave it away.")
     if not 1_000 <= rate <= 1_000_000:
         raise HearSsamError(f"rate={rate}: no sample rate; give that of the arrays in Hz.")
     most, rows = LONG * model.sample_rate, []
@@ -85,9 +87,7 @@ def embed(
         if sum(map(len, batch)) > most * (1 if model.device.type == "cpu" else 32):
             flush()
     flush()
-    if not rows:
-        return np.zeros((0, model.scene_embedding_size), np.float32)
-    return np.stack(rows)
+    return np.stack(rows) if rows else np.zeros((0, model.scene_embedding_size), np.float32)
 
 
 @functools.lru_cache(1)
@@ -132,7 +132,6 @@ def embed_clips(
     """Scene (E',) and timestamp embeddings (T, E) of each clip (samples,), float32, as of the clip alone."""
     clips = [model.check(clip.to(model.device)) for clip in clips]  # (1, samples) each
     if not isinstance(model, EncoderModel):
-        _refuse_layers(model, layers)
         return [(model.scene(rows, rows, pooling)[0], rows[0]) for rows in map(model, clips)]
     windows = [model.spectrogram(clip)[0].split(model.config.window_frames) for clip in clips]
     together: dict[int, list[tuple[int, int]]] = defaultdict(list)
@@ -149,11 +148,6 @@ def embed_clips(
         kept = computed[:, : len(model.timestamps(clip.shape[1]))]
         results.append((model.scene(kept, computed, pooling)[0], kept[0]))
     return results
-
-
-def _refuse_layers(model: HearModel, layers: Sequence[int] | None) -> None:
-    if layers is not None:
-        raise HearSsamError(f"layers={list(layers)}: {model.name} has no blocks; leave it away.")
 
 
 class _Moments:
@@ -188,8 +182,6 @@ def embed_long(
 ) -> tuple[Tensor, int]:
     """The scene embedding (E',) of a long clip and its samples; `emit` gets its timestamp embeddings (n, E) in turn."""
     encoder = model if isinstance(model, EncoderModel) else None
-    if encoder is None:
-        _refuse_layers(model, layers)
     audio, levels, shift = _Moments(), _Moments(), 0.0
     for piece in _spectra(model, blocks(), 0.0, audio):
         shift = shift if levels.count else float(piece[0, 0])  # as in `standardize`

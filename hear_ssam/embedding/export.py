@@ -87,6 +87,8 @@ def export_onnx(
             rows = computed[:, : len(times)]
             return known.scene(rows, computed), rows
 
+    if clips < 1 or not 0 < seconds < 3600:
+        raise HearSsamError(f"--clips {clips} --seconds {seconds:g}: take one clip or more, of up to an hour each.")
     audio = model.check(torch.zeros(clips, round(seconds * model.sample_rate), device=model.device))
     times = model.timestamps(audio.shape[1])
     example = known.spectrogram(audio) if spectrogram else audio

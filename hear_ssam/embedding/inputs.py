@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..audio import audio_blocks, audio_clips, find_audio, is_tar, read_audio
-from ..errors import HearSsamError, about
+from ..errors import HearSsamError
 
 
 class Recording(NamedTuple):
@@ -81,7 +81,8 @@ def read_manifest(file: str | os.PathLike[str], *needed: str) -> list[dict[str, 
             reader = csv.DictReader(lines)
             rows = [{key: (row[key] or "").strip() for key in reader.fieldnames or ()} for row in reader]
     except (OSError, UnicodeError, csv.Error) as error:
-        raise about(file, HearSsamError(f"cannot be read as a CSV file: {error}; write it as UTF-8.")) from error
+        found = f"{error.strerror}; name one that is there" if isinstance(error, OSError) else f"{error}; write UTF-8"
+        raise HearSsamError(f"{file}: cannot be read as a CSV file: {found}.") from error
 
     def require(column: str) -> None:
         if not rows or column not in rows[0]:

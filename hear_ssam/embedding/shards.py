@@ -38,7 +38,7 @@ def provenance(file: Path) -> dict[str, Any] | None:
         return None
 
 
-def same_provenance(place: Path, files: Iterable[Path], wanted: dict[str, Any]) -> None:
+def same_provenance(place: Path, files: Iterable[Path], wanted: dict[str, Any], mend: str) -> None:
     """Raise HearSsamError for a file that other weights or options made; the version may differ."""
     for file in files:
         found = provenance(file)
@@ -46,7 +46,13 @@ def same_provenance(place: Path, files: Iterable[Path], wanted: dict[str, Any]) 
             raise HearSsamError(f"{file}: is not a file of embeddings, or damaged; move it away.")
         if different := [k for k in {**found, **wanted} if k != "version" and found.get(k) != wanted.get(k)]:
             text = ", ".join(f"{key}={found.get(key)!r}, not {wanted.get(key)!r}" for key in different)
-            raise HearSsamError(f"{place}: holds embeddings with {text}; name another output, or delete this one.")
+            raise HearSsamError(f"{place}: holds embeddings with {text}; {mend}.")
+
+
+def row_groups(file: Path) -> Iterator[pa.Table]:
+    """The rows of a Parquet file in the pieces that it was written in; `iter_batches` would keep them all in memory."""
+    with pq.ParquetFile(file) as rows:
+        yield from map(rows.read_row_group, range(rows.num_row_groups))
 
 
 def _paths(file: Path) -> set[str]:
@@ -106,8 +112,9 @@ class Output:
         for leftover in self.folder.glob(f".{self.prefix}-*.tmp"):
             leftover.unlink()
         parts = parquet_files(self.folder)
-        older = [self.output] if self.single and provenance(self.output) else []
-        same_provenance(self.output, older + parts, json.loads(self.schema.metadata[KEY]))
+        older = [self.output] if self.single and self.output.exists() else []
+        made, mend = json.loads(self.schema.metadata[KEY]), "name another output, or delete this one"
+        same_provenance(self.output, older + parts, made, mend)
         self.done = {path for file in older for path in _paths(file)}
         for file in parts:
             if self.done & (found := _paths(file)) and older:
@@ -175,7 +182,6 @@ class Output:
             pq.ParquetWriter(temporary, self.schema, use_dictionary=WORDS) as writer,
         ):
             for file in self.kept + parts:
-                with pq.ParquetFile(file) as rows:
-                    for batch in rows.iter_batches(self.row_group):
-                        writer.write_batch(batch.cast(self.schema))
+                for table in row_groups(file):
+                    writer.write_table(table.cast(self.schema))
         shutil.rmtree(self.folder)

@@ -139,7 +139,9 @@ class Worker:
         try:
             with torch.no_grad(), self.turn:
                 found = clips.embed_clips(self.model, audio)
-                return [(scene.cpu(), rows.cpu() if "timestamps" in self.parts else rows[:0]) for scene, rows in found]
+                if "timestamps" not in self.parts:  # a copy of none: a view would keep all of them in memory
+                    found = [(scene, rows[:0].clone()) for scene, rows in found]
+                return [(scene.cpu(), rows.cpu()) for scene, rows in found]
         except Exception as error:
             return [error] if len(audio) == 1 else [found for clip in audio for found in self._embed([clip])]
 

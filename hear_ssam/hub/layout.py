@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HearSsamError
+from ..frontend import SAMPLE_RATE
 from ..paths import atomic_write
 
 CODE = "modeling_hear_ssam"  # the module beside this one that goes into the folder
-SAMPLE_RATE = 16_000
 LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0")  # in the hub's spelling
 
 

@@ -149,9 +149,9 @@ def hub_file(repo: str, file: str, revision: str | None, folder: Path, pinned: s
     try:
         return Path(hf_hub_download(repo, file, revision=revision, library_name="hear-ssam"))
     except Exception as error:  # the network's, the hub's, the disk's: of many classes
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         mend = "unset HF_HUB_OFFLINE to download it" if offline() else "check the name, the network and the disk"
-        raise HearSsamError(f"{repo}/{file}: cannot be had from the hub: {reason} {mend}.") from error
+        raise HearSsamError(f"{repo}/{file}: cannot be had from the hub: {reason}; {mend}.") from error
 
 
 def _published(weights: Weights, folder: Path) -> tuple[Path, Path]:
