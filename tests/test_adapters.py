@@ -302,4 +302,4 @@ def test_evaluate_says_what_it_cannot_judge(tmp_path, serial):
 def test_root_stays_light():
     code = "import sys, hear_ssam; assert callable(hear_ssam.evaluate) and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert judged(tiny_hear.load_model()).module is tiny_hear and xares.adapts(3) is False
+    assert judged(tiny_hear.load_model()).module is tiny_hear and xares.wrap(3) is None

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,14 +129,11 @@ def load_model(
     return HubEncoder(model, extractor, name, layer, pooling, window)
 
 
-def adapts(model: object) -> bool:
-    """Whether `wrap` takes an object: a pair of a model of transformers and its feature extractor."""
-    return isinstance(model, tuple) and len(model) == 2 and hasattr(model[1], "sampling_rate")
-
-
-def wrap(model: object) -> HubEncoder:
-    encoder, extractor = cast(tuple[Any, Any], model)
-    return HubEncoder(encoder, extractor, encoder.name_or_path or type(encoder).__name__, -1, "mean", None)
+def wrap(model: object) -> HubEncoder | None:
+    """A pair, a model of transformers and its feature extractor, as a HEAR model; None for another object."""
+    if not (isinstance(model, tuple) and len(model) == 2 and hasattr(model[1], "sampling_rate")):
+        return None
+    return HubEncoder(*model, model[0].name_or_path or type(model[0]).__name__, -1, "mean", None)
 
 
 def get_scene_embeddings(audio: Tensor, model: HubEncoder) -> Tensor:

@@ -135,8 +135,7 @@ def judged(model: object, device: str = "auto") -> JudgedModule:
     place, kind = pick_device(device), type(model)
     for adapter in ADAPTERS:
         module = importlib.import_module(f".{adapter}", __package__)
-        if module.adapts(model):
-            wrapped = module.wrap(model)
+        if (wrapped := module.wrap(model)) is not None:
             return _placed(module, wrapped, wrapped.name, wrapped.checkpoint_sha256, place)
     parts = kind.__module__.split(".")
     packages = [sys.modules.get(".".join(parts[:depth])) for depth in range(len(parts), 0, -1)]

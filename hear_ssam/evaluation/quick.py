@@ -77,14 +77,11 @@ def draw(target: np.ndarray, shots: int, seed: int) -> np.ndarray:
 def shortage(task: Task, shots: int) -> str | None:
     """Says which class has fewer than `shots` training clips, where one has: few-shot then takes what there is."""
     for split in task.data_splits:
-        counts = Counter({label: 0 for label in task.labels})
-        for name in split.train:
-            counts.update(str(label) for labels in task.clips(name).values() for label in labels)
-        label, count = min(counts.items(), key=lambda item: item[1])
-        if count < shots:
-            many = f"{sum(number < shots for number in counts.values())} of {len(counts)} classes"
-            few = f"fewer than {shots} clips to train on ({label!r}: {count})"
-            return f"{many} have {few}; few-shot takes what there is"
+        counts = Counter(str(label) for name in split.train for labels in task.clips(name).values() for label in labels)
+        if few := [label for label in task.labels if counts[label] < shots]:
+            least = min(few, key=counts.__getitem__)
+            clips = f"fewer than {shots} clips to train on ({least!r}: {counts[least]})"
+            return f"{len(few)} of {len(task.labels)} classes have {clips}; few-shot takes what there is"
     return None
 
 

@@ -26,8 +26,7 @@ from .tables import FORMATS, Cell, Options, Table, agreement, caption, grid, tab
 from .tasks import DONE, known_tasks, read_task
 
 MOST_MB = 8  # of clips inside a page
-ORIGIN = ("model", "checkpoint_sha256", "module", "module_version", "audio_hz", "dim", "dtype", "device", "hear_ssam",
-          "commit", "torch", "python")  # fmt: skip
+ORIGIN = "model checkpoint_sha256 module module_version audio_hz dim dtype device hear_ssam commit torch python".split()
 Figure = dict[str, Any]  # what the template draws
 EXAMPLES = """examples:
   hear-ssam report results

@@ -14,6 +14,7 @@ import io
 import itertools
 import math
 import statistics
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -68,29 +69,14 @@ class Table:
             return False
         from scipy.stats import ttest_ind
 
-        return bool(ttest_ind(a, b, equal_var=False).pvalue >= 0.05)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # the scores of one hardly differ
+            return bool(ttest_ind(a, b, equal_var=False).pvalue >= 0.05)
 
     @property
     def common_tasks(self) -> list[str]:
         """Tasks on which every model has a score."""
         return [task for task in self.tasks if all((task, model) in self.cells for model in self.models)]
-
-    def aggregate(self, model: str, baseline: str) -> float:
-        """s(m) of a model over the common tasks; a task on which nobody beats the baseline counts 0."""
-        shares = []
-        for task in self.common_tasks:
-            best, own, base = (self.cells[task, m].mean for m in (self.best(task) or model, model, baseline))
-            shares.append(0.0 if best == base else max(0.0, (own - base) / (best - base)))
-        return 100 * statistics.mean(shares)
-
-    def rank(self, model: str) -> float:
-        """Mean rank of a model over the common tasks."""
-        ranks = []
-        for task in self.common_tasks:
-            own, *all_means = (self.sign[task] * self.cells[task, m].mean for m in (model, *self.models))
-            better, equal = sum(m > own for m in all_means), sum(m == own for m in all_means)
-            ranks.append(better + (equal + 1) / 2)
-        return statistics.mean(ranks)
 
 
 def interval(values: Sequence[float]) -> float | None:
@@ -166,14 +152,22 @@ def grid(table: Table, options: Options, bold: Callable[[str], str]) -> list[lis
 
 
 def aggregates(table: Table, options: Options) -> dict[str, list[float]]:
-    """The rows below the tasks: s(m) where there is a baseline, mean rank where there are rivals."""
-    rows: dict[str, list[float]] = {}
-    baseline = options.baseline_of(table)
-    if len(table.models) > 1 and table.common_tasks:
-        if baseline:
-            rows["s(m)"] = [table.aggregate(model, baseline) for model in table.models]
-        rows["rank"] = [table.rank(model) for model in table.models]
-    return rows
+    """The rows below the tasks: s(m) where there is a baseline, mean rank where there are rivals.
+
+    A task on which nobody beats the baseline counts 0 in s(m).
+    """
+    baseline, shares, ranks = options.baseline_of(table), [], []
+    if len(table.models) < 2 or not table.common_tasks:
+        return {}
+    from scipy.stats import rankdata
+
+    for task in table.common_tasks:
+        means = {model: table.sign[task] * table.cells[task, model].mean for model in table.models}
+        best, base = max(means.values()), means.get(baseline or "", 0.0)
+        shares.append([0.0 if best == base else max(0.0, (own - base) / (best - base)) for own in means.values()])
+        ranks.append(rankdata([-own for own in means.values()]).tolist())
+    rows = {"s(m)": [100 * statistics.mean(one) for one in zip(*shares, strict=True)]} if baseline else {}
+    return {**rows, "rank": [statistics.mean(one) for one in zip(*ranks, strict=True)]}
 
 
 def _published(table: Table) -> dict[str, dict[str, dict[str, Any]]]:
@@ -226,7 +220,7 @@ def agreement(records: Iterable[Record]) -> list[list[str]]:
             values = [spearmanr(*pair).statistic for pair in means if min(len(set(scores)) for scores in pair) >= 3]
             count = f"{len(values)} {what}{'s' * (len(values) != 1)}"
             found.append(f"{statistics.mean(values):.2f} ({count})" if values else "–")
-        if both:
+        if any(text != "–" for text in found):
             rows.append([*(f"{table.probe} ({table.protocol})" for table in (one, other)), *found])
     return [["probe", "and probe", "agree over models (ρ)", "over tasks (ρ)"], *rows] if rows else []
 

@@ -320,8 +320,11 @@ def unpack(archive: Path, folder: Path, most: int | None = None) -> Path:
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        system = getattr(error, "errno", None) is not None  # a full disk, say, and no fault of the archive
-        raise HearSsamError(f"{archive}: cannot be unpacked: {error}{'' if system else '; get it again'}.") from error
+        mend = "do not trust it" if isinstance(error, tarfile.FilterError) else "get it again"
+        if getattr(error, "errno", None) is not None:  # a full disk, say, and no fault of the archive
+            mend = "make room or use another place"
+        reason = str(error).partition(":\n")[0]  # what each compression lacks is below
+        raise HearSsamError(f"{archive}: cannot be unpacked: {reason}; {mend}.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target

@@ -77,13 +77,9 @@ def load_model(model_file_path: str = "", **options: Any) -> XaresEncoder:
     return XaresEncoder(encoder, file)
 
 
-def adapts(model: object) -> bool:
-    """Whether `wrap` takes an object."""
-    return all(hasattr(model, attribute) for attribute in _ATTRIBUTES)
-
-
-def wrap(model: object) -> XaresEncoder:
-    return XaresEncoder(model, None)
+def wrap(model: object) -> XaresEncoder | None:
+    """An object as a HEAR model, None where it is no encoder of X-ARES."""
+    return XaresEncoder(model, None) if all(hasattr(model, attribute) for attribute in _ATTRIBUTES) else None
 
 
 def get_scene_embeddings(audio: Tensor, model: XaresEncoder) -> Tensor:
