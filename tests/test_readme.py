@@ -25,7 +25,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DO
 # They install, need the network, or are this test command.
 OTHERS = ("python3 -m venv", "pip install", ".venv/bin/pip install", ".venv-test/bin/pip install")
 TESTS = ".venv-test/bin/python -m tests"
-QUICK = ("embed", "classify", "search", "map", "report", "models", "doctor", "corpus")
+QUICK = ("embed", "classify", "search", "map", "tasks", "report", "models", "doctor", "corpus")
 
 
 def commands() -> list[list[str]]:
@@ -76,7 +76,7 @@ def test_quick_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     noise = np.random.default_rng(0).normal(0, 0.1, (44_100, 2))
     for name in ("recordings/a.wav", "recordings/b.flac", "recordings/c.wav", "query.wav"):
         soundfile.write(name, noise, 44_100)
-    for name in ("dog/1", "dog/2", "rain/1", "rain/2"):
+    for name in [f"{kind}/{i}" for kind in ("dog", "rain") for i in range(5)]:
         Path("sounds", name).parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(f"sounds/{name}.wav", noise[:22_050], 44_100)
     append(Path("out/records.jsonl"), [record("ssam_tiny", 0.6), record("logmel", 0.5)])
