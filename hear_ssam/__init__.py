@@ -50,7 +50,7 @@ Contents, in reading order:
     evaluation.jobs         heads in parallel processes
     evaluation.records      one JSON line per result
     evaluation.tables       records as tables
-    evaluation.library      HEAR's tasks fetched and listed (make: tasks of labelled recordings)
+    evaluation.library      HEAR's tasks fetched and listed; tasks made of labelled recordings
     evaluation.evaluate     the driver of all that
     evaluation.report       results on screen, as CSV, LaTeX, HTML
     evaluation.check        the HEAR contract, explained, for any module

@@ -17,8 +17,7 @@ from hear_ssam import HearSsamError, cli
 from hear_ssam.audio import read_audio
 from hear_ssam.evaluation import library, tasks
 from hear_ssam.evaluation.evaluate import run_evaluation
-from hear_ssam.evaluation.library import fetch_task, task_table
-from hear_ssam.evaluation.make import make_task
+from hear_ssam.evaluation.library import fetch_task, make_task, task_table
 from hear_ssam.evaluation.tasks import Download, find_tasks, folder_named, known_tasks, read_task
 from hear_ssam.paths import sha256
 
@@ -297,8 +296,8 @@ def test_a_recording_that_cannot_be_read_leaves_nothing_however_slow_the_others(
         time.sleep(0.0 if path.name == "0.wav" and path.parent.name == "cat" else 0.3)
         return read_audio(path, rate)
 
-    monkeypatch.setattr("hear_ssam.evaluation.make.usable_cpus", lambda: 4)
-    monkeypatch.setattr("hear_ssam.evaluation.make.read_audio", slow)
+    monkeypatch.setattr("hear_ssam.evaluation.library.usable_cpus", lambda: 4)
+    monkeypatch.setattr("hear_ssam.evaluation.library.read_audio", slow)
     with pytest.raises(HearSsamError, match=r"0\.wav: cannot be read as audio"):
         make_task(two, tmp_path / "tasks", folds=3)
     time.sleep(0.5)
