@@ -325,6 +325,14 @@ def test_wrong_scores_are_found_before_any_embedding(tmp_path, serial):
     assert not embeddings(tmp_path / "results", task="odd").exists() and evaluation.records
 
 
+def test_a_failure_names_its_model_once(tmp_path, capsys):
+    write_task(tmp_path / "tasks" / "tones")
+    command = ["evaluate", "xares:none.py", "--tasks-dir", str(tmp_path / "tasks"), "--results-dir", str(tmp_path)]
+    assert cli.main(command) == 2
+    said, error = capsys.readouterr().err.splitlines()
+    assert said.startswith("xares:none.py: no such file") and error == f"hear-ssam: error: {said}"
+
+
 def test_without_what_windows_lacks(tmp_path, serial, monkeypatch):
     for name in ("pread", "sched_getaffinity"):
         monkeypatch.delattr(os, name, raising=False)

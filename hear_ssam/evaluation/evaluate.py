@@ -312,7 +312,7 @@ def _load(
             hear = load(device)
             models.setdefault((hear.name, hear.checkpoint_sha256), (hear, load))
     if not models:
-        raise HearSsamError("; ".join(lost.values()))
+        raise HearSsamError("; ".join(f"{name}: {reason}" for name, reason in lost.items()))
     failures |= lost
     return models
 

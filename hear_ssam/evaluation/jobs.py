@@ -75,7 +75,8 @@ def noted(name: str, failures: dict[str, str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        failures[name] = str(error) if isinstance(error, HearSsamError) else f"{type(error).__name__}: {error}"
+        text = str(error) if isinstance(error, HearSsamError) else f"{type(error).__name__}: {error}"
+        failures[name] = text.removeprefix(f"{name}: ")
         print(f"{name}: {failures[name]}", file=sys.stderr)
 
 
