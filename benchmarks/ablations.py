@@ -146,7 +146,7 @@ def page(rows: Sequence[Row], folder: Path) -> str:
         save(figure, folder / "ablations.png")
     return "\n".join([
         "## Ablations", "",
-        f"{HOW} {machines(rows)}", "",
+        f"{HOW} {machines(rows)}".strip(), "",
         *(["![Mean score of every training.](ablations.png)", "",
            piped(["training", "steps", "windows", "held-out loss", "mean", "against the baseline", *tasks], lines)]
           if rows else []),

@@ -225,10 +225,14 @@ def canvas(columns: int, width: float, height: float) -> Any:
 
 
 def save(figure: Any, file: Path) -> None:
+    """As a PNG of 64 colours, a quarter of the size."""
     import matplotlib.pyplot as plt
+    from PIL import Image
 
-    figure.savefig(file, dpi=100, metadata={"Software": None})
+    figure.savefig(file, dpi=100)
     plt.close(figure)
+    with Image.open(file) as image:
+        image.convert("RGB").quantize(64).save(file, optimize=True)
 
 
 def machines(rows: Sequence[Row]) -> str:

@@ -101,11 +101,9 @@ def clips(rows: Sequence[Row]) -> list[float]:
     return [100 * statistics.mean(map(int, column)) for column in zip(*(row["right"] for row in rows), strict=True)]
 
 
-def with_interval(mean: float, values: Sequence[float], form: str = ".1f") -> str:
-    """A mean over test clips with its 95 % interval."""
-    if len(values) < 2:
-        return f"{mean:{form}}"
-    return f"{mean:{form}} ± {1.96 * statistics.stdev(values) / len(values) ** 0.5:.1f}"
+def interval(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of a mean over test clips; 0 where there are none."""
+    return 1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def page(rows: Sequence[Row], folder: Path) -> str:
@@ -124,19 +122,21 @@ def page(rows: Sequence[Row], folder: Path) -> str:
     for key, found in judged.items():
         ordered = sorted(found, key=lambda model: -means[key][model])
         for model in ordered:
-            scores.append((*key, model, with_interval(means[key][model], clips(found[model])), len(found[model])))
+            half = interval(clips(found[model]))
+            scores.append((*key, model, f"{means[key][model]:.1f} ± {half:.1f}" if half else f"{means[key][model]:.1f}",
+                           len(found[model])))  # fmt: skip
         for a, b in itertools.combinations(ordered, 2):
             one, other, gap = clips(found[a]), clips(found[b]), means[key][a] - means[key][b]
             if one and len(one) == len(other):
                 p = float(ttest_rel(one, other).pvalue)
-                text = with_interval(gap, [x - y for x, y in zip(one, other, strict=True)], "+.1f")
-                pairs.append((*key, f"{a} − {b}", text, f"{p:.2g}", "yes" if p < 0.05 else "no"))
+                half = interval([x - y for x, y in zip(one, other, strict=True)])
+                pairs.append((*key, f"{a} − {b}", f"{gap:+.1f} ± {half:.1f}", f"{p:.2g}", "yes" if p < 0.05 else "no"))
     for model in dict.fromkeys(row["model"] for row in rows):
         cells = [speed.get((model, str(seconds))) for seconds in LENGTHS]
         said = [f"{float(c['cpu_ms']):,.0f} ms, {float(c['peak_mb']):,.0f} MB" if c else "not run" for c in cells]
         costs.append((model, next((f"{float(c['parameters']) / 1e6:.1f} M" for c in cells if c), ""), *said))
     if rows:
-        draw(means, speed, folder / "comparison.png")
+        draw(judged, means, speed, folder / "comparison.png")
     return "\n".join([
         "## Comparison", "", f"{NOTE} {machines(rows)}", "",
         *(["![Score against time.](comparison.png)", "",
@@ -156,15 +156,16 @@ longer, 115 of 128) with its published objective and masks, in bf16 on an NVIDIA
 repository; with files of yours the command makes the same tables."""
 
 
-def draw(means: Any, speed: Any, file: Path) -> None:
+def draw(judged: dict[tuple[str, str], dict[str, list[Row]]], means: Any, speed: Any, file: Path) -> None:
     models = dict.fromkeys(model for model, _ in speed)
     colours = dict(zip(models, itertools.cycle(("#1f6f8b", "#c44e52", "#2e8b57", "#6a51a3")), strict=False))
     figure, panels = canvas(len(LENGTHS), 10, 3.2)
     for axes, seconds in zip(panels, LENGTHS, strict=True):
-        for ((task, probe), found), marker in zip(means.items(), itertools.cycle("os^Dv"), strict=False):
-            for model in found.keys() & colours.keys():
-                ms, label = float(speed[model, str(seconds)]["cpu_ms"]), f"{model}, {task}, {probe}"
-                axes.semilogx(ms, found[model], marker, color=colours[model], label=label)
-        axes.set(title=f"{seconds} s of audio", xlabel="CPU time (ms)", ylabel="score (%)")
+        for ((task, probe), found), marker in zip(judged.items(), itertools.cycle("os^Dv"), strict=False):
+            for model in found.keys() & models.keys():
+                ms, half = float(speed[model, str(seconds)]["cpu_ms"]), interval(clips(found[model]))
+                label = f"{model}, {probe}" if len({task for task, _ in judged}) == 1 else f"{model}, {task}, {probe}"
+                axes.errorbar(ms, means[task, probe][model], half, fmt=marker, color=colours[model], label=label)
+        axes.set(title=f"{seconds} s of audio", xlabel="CPU time (ms)", ylabel="score (%)", xlim=(0, None))
     panels[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, file)
