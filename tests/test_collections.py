@@ -196,6 +196,7 @@ def test_jobs_of_an_array_share_a_folder(recordings: Path, weights: Path, tmp_pa
         (["--window", "1", "--kind", "both"], "--kind both: --window writes scenes of windows only"),
         (["--window", "0"], "--window 0"),
         (["--window", "1", "--hop", "0"], "--window 1 --hop 0"),
+        (["-"], "-: no path came on stdin"),
         (["nothing-*.wav"], "nothing-*.wav: no file is called like that"),
         (["list.csv"], "list.csv: cannot be read as a CSV file"),
         (["files.csv"], "files.csv: has no column path (file)"),
@@ -206,6 +207,7 @@ def test_wrong_arguments(
     recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, options: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     Path("files.csv").write_text("file\na.wav\n")
     Path("missing.csv").write_text(f"path\n{recordings / '00.wav'}\ngone.wav\n")
     first = [recordings / "00.wav"] if options[0].startswith("-") else []

@@ -58,7 +58,9 @@ def find_recordings(inputs: Iterable[str | os.PathLike[str]]) -> Iterator[Record
 def _all(inputs: Iterable[str | os.PathLike[str]]) -> Iterator[Recording]:
     for given in [os.fspath(path) for path in inputs]:
         if given == "-":
-            yield from map(of_file, filter(None, (line.rstrip("\r\n") for line in sys.stdin)))
+            if not (named := list(filter(None, (line.rstrip("\r\n") for line in sys.stdin)))):
+                raise HearSsamError("-: no path came on stdin; write one a line.")
+            yield from map(of_file, named)
         elif given.lower().endswith(".csv"):
             yield from (of_file(row["path"]) for row in read_manifest(given))
         elif os.path.isfile(given) and is_tar(Path(given)):
