@@ -45,7 +45,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add = parser.add_argument
     add("results", type=Path, metavar="RESULTS", help="results folder, or its records.jsonl")
-    add("--format", choices=[*FORMATS, "html"], default="terminal", help="default: terminal")
+    formats = f"default: terminal; html is one page, with the clips that it plays inside, or links beyond {MOST_MB} MB"
+    add("--format", choices=[*FORMATS, "html"], default="terminal", help=formats)
     add("-o", "--output", type=Path, metavar="FILE", help="write to a file instead of the screen")
     add("--protocol", help="only results of this protocol")
     add("--baseline", metavar="MODEL", help=f"model that counts as zero in s(m) (default: {BASELINE}, if it was run)")
@@ -59,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
         of_protocol = f" of protocol {args.protocol}" if args.protocol else ""
         raise HearSsamError(f"{args.results}: holds no results{of_protocol}; `hear-ssam evaluate` puts them there.")
     options = Options(args.baseline, args.published)
-    html = args.format == "html"
-    text = page(records, options, args.results, args.output) if html else FORMATS[args.format](records, options)
+    write = FORMATS.get(args.format)
+    text = write(records, options) if write else page(records, options, args.results, args.output)
     if args.output is None:
         sys.stdout.write(text)
     else:
