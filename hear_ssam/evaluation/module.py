@@ -111,7 +111,6 @@ def load_hear_model(
             raise HearSsamError(f"the module {name} has no function {function}; the HEAR API needs it.")
     with blamed(f"{name}.load_model failed"):
         loaded = imported.load_model(*([model] if model else []), **options)
-    _check_attributes(loaded, name)
     own_name = getattr(loaded, "name", None)
     if isinstance(own_name, str):
         options.pop("model", None)  # said by the name already
@@ -143,10 +142,8 @@ def judged(model: object, device: str = "auto") -> JudgedModule:
     if found is None:
         kinds = "a model of a HEAR module, an X-ARES encoder, or a pair (transformers model, feature extractor)"
         raise HearSsamError(f"{kind.__name__}: cannot be judged; give {kinds}.")
-    _check_attributes(model, found.__name__)
-    assert isinstance(model, torch.nn.Module)
-    digest = getattr(model, "checkpoint_sha256", None) or weights_sha256(model)
-    return _placed(found, model, str(getattr(model, "name", None) or kind.__name__), digest, place)
+    name, digest = getattr(model, "name", None) or kind.__name__, getattr(model, "checkpoint_sha256", None)
+    return _placed(found, model, str(name), digest or None, place)
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
@@ -158,18 +155,17 @@ def weights_sha256(model: torch.nn.Module) -> str:
     return digest.hexdigest() if state else ""
 
 
-def _check_attributes(loaded: object, module: str) -> None:
-    """Raise HearSsamError for what is no torch module or lacks an attribute of the HEAR API."""
-    if not isinstance(loaded, torch.nn.Module):
-        raise HearSsamError(f"{module}.load_model returned a {type(loaded).__name__}, not a torch.nn.Module.")
-    for name in ("sample_rate", "scene_embedding_size", "timestamp_embedding_size"):
-        value = getattr(loaded, name, None)
+def _placed(module: ModuleType, model: object, name: str, digest: str | None, place: torch.device) -> JudgedModule:
+    """A torch module with the attributes of the HEAR API on its device, else HearSsamError. `digest`: None for that of
+    its weights."""
+    if not isinstance(model, torch.nn.Module):
+        raise HearSsamError(f"{module.__name__}.load_model returned a {type(model).__name__}, not a torch.nn.Module.")
+    for attribute in ("sample_rate", "scene_embedding_size", "timestamp_embedding_size"):
+        value = getattr(model, attribute, None)
         if not isinstance(value, int) or value < 1:
-            wanted = f"the attribute {name} (an int above 0, not {value!r}); the HEAR API asks for it"
-            raise HearSsamError(f"the model of {module} needs {wanted}.")
-
-
-def _placed(module: ModuleType, model: torch.nn.Module, name: str, digest: str, place: torch.device) -> JudgedModule:
+            wanted = f"the attribute {attribute} (an int above 0, not {value!r}); the HEAR API asks for it"
+            raise HearSsamError(f"the model of {module.__name__} needs {wanted}.")
+    digest = weights_sha256(model) if digest is None else digest
     with blamed(f"the model of {module.__name__} cannot be moved to the device {place}"):
         return JudgedModule(module, model.to(place), name, digest, place)
 
