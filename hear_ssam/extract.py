@@ -8,13 +8,14 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .errors import HearSsamError, about
 from .options import add_model, add_model_options, add_scale, parse_options, parse_shard
 
 if TYPE_CHECKING:
     from .embedding.inputs import Recording
+    from .embedding.work import Options
     from .hear import HearModel
     from .machine import Cluster
 
@@ -56,12 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=EXAMPLES,
     )
     add = parser.add_argument
-    add(
-        "inputs",
-        nargs="+",
-        metavar="INPUT",
-        help="files, folders, 'patterns', tars, CSV with a column path; - is stdin",
-    )
+    add("inputs", nargs="+", metavar="INPUT", help="files, folders, 'patterns', tars, CSV with a column path; -: stdin")
     add("-o", "--output", required=True, metavar="OUT", help="NAME.parquet: one file; other names: a folder of shards")
     add_model(parser)
     add("--kind", choices=("both", "scene", "timestamps"), help="default: both; with --window: scenes of the windows")
@@ -85,13 +81,13 @@ def run(args: argparse.Namespace) -> int:
 
     from .audio import is_tar
     from .embedding.inputs import find_recordings
+    from .embedding.work import Options
     from .hear import load_model
     from .machine import engine_named, usable_cpus
 
-    window, hop = args.window or 0.0, args.hop if args.hop is not None else args.window or 0.0
     if args.window is not None and args.kind not in (None, "scene"):
         raise HearSsamError(f"--kind {args.kind}: --window writes scenes of windows only; leave one of them away.")
-    if not window and args.hop is not None:
+    if not args.window and args.hop is not None:
         raise HearSsamError("--hop: needs --window.")
     if args.window == 0:
         raise HearSsamError("--window 0: take seconds, from 0.02 to 600.")
@@ -99,48 +95,33 @@ def run(args: argparse.Namespace) -> int:
     workers = cores if args.workers is None else args.workers
     if workers < 1:
         raise HearSsamError(f"--workers must be at least 1, not {args.workers}.")
-    part = parse_shard(args.shard)
+    window, hop = args.window or 0.0, args.hop if args.hop is not None else args.window or 0.0
+    kind, load = "scene" if window else args.kind or "both", parse_options(args.model_options)
+    options = Options(kind, window, hop, args.dtype, {"precision": args.precision, **load})
+    shard = parse_shard(args.shard)
     recordings: Iterable[Recording] = find_recordings(args.inputs)
     if not any(os.path.isfile(given) and is_tar(Path(given)) for given in args.inputs):  # tars are long to list
         recordings = list(recordings)
         workers = min(workers, len(recordings))
-    options = {"precision": args.precision, **parse_options(args.model_options)}
-    how = {"kind": "scene" if args.window else args.kind or "both", "window": window, "hop": hop, "dtype": args.dtype}
-    how |= {"shard": part, "workers": workers, "model_options": options}
     try:
         with engine_named(args.engine, args.device, args.workers) as cluster:
-            model = load_model(args.model, **{"device": "cpu" if cluster else args.device, **options})
+            model = load_model(args.model, **{"device": "cpu" if cluster else args.device, **options.model_options})
             torch.set_num_threads(max(1, cores // workers))  # of this process; 1 unless files are fewer than cores
-            skipped = embed_files(recordings, args.output, model, **how, cluster=cluster)
+            return 1 if embed_files(recordings, args.output, model, options, shard, workers, cluster) else 0
     except NothingEmbeddedError as error:
         print(error, file=sys.stderr)
         return 1
-    return 1 if skipped else 0
 
 
 def embed_files(
-    files: Iterable[str | os.PathLike[str] | Recording],
-    output: str | os.PathLike[str],
-    model: HearModel,
-    *,
-    kind: str = "both",
-    window: float = 0.0,
-    hop: float = 0.0,
-    dtype: str = "float32",
-    shard: tuple[int, int] = (1, 1),
-    workers: int = 1,
-    model_options: dict[str, Any] | None = None,
-    cluster: Cluster | None = None,
-) -> list[Path]:
+    files: Iterable[str | os.PathLike[str] | Recording], output: str | os.PathLike[str], model: HearModel,
+    options: Options, shard: tuple[int, int] = (1, 1), workers: int = 1, cluster: Cluster | None = None,
+) -> list[Path]:  # fmt: skip
     """Embed files and write them to `output` in their order; returns the files that were skipped.
 
     output         NAME.parquet: one file; any other name: a folder of shards. What is there already is kept
-    kind           "both", "scene" or "timestamps"
-    window, hop    seconds; scenes of windows instead, where window is not 0
-    dtype          "float32" or "float16"
     shard          (i, n): every n-th file from the i-th (from 1), into a folder that n processes share
     workers        threads, each with a batch of files, and with one more that waits
-    model_options  what `load_model` was given beside the name, for the metadata
     cluster        that works instead of threads here; the files are then written in the order in which they are done
 
     Skipped files are named on stderr. Raises HearSsamError where `output` cannot be written, holds embeddings of other
@@ -150,12 +131,11 @@ def embed_files(
 
     from .embedding.inputs import Recording, of_file
     from .embedding.shards import Output
-    from .embedding.work import Options, Worker, embed_all
+    from .embedding.work import Worker, embed_all
 
     part, parts = shard
     if parts > 1 and Path(output).suffix == ".parquet":
         raise HearSsamError(f"{output}: is one file, and --shard jobs write to a folder; name one (without .parquet).")
-    options = Options(kind, window, hop, dtype, model_options or {})
     schema = options.schema(model)
     group = min(ROW_GROUP, 1 + ROW_BYTES // (4 * model.scene_embedding_size))
     target = Output(output, schema, "part" if parts == 1 else f"part-{part}-of-{parts}", group)

@@ -125,11 +125,11 @@ class Cluster:
         affinity = importlib.import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
         places: list[dict[str, Any]] = []
         for node in self.ray.nodes():
-            gpus, cpus = (int(node["Alive"] and node["Resources"].get(kind, 0)) for kind in ("GPU", "CPU"))
-            count = gpus if device == "cuda" else min(self.workers or cpus, cpus)
-            needs = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": cpus // max(1, count)}
-            needs["scheduling_strategy"] = affinity(node["NodeID"], soft=True)  # elsewhere where the node is gone
-            places += [needs] * count
+            has = int(node["Alive"] and node["Resources"].get("GPU" if device == "cuda" else "CPU", 0))
+            count = has if device == "cuda" else min(self.workers or has, has)
+            needs = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": has // max(1, count)}
+            # soft: elsewhere where the node is gone
+            places += [{**needs, "scheduling_strategy": affinity(node["NodeID"], soft=True)}] * count
         if not places:
             lacks = "GPU" if device == "cuda" else "CPU for actors"
             raise HearSsamError(f"--engine ray: the cluster has no {lacks}; add a node, or take another --device.")

@@ -217,7 +217,7 @@ def cluster() -> Iterator[dict[str, str]]:
     from ray.cluster_utils import Cluster
 
     mine = {"RAY_raylet_start_wait_time_s": "300", "RAY_USAGE_STATS_ENABLED": "0", "HEAR_SSAM_TEST": uuid.uuid4().hex}
-    mine |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    mine |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in mine.items():
             patch.setenv(name, value)
@@ -239,6 +239,18 @@ def workers(environment: dict[str, str]) -> list[int]:
             if mine and (process / "cmdline").read_bytes().startswith(b"ray::_Actor.work"):
                 found.append(int(process.name))
     return found
+
+
+@contextlib.contextmanager
+def driving(command: list[str], folder: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A driver, which has ended after the block."""
+    driver = subprocess.Popen([sys.executable, *command], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        yield driver
+        driver.wait(timeout=600)
+    finally:
+        driver.kill()
+        driver.wait()
 
 
 def until(condition: Callable[[], Any], driver: subprocess.Popen[bytes]) -> Any:
@@ -263,13 +275,8 @@ REAL = pytest.mark.parametrize("victim", [pytest.param(one, marks=real) for one 
 def test_embed_on_two_nodes(recordings: Path, tmp_path: Path, cluster: dict[str, str], victim: str) -> None:
     (tmp_path / "counted.py").write_text(COUNTED)
     log, out = tmp_path / "log", tmp_path / "out"
-    command = [sys.executable, "counted.py", "embed", str(recordings), "-o", "out", "--engine", "ray"]
-
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, cwd=tmp_path, env=cluster)
-
-    driver = start()
-    with driver:
+    command = ["counted.py", "embed", str(recordings), "-o", "out", "--engine", "ray"]
+    with driving(command, tmp_path, cluster) as driver:
         if victim == "worker":
             until(lambda: sum(counts(log).values()) > 3, driver)
             os.kill(int(log.read_text().split()[-2]), signal.SIGKILL)
@@ -280,7 +287,7 @@ def test_embed_on_two_nodes(recordings: Path, tmp_path: Path, cluster: dict[str,
     if victim == "driver":
         done, before = set(embedded(out)["path"]), counts(log)
         at_most_twice = CLIPS - len(done)
-        with start() as driver:
+        with driving(command, tmp_path, cluster) as driver:
             pass
         stored = {str(soundfile.info(path).frames) for path in done}
         assert 3 <= len(done) < CLIPS and all(counts(log)[size] == before[size] == 1 for size in stored)
@@ -298,14 +305,9 @@ def test_evaluate_on_two_nodes(tmp_path: Path, cluster: dict[str, str], victim: 
     for name in ("a", "b", "c", "d"):
         write_task(tmp_path / "tasks" / name, evaluation_params=slow)
     log, store = tmp_path / "log", tmp_path / "out" / STORE
-    arguments = ["counted_hear", "--tasks-dir", "tasks", "--results-dir", "out", "--seeds", "4", "--engine", "ray"]
-
-    def start() -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "hear_ssam", "evaluate", *arguments]
-        return subprocess.Popen(command, cwd=tmp_path, env=cluster, stdout=subprocess.DEVNULL)
-
-    driver = start()
-    with driver:
+    command = ["-m", "hear_ssam", "evaluate", "counted_hear", "--tasks-dir", "tasks", "--results-dir", "out"]
+    command += ["--seeds", "4", "--engine", "ray"]
+    with driving(command, tmp_path, cluster) as driver:
         if victim == "worker":  # one while it embeds, one while it trains
             until(lambda: sum(counts(log).values()) > 1, driver)
             os.kill(int(log.read_text().split()[-2]), signal.SIGKILL)
@@ -318,7 +320,7 @@ def test_evaluate_on_two_nodes(tmp_path: Path, cluster: dict[str, str], victim: 
     if victim == "driver":
         before, embeddings = store.read_bytes(), counts(log)
         assert len(before.splitlines()) < 4 * 4 * 2
-        with start() as driver:
+        with driving(command, tmp_path, cluster) as driver:
             pass
         assert store.read_bytes().startswith(before) and counts(log) == embeddings  # both were used again
     assert driver.returncode == 0

@@ -198,22 +198,21 @@ def run_evaluation(
         work, kept = [], []
         for source in sources:
             wanted = [(*run, seed) for run in runs if source.fits(run[1]) for seed in runs[run]]
-            lacking = [one for one in wanted if not source.made(stored.get(source.key(*one)))]
-            work.append((source, lacking))
-            kept += [source.label] * (len(lacking) < len(wanted))
+            todo = [one for one in wanted if not source.made(stored.get(source.key(*one)))]
+            work.append((source, todo))
+            kept += [source.label] * (len(todo) < len(wanted))
         if existing == "never" and kept:
             raise HearSsamError(f"{store} has results of {', '.join(kept)} already (--existing never).")
-        jobs, commit = [], git_commit()
-        first = sum(source.task.name == sources[0].task.name for source in sources)  # by all models
-        made = _made(work, cluster, models)
-        bar = tqdm(made, total=len(work), desc="tasks", unit="task", disable=None, leave=False)
+        jobs, commit, lacking = [], git_commit(), [one for one in work if one[1]]
+        first = sum(source.task.name == lacking[0][0].task.name for source, _ in lacking)  # by all models
+        made = _made(lacking, cluster, models)
+        bar = tqdm(made, total=len(lacking), desc="tasks", unit="task", disable=None, leave=False)
         for number, ((source, todo), make) in enumerate(bar, 1):
-            if todo:
-                with noted(source.label, failures):
-                    make()
-                    for *run, seed in todo:
-                        identity = {**source.identity(*run), "seed": seed}
-                        jobs.append(Job(source.folder, identity, results_dir, commit))
+            with noted(source.label, failures):
+                make()
+                for *run, seed in todo:
+                    identity = {**source.identity(*run), "seed": seed}
+                    jobs.append(Job(source.folder, identity, results_dir, commit))
             if number == first and not cluster and (outlook := _outlook(work, plan, cores)):
                 tqdm.write(outlook, file=sys.stderr)
         run_jobs(jobs, store, cores, failures, cluster)
@@ -239,8 +238,7 @@ def _made(work: Sequence[Work], cluster: Cluster | None, models: Models) -> Iter
     """Each source with what makes its embeddings, or raises why a cluster could not."""
     if cluster and models:
         build = functools.partial(_far_maker, {weights: load for weights, (_, load) in models.items()})
-        lacking = [one for one in work if one[1]]
-        with contextlib.closing(cluster.work(build, lacking, cluster.device)) as outcomes:
+        with contextlib.closing(cluster.work(build, work, cluster.device)) as outcomes:
             yield from ((one, outcome.result) for one, outcome in outcomes)
     else:
         yield from ((one, functools.partial(one[0].make, *models.get(one[0].weights, ())[:1])) for one in work)
