@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -210,21 +211,27 @@ def get_scene_embeddings(audio, model):
 """
 
 
+PORTS = ("metrics_agent_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
     """Two nodes with a CPU each; the environment of a driver."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'hear-ssam[cluster]'")
     from ray.cluster_utils import Cluster
 
-    mine = {"RAY_raylet_start_wait_time_s": "300", "RAY_USAGE_STATS_ENABLED": "0", "HEAR_SSAM_TEST": uuid.uuid4().hex}
-    mine |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+    mine = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "HEAR_SSAM_TEST": uuid.uuid4().hex}
+    mine |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in mine.items():
             patch.setenv(name, value)
-        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        nodes = Cluster()
         try:
-            nodes.add_node(num_cpus=1)
-            nodes.wait_for_nodes()
+            for _ in range(2):  # with ports of our own: on a busy machine those that Ray finds come too late
+                with contextlib.ExitStack() as stack:
+                    found = [stack.enter_context(socket.create_server(("", 0))).getsockname()[1] for _ in PORTS]
+                nodes.add_node(num_cpus=1, include_dashboard=False, **dict(zip(PORTS, found, strict=True)))
+            nodes.wait_for_nodes(timeout=120)
             yield {**os.environ, "RAY_ADDRESS": nodes.address}
         finally:
             nodes.shutdown()
