@@ -179,6 +179,12 @@ def test_checkpoints_of_one_name_and_protocols_are_kept_apart():
     assert (first.protocol, second.protocol) == ("ssam", "heareval")
 
 
+def test_models_stand_in_one_order_in_all_tables():
+    order = [("a", "ssam"), ("b", "ssam"), ("b", "heareval"), ("a", "heareval")]  # by who was finished first
+    both = tables([record(model, "birds", 0, 0.5, protocol=protocol) for model, protocol in order])
+    assert [table.models for table in both] == [["a", "b"]] * 2
+
+
 def test_csv_has_fractions_and_marks_folds():
     rows = list(csv.DictReader(io.StringIO(comma_separated(RECORDS, Options()))))
     assert len(rows) == len(RECORDS)

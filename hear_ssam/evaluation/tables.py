@@ -95,18 +95,18 @@ def tables(records: Iterable[Record]) -> list[Table]:
     """
     chosen = [r for r in records if r["fold"] is None and r["primary"]]
     checkpoints = Counter(model for model, _ in {(r["model"], r["checkpoint_sha256"]) for r in chosen})
+    digests = [f"@{r['checkpoint_sha256'][:8]}" if checkpoints[r["model"]] > 1 else "" for r in chosen]
+    labelled: list[Record] = [{**r, "label": r["model"] + own} for r, own in zip(chosen, digests, strict=True)]
     made = []
     for protocol, probe in dict.fromkeys((r["protocol"], r["probe"]) for r in chosen):
-        rows: list[Record] = []
+        rows = [row for row in labelled if (row["protocol"], row["probe"]) == (protocol, probe)]
         scores: dict[tuple[str, str], list[float]] = {}
-        for row in chosen:
-            if (row["protocol"], row["probe"]) == (protocol, probe):
-                digest = f"@{row['checkpoint_sha256'][:8]}" if checkpoints[row["model"]] > 1 else ""
-                rows.append({**row, "label": row["model"] + digest})
-                if row["score"] is not None:
-                    scores.setdefault((row["task"], rows[-1]["label"]), []).append(row["score"])
+        for row in rows:
+            if row["score"] is not None:
+                scores.setdefault((row["task"], row["label"]), []).append(row["score"])
         tasks = {row["task"]: row["metric"] for row in sorted(rows, key=lambda row: row["task"])}
-        models = list(dict.fromkeys(row["label"] for row in rows))
+        here = {row["label"] for row in rows}
+        models = [label for label in dict.fromkeys(row["label"] for row in labelled) if label in here]  # one order
         cells = {at: Cell(tuple(found), statistics.mean(found), interval(found)) for at, found in scores.items()}
         sign = {row["task"]: 1 if row["maximize"] else -1 for row in rows}
         made.append(Table(protocol, probe, tasks, models, cells, sign, rows))
