@@ -14,7 +14,8 @@ import argparse
 import statistics
 from pathlib import Path
 
-from hear_ssam.evaluation.evaluate import PROBES, run_evaluation
+from hear_ssam.evaluation.evaluate import run_evaluation
+from hear_ssam.evaluation.jobs import HEADS
 from hear_ssam.paths import shipped
 
 
@@ -47,12 +48,12 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if args.seeds < 2:
         parser.error("a deviation needs at least two seeds")
-    probes = {probe: measured(args, probe) for probe in PROBES}
+    probes = {probe: measured(args, probe) for probe in HEADS}
     print(f"Protocol {args.protocol}, {args.seeds} seeds: mean score in %, standard deviation, seconds per seed.\n")
-    print(f"| task | {' | '.join(PROBES)} | difference of means | its standard error |\n|---|---|---|---|---|")
-    for task in probes[PROBES[0]]:
-        scores = [[score for score, _ in probes[probe][task]] for probe in PROBES]
-        seconds = [statistics.mean(taken for _, taken in probes[probe][task]) for probe in PROBES]
+    print(f"| task | {' | '.join(HEADS)} | difference of means | its standard error |\n|---|---|---|---|---|")
+    for task in probes[HEADS[0]]:
+        scores = [[score for score, _ in probes[probe][task]] for probe in HEADS]
+        seconds = [statistics.mean(taken for _, taken in probes[probe][task]) for probe in HEADS]
         cells = [
             f"{statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}, {s:.1f} s"
             for v, s in zip(scores, seconds, strict=True)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import probes as benchmark
 from hear_ssam import HearSsamError
 from hear_ssam.evaluation import probe
 from hear_ssam.evaluation.probe import (
@@ -310,6 +311,17 @@ def test_bf16_products_are_the_same_with_and_without_instructions(monkeypatch, b
     for emulated, native in zip(*found, strict=True):
         torch.testing.assert_close(emulated, native, rtol=1 / 64, atol=1e-2)
         assert (emulated != native).float().mean() < 0.02
+
+
+def test_the_benchmark_shows_both_probes_side_by_side(tmp_path, capsys):
+    (tmp_path / "embeddings").mkdir()
+    folder = write_embeddings(tmp_path / "embeddings" / "toy", ["fold00", "fold01", "fold02"])
+    (folder / ".done.embeddings").touch()
+    options = ["--embeddings-dir", str(tmp_path / "embeddings"), "--seeds", "2", "--workers", "1"]
+    assert benchmark.main([*options, "--results-dir", str(tmp_path / "out")]) == 0
+    table = capsys.readouterr().out.splitlines()[2:]
+    assert [cell.strip() for cell in table[0].split("|")[1:4]] == ["task", "exact", "bf16"]
+    assert len({line.count("|") for line in table}) == 1 and table[2].startswith("| toy | ")
 
 
 @pytest.mark.parametrize(("layers", "offset"), [(0, 1000.0), (1, 0.0), (1, 1000.0), (2, 0.0)])
