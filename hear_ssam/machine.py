@@ -9,6 +9,7 @@ import importlib
 import os
 import platform
 import signal
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -165,8 +166,10 @@ class Cluster:
                 while free and (given := waiting.popleft() if waiting else next(fresh, None)):
                     actor = free.pop()
                     calls[actor.work.remote(given[0])] = actor, *given
-                if not waiting and all(item is None for _, item, _ in calls.values()):
-                    return
+                if not waiting and all(item is None for _, item, _ in calls.values()):  # all actors may be new ones
+                    if (given := next(fresh, None)) is None:
+                        return
+                    waiting.append(given)
                 if not (done := ray.wait(list(calls), timeout=1.0)[0]):
                     idle()
                 for call in done:
@@ -228,10 +231,13 @@ def engine_named(name: str, device: str, workers: int | None, *folders: Path) ->
         raise HearSsamError("--engine ray: Ray is not installed; pip install 'hear-ssam[cluster]'.") from error
     if joined := not ray.is_initialized():
         handler, quiet = signal.getsignal(signal.SIGTERM), {"log_to_driver": False, "logging_level": "error"}
+        host, _, port = (address := os.environ.get("RAY_ADDRESS", "")).rpartition(":")
         try:
+            if port.isdecimal() and "/" not in host:
+                socket.create_connection((host, int(port)), 10).close()  # Ray itself tries for ten minutes
             ray.init("auto", **quiet)
-        except ConnectionError as error:
-            if address := os.environ.get("RAY_ADDRESS"):
+        except OSError as error:
+            if address:
                 raise HearSsamError(f"RAY_ADDRESS={address}: no Ray cluster answers; correct or unset it.") from error
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             ray.init("local", num_cpus=usable_cpus(), include_dashboard=False, **quiet)
