@@ -78,9 +78,9 @@ class Weights:
 
 
 _SIZES = ("tiny", "small", "base")
-_SHA256 = "3d1e4d8b8c8858e3b4bbd45fa2ea1cae2a61b1638ae7e0ac8423af6c026fd3f0"
+_SHA256 = "4cd2c8ecc99b07c89ff1ea17bbb35932b4eb266f5330522919a6fbe799ba88b6"
 PUBLISHED = [  # the first of a name is what the name alone means
-    Weights("ssam_tiny", "open", OURS, "ssam_tiny.safetensors", sha256=_SHA256, size=10_122_832),
+    Weights("ssam_tiny", "open", OURS, "ssam_tiny.safetensors", sha256=_SHA256, size=10_124_848),
     *(Weights(f"{system}_{size}", "r1", OFFICIAL[system]) for system in ("ssam", "ssast", "axlstm") for size in _SIZES),
     *(
         Weights(f"ssamba_{size}", hidden, OFFICIAL["ssamba"], f"ssamba_{size}_{hidden}.pth", hub=_SSAMBA)
