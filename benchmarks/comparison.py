@@ -86,10 +86,9 @@ def score(cell: Cell) -> Cell:
     if done.failures:
         raise HearSsamError("; ".join(f"{name}: {reason}" for name, reason in done.failures.items()))
     record = max((r for r in done.records if r["fold"] is None and r["primary"]), key=lambda r: r["seed"])
-    _, _, target, prediction = read_predictions(predictions_file(results, record))
-    right = ""
-    if len(target) and (target.sum(1) == 1).all():
-        right = "".join(map(str, (target.argmax(1) == prediction.argmax(1)).astype(int)))
+    found, right = read_predictions(predictions_file(results, record)), ""
+    if len(found.target) and (found.target.sum(1) == 1).all():
+        right = "".join(map(str, (found.target.argmax(1) == found.prediction.argmax(1)).astype(int)))
     return {"score": f"{record['score']:.6f}", "metric": record["metric"], "right": right}
 
 

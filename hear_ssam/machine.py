@@ -185,7 +185,8 @@ class Cluster:
                             ray.kill(actor)
                             start(lost, tries + 1 if item is None else 1)
                         if tries < TRIES:
-                            waiting.extend([] if item is None else [(item, tries + 1)])
+                            if item is not None:
+                                waiting.append((item, tries + 1))
                             continue
                         reason = f"its process was killed or crashed {TRIES} times (out of memory?)"
                         outcome.set_exception(HearSsamError(f"{reason}; run again what is missing."))

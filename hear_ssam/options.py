@@ -37,9 +37,9 @@ def add_scale(parser: argparse.ArgumentParser, what: str) -> None:
     text = f"every N-th {what} from the I-th (from 1): N jobs that write to one folder"
     parser.add_argument("--shard", metavar="I/N", help=text)
     text = (
-        "ray: on the Ray cluster at RAY_ADDRESS or of this machine, --workers per node or all GPUs (default: local); "
+        "ray: on the Ray cluster at RAY_ADDRESS or of this machine, --workers per node or all GPUs, where every node "
     )
-    text += "every node must see the files by the same names"
+    text += "must see the files by the same names (default: local)"
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help=text)
 
 

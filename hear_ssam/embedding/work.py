@@ -228,10 +228,11 @@ def embed_all(
     workers = len(cluster.places(device)) if cluster else workers
     most, size = BATCH.get(device, GPU_BATCH)
     batches = _batches(recordings, min(most, -(-total // workers)) if total else most, size)
-    outcomes = work_ahead(worker, batches, workers, workers + 1)
     if cluster:
         build = functools.partial(_far_worker, worker.model, worker.options, worker.schema)
         outcomes = cluster.work(build, batches, device, 1 if device == "cpu" else 4, tick)
+    else:
+        outcomes = work_ahead(worker, batches, workers, workers + 1)
     with contextlib.closing(outcomes):
         for batch, outcome in outcomes:
             while True:
