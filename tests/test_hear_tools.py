@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,19 @@ def test_embeddings_and_predictions(tools_bin: Path, tmp_path: Path, kind: str) 
     call(*heareval, "predictions", f"embeddings/hear_ssam/{kind}", "--grid-points", "1", cwd=tmp_path)
     scores = json.loads((embedded / "test.predicted-scores.json").read_text())["test"]
     assert scores["test_score"] > (0.9 if kind == "scene" else 0.0)  # tones and noise are easy to tell apart
+
+
+@pytest.mark.tools
+def test_heareval_and_our_probes_side_by_side(tools_bin: Path, tmp_path: Path) -> None:
+    make_task(tmp_path / "tasks" / "scene", "scene")
+    ours = (sys.executable, "-m", "hear_ssam", "evaluate", "--model-options", '{"model": "logmel"}')
+    call(*ours, "--tasks-dir", "tasks", "--results-dir", "out", "--probe", "knn", cwd=tmp_path)
+    (embedded,) = (tmp_path / "out" / "embeddings").glob("*/scene")
+    side_by_side = (sys.executable, "-m", "benchmarks", "heareval", "--python", tools_bin / "python")
+    table = call(*side_by_side, "--epochs", "3", embedded, cwd=ROOT).splitlines()
+    rows = [line.split(" | ") for line in table if line.startswith("| scene |")]
+    assert [row[1] for row in rows] == ["heareval", "exact", "bf16"]
+    assert rows[0][-1] == rows[1][-1]  # the exact probe's score is heareval's
 
 
 def make_task(folder: Path, kind: str) -> None:

@@ -1,0 +1,103 @@
+"""heareval's own probe and ours on the same embeddings, one after the other in one run: time, CPU time, memory, score.
+
+    python -m benchmarks heareval --python .venv-tools/bin/python EMBEDDINGS/MODEL/TASK ...
+    python -m benchmarks heareval --python .venv-tools/bin/python --epochs 60 EMBEDDINGS/MODEL/TASK
+
+--python is an interpreter with heareval and hear_ssam (`hear-ssam heareval --help` says how to install it). A folder is
+one task's, as `hear-ssam evaluate` or heareval wrote it. Every probe searches heareval's eight grid points with seed 42
+on its own copy. heareval has one process and all cores for its products; `hear-ssam evaluate` has a process a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from hear_ssam.evaluation import records
+from hear_ssam.evaluation.jobs import HEADS
+from hear_ssam.machine import usable_cpus
+
+from .collections import Measured
+from .cpu import facts, heading
+
+MEASURE = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(code, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+"""
+
+
+def measure(command: list[str | Path], threads: int) -> Measured:
+    """What a command takes, its children included; peak is that of the largest process."""
+    begin = time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, command)], env=environment, check=True, capture_output=True, text=True
+    )
+    code, cpu, peak = done.stdout.split()
+    if code != "0":
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
+    return Measured(time.perf_counter() - begin, float(cpu), float(peak))
+
+
+def copied(source: Path, folder: Path, epochs: int | None) -> Path:
+    """A copy of the embeddings of a task without anyone's results, with at most `epochs` for a head."""
+    copy: Path = folder / source.parent.name / source.name
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("*predict*", "*.pt", "logs"))
+    if epochs:
+        file = copy / "task_metadata.json"
+        metadata = json.loads(file.read_text())
+        grid = metadata.setdefault("evaluation_params", {}).setdefault("task_specific_param_grid", {})
+        grid["max_epochs"] = [epochs]
+        file.write_text(json.dumps(metadata))
+    return copy
+
+
+def heareval_score(folder: Path) -> float:
+    """The first score as heareval wrote it: of the test split, or the mean over folds."""
+    found: dict[str, Any] = json.loads((folder / "test.predicted-scores.json").read_text())
+    folds = found.get("aggregated_scores")
+    return float(folds["test_score_mean"] if folds else found["test"]["test_score"])
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks heareval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tasks", nargs="+", type=Path, metavar="EMBEDDINGS", help="folder of one task's embeddings")
+    parser.add_argument("--python", type=Path, required=True, help="an interpreter with heareval and hear_ssam")
+    parser.add_argument("--probes", nargs="+", default=list(HEADS), choices=HEADS)
+    parser.add_argument("--epochs", type=int, help="at most so many for a head, in all three (default: heareval's 500)")
+    args = parser.parse_args(arguments)
+    cores = usable_cpus()
+    print(heading("heareval's probe and ours", facts(cores) | {"made with": json.dumps(vars(args), default=str)}))
+    print("| task | probe | seconds | times heareval's | of the CPU | times heareval's | peak MB | score in % |")
+    print("|---|---|---|---|---|---|---|---|")
+    for source in args.tasks:
+        with tempfile.TemporaryDirectory() as temporary:
+            first = Measured(0, 0, 0)
+            for probe in ("heareval", *args.probes):
+                folder = copied(source, Path(temporary) / probe, args.epochs)
+                if probe == "heareval":
+                    command = [args.python.absolute(), "-m", "hear_ssam", "heareval", "predictions", folder]
+                    found = first = measure(command, cores)
+                    score = heareval_score(folder)
+                else:
+                    results = Path(temporary) / f"{probe}-results"
+                    place = "--embeddings-dir", folder.parent, "--results-dir", results, "--probe", probe
+                    found = measure([sys.executable, "-m", "hear_ssam", "evaluate", *place], 1)
+                    kept = records.read(results / "records.jsonl")
+                    (score,) = (record["score"] for record in kept if record["primary"] and record["fold"] is None)
+                ratios = first.seconds / found.seconds, first.cpu / found.cpu
+                times = f"{found.seconds:.1f} | {ratios[0]:.2f} | {found.cpu:.1f} | {ratios[1]:.2f} | {found.peak:.0f}"
+                print(f"| {source.name} | {probe} | {times} | {100 * score:.3f} |", flush=True)
+    return 0
