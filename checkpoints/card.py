@@ -21,7 +21,7 @@ from hear_ssam.checkpoint import load_checkpoint
 from hear_ssam.demo import TASK
 from hear_ssam.errors import HearSsamError
 from hear_ssam.evaluation.records import Record, read
-from hear_ssam.evaluation.tables import Options, markdown, tables
+from hear_ssam.evaluation.tables import markdown, tables
 from hear_ssam.paths import atomic_write, shipped
 
 MARKS = "<!-- made by checkpoints/card.py -->\n", "<!-- end -->\n"
@@ -52,9 +52,9 @@ def write(checkpoint: Path, results: Sequence[Path], private: Sequence[Path], re
     """Write the card beside `checkpoint`, and `readme`. Raises HearSsamError before either is touched."""
     info = load_checkpoint(checkpoint)[2]
     public, hidden = (_records(folders, info) for folders in (results, private))
-    parts = [f"{heard(info)}\n", markdown(public, Options())]
+    parts = [f"{heard(info)}\n", markdown(public)]
     if hidden:
-        parts += [PRIVATE, markdown(hidden, Options())]
+        parts += [PRIVATE, markdown(hidden)]
     card = checkpoint.with_suffix(".md")
     text = card.read_text("utf-8") if card.exists() else f"# {info['name']}\n"
     if MARKS[0] not in text:

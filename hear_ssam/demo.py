@@ -61,7 +61,7 @@ def run_demo(out: Path, model_options: Mapping[str, Any] | None = None) -> tuple
     from .evaluation.evaluate import run_evaluation
     from .evaluation.records import predictions_file
     from .evaluation.report import confusion_matrix, read_predictions
-    from .evaluation.tables import Options, terminal
+    from .evaluation.tables import terminal
     from .evaluation.tasks import read_task
     from .hear import load_model
 
@@ -76,7 +76,7 @@ def run_demo(out: Path, model_options: Mapping[str, Any] | None = None) -> tuple
     audio = read_recording(task, RECORDING)
     picture = out / "demo.png"
     draw(picture, audio, load_model(**dict(model_options or {})), confusion, task.labels, records)
-    return terminal(records, Options()), picture
+    return terminal(records), picture
 
 
 def read_recording(task: Task, name: str) -> np.ndarray:

@@ -1,7 +1,6 @@
 """The store of results: whole lines, the last of a key counts, a torn line is not a result."""
 
 import json
-import os
 
 import pytest
 
@@ -29,13 +28,17 @@ def test_a_torn_line_is_skipped_and_closed_by_the_next_append(tmp_path):
     assert [r["seed"] for r in read(store)] == [0, 2]
 
 
-def test_a_full_disk_leaves_all_records_or_none(tmp_path, monkeypatch):
-    store, write = tmp_path / STORE, os.write
+def test_a_full_disk_leaves_all_records_or_none(tmp_path):
+    resource = pytest.importorskip("resource")
+    store = tmp_path / STORE
     append(store, [record(seed=0)])
-    before = store.read_bytes()
-    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[: len(data) // 2 + 9]))
-    with pytest.raises(HearSsamError, match="disk is full"):
-        append(store, [record(seed=1), record(seed=2)])
+    before, (_, most) = store.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, most))
+    try:
+        with pytest.raises(HearSsamError, match="disk is full"):
+            append(store, [record(seed=1), record(seed=2)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     assert store.read_bytes() == before
 
 

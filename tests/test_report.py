@@ -13,12 +13,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from hear_ssam import HearSsamError, cli
+from hear_ssam import cli
 from hear_ssam.evaluation import report
 from hear_ssam.evaluation.records import append, embeddings_folder, predictions_file, read
 from hear_ssam.evaluation.report import confusion_matrix, page, principal_components, read_predictions
 from hear_ssam.evaluation.tables import (
-    Options,
     aggregates,
     comma_separated,
     interval,
@@ -84,27 +83,26 @@ def test_significance_is_welchs_test_against_the_best():
     assert not any(table.close_to_best("birds", model) for model in scores)
     (table,) = tables([r for r in records if r["model"] != "once"])
     assert [table.close_to_best("birds", model) for model in table.models] == [False, True, False]
-    assert "≈ 81.0 ± " in markdown(records[:9], Options())
+    assert "≈ 81.0 ± " in markdown(records[:9])
 
 
 def test_aggregates_follow_their_definitions():
     scores = {"logmel": (0.2, 0.4, 0.9), "a": (0.6, 0.3, 0.5), "b": (0.4, 0.8, 0.7)}
     (table,) = tables([record(m, f"t{i}", 0, s) for m, row in scores.items() for i, s in enumerate(row)])
     # task by task: a 1, 0 (below the baseline), 0; b 0.5, 1, 0 (nobody beats the baseline on the last)
-    below = aggregates(table, Options())
+    below = aggregates(table)
     assert below["s(m)"] == pytest.approx([0, 100 / 3, 50])
     assert below["rank"] == pytest.approx([(3 + 2 + 1) / 3, (1 + 3 + 3) / 3, (2 + 1 + 2) / 3])
-    assert "baseline logmel, best of logmel, a, b" in terminal([*table.records], Options())
-    assert aggregates(table, Options(baseline="b"))["s(m)"][2] == 0
-    with pytest.raises(HearSsamError, match="unknown baseline 'c'"):
-        aggregates(table, Options(baseline="c"))
+    assert "baseline logmel, best of logmel, a, b" in terminal([*table.records])
+    (table,) = tables([record(m, "t0", 0, score) for m, score in (("a", 0.6), ("b", 0.4))])
+    assert list(aggregates(table)) == ["rank"]  # nobody is the baseline
 
 
 def test_equal_means_share_their_mean_rank():
     scores = {"a": (0.5, 0.2), "b": (0.9, 0.2), "c": (0.5, 0.2), "d": (0.1, 0.7)}
     (table,) = tables([record(m, f"t{i}", 0, s) for m, row in scores.items() for i, s in enumerate(row)])
     # b, then a and c on places 2 and 3, then d; and d, then three on places 2 to 4
-    assert aggregates(table, Options())["rank"] == [(2.5 + 3) / 2, (1 + 3) / 2, (2.5 + 3) / 2, (4 + 1) / 2]
+    assert aggregates(table)["rank"] == [(2.5 + 3) / 2, (1 + 3) / 2, (2.5 + 3) / 2, (4 + 1) / 2]
 
 
 UNDEFINED = [record(model, "birds", seed, None) for model in ("ours", "theirs") for seed in (0, 1)]
@@ -112,7 +110,7 @@ UNDEFINED = [record(model, "birds", seed, None) for model in ("ours", "theirs") 
 
 @pytest.mark.parametrize("render", [terminal, markdown, latex])
 def test_a_table_of_undefined_scores_is_shown(render):
-    text = render(UNDEFINED, Options())
+    text = render(UNDEFINED)
     (row,) = (line for line in text.splitlines() if "birds" in line)
     assert row.count("--" if render is latex else "–") == 2
     assert "2 seeds" in text and "scores that are not finite are left out" in text and "rank" not in text
@@ -120,7 +118,7 @@ def test_a_table_of_undefined_scores_is_shown(render):
 
 def test_an_undefined_task_stands_beside_the_others_and_counts_in_no_aggregate():
     waves = [record("ours", "waves", 0, None), record("theirs", "waves", 0, 0.3)]
-    text = markdown([RECORDS[0], RECORDS[7], *waves], Options())
+    text = markdown([RECORDS[0], RECORDS[7], *waves])
     assert "| waves | top1_acc | – | 30.0 |" in text and "| rank | 1 task | 1.0 | 2.0 |" in text
 
 
@@ -135,24 +133,24 @@ def test_the_command_shows_undefined_scores(tmp_path, capsys):
 def test_aggregates_count_only_tasks_that_every_model_has():
     (table,) = tables([record("logmel", "t0", 0, 0.5), record("a", "t0", 0, 0.6), record("a", "t1", 0, 0.9)])
     assert table.common_tasks == ["t0"]
-    assert aggregates(table, Options()) == {"s(m)": [0, 100], "rank": [2, 1]}
+    assert aggregates(table) == {"s(m)": [0, 100], "rank": [2, 1]}
 
 
 def test_formats_mark_the_best_and_state_the_protocol():
-    text = markdown(RECORDS, Options())
+    text = markdown(RECORDS)
     assert "| birds | top1_acc | **82.0 ± 5.0** | 79.0 |" in text
     assert "| doors | segment_1s_er | 0.50 | **0.25** |" in text
     assert "| waves | top1_acc | – | 33.0 |" in text
-    text = terminal(RECORDS, Options())
+    text = terminal(RECORDS)
     assert "*82.0 ± 5.0*" in text and "Protocol ssam, probe exact, 1–3 seeds" in text
-    text = latex(RECORDS, Options())
+    text = latex(RECORDS)
     assert r"birds & top1\_acc & \textbf{82.0 $\pm$ 5.0} & 79.0 \\" in text
     assert text.count("&") == 5 * 3
 
 
 def test_published_scores_stand_apart():
     records = [record("ours", "esc50-v2.0.0-full", 0, 0.99), record("theirs", "esc50-v2.0.0-full", 0, 0.1)]
-    text = markdown(records, Options(published=True))
+    text = markdown(records, published=True)
     header, _, row, *below = (line.split(" | ") for line in text.splitlines()[2:])
     assert row[header.index("SSAM-B †")] == "82.9" and row[2] == "**99.0**"
     assert "† published, not measured here" in text and "GRAM" in text
@@ -164,7 +162,7 @@ def test_published_scores_of_every_task_are_shown_and_change_nothing():
     names += [("vocal_imitation-v1.1.3-full", "CED-base (supervised)", "22.7")]
     for task, model, score in names:
         records = [record(name, task, 0, value) for name, value in (("ours", 0.01), ("theirs", 0.005))]
-        plain, beside = (markdown(records, Options(published=shown)) for shown in (False, True))
+        plain, beside = (markdown(records, published=shown) for shown in (False, True))
         header, _, row, *below = (line.split(" | ") for line in beside.splitlines()[2:])
         assert row[header.index(f"{model} †")] == score
         assert [line[:4] for line in (row, *below)] == [
@@ -186,7 +184,7 @@ def test_models_stand_in_one_order_in_all_tables():
 
 
 def test_csv_has_fractions_and_marks_folds():
-    rows = list(csv.DictReader(io.StringIO(comma_separated(RECORDS, Options()))))
+    rows = list(csv.DictReader(io.StringIO(comma_separated(RECORDS))))
     assert len(rows) == len(RECORDS)
     assert {"model", "task", "protocol", "seed", "metric", "score"} <= rows[0].keys()
     assert float(rows[0]["score"]) == 0.8
@@ -265,7 +263,7 @@ def results(tmp_path):
 def test_the_page_finds_embeddings_that_were_given(results, tmp_path):
     folder = embeddings_folder(results, "ours", "", "birds").rename(tmp_path / "elsewhere")
     given = [{**r, "embeddings": {"folder": str(folder)}} for r in read(results) if r["task"] == "birds"]
-    assert page(given, Options(), results).count("two principal components") == 2  # of both models
+    assert page(given, results).count("two principal components") == 2  # of both models
 
 
 def test_the_page_draws_what_the_results_hold(results):
@@ -321,7 +319,7 @@ def test_cells_play_the_clips_that_they_count(heard, monkeypatch):
 def test_the_page_shows_published_scores_and_where_results_come_from():
     made = {"module": "some.module", "audio_hz": [16000], "dim": 7, "dtype": "float32", "device": "cpu"}
     given = {**record("ours", "esc50-v2.0.0-full", 0, 0.99, digest="ab" * 32), "embeddings": made}
-    text = page([given, record("theirs", "esc50-v2.0.0-full", 0, 0.1)], Options(published=True), Path("nowhere"))
+    text = page([given, record("theirs", "esc50-v2.0.0-full", 0, 0.1)], Path("nowhere"), published=True)
     (row,) = (part for part in text.split("<tr>") if "<td" in part and ">SSAM-B †<" in part)
     assert ">82.9<svg" in row
     (row,) = (part for part in text.split("<tr>") if "some.module" in part)
@@ -365,8 +363,8 @@ def test_a_browser_sorts_plays_and_photographs_the_page(heard):
 def test_the_command(tmp_path, capsys):
     append(tmp_path / "records.jsonl", RECORDS)
     assert cli.main(["report", str(tmp_path), "--format", "csv"]) == 0
-    assert capsys.readouterr().out == comma_separated(RECORDS, Options())
+    assert capsys.readouterr().out == comma_separated(RECORDS)
     assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "new" / "table.txt")]) == 0
-    assert (tmp_path / "new" / "table.txt").read_text() == terminal(RECORDS, Options())
+    assert (tmp_path / "new" / "table.txt").read_text() == terminal(RECORDS)
     assert cli.main(["report", str(tmp_path), "--protocol", "heareval"]) == 2
     assert "holds no results of protocol heareval" in capsys.readouterr().err

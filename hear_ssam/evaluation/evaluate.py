@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from filelock import FileLock, Timeout
@@ -28,7 +27,7 @@ from ..machine import Cluster, engine_named, usable_cpus
 from ..options import add_model_options, add_scale, parse_options, parse_shard
 from .jobs import HEADS, Job, git_commit, noted, run_jobs
 from .records import STORE, Record, embeddings_folder, key_of, read
-from .tables import Options, terminal
+from .tables import terminal
 from .tasks import DONE, Task, find_archives, find_tasks, known_tasks, read_task, unpack
 
 if TYPE_CHECKING:
@@ -39,13 +38,13 @@ Probe = Literal["exact", "bf16", "knn", "logreg", "fewshot"]
 PROBES: tuple[Probe, ...] = get_args(Probe)
 Loader = Callable[[str], "JudgedModule"]  # puts a model on a device
 Models = dict[tuple[str, str], tuple["JudgedModule", Loader]]  # by name and hash: the loaded one, what loads another
-Work = tuple["Source", Sequence[tuple[str, str, int]]]  # and what it lacks: protocol, probe, seed
+Run = tuple[str, str, int]  # protocol, probe, seed
+Work = tuple["Source", Sequence[Run]]  # and what it lacks
 Existing = Literal["only-missing", "always", "never"]
 EXISTING: tuple[Existing, ...] = get_args(Existing)
 EXAMPLES = """examples:
   hear-ssam evaluate --tasks-dir tasks --results-dir results
-  hear-ssam evaluate --tasks-dir tasks --results-dir results --tasks esc50-v2.0.0-full --protocol ssam
-  hear-ssam evaluate --tasks-dir tasks --results-dir results --protocol ssam --probe bf16
+  hear-ssam evaluate --tasks-dir tasks --results-dir results --tasks esc50 --protocol ssam --probe bf16
   hear-ssam evaluate --tasks-dir tasks --results-dir results --probe knn logreg fewshot             seconds per task
   hear-ssam evaluate --tasks-dir tasks --results-dir results --probe logreg --limit 200             a quick look
   hear-ssam evaluate --model-options '{"model": "logmel"}' --tasks-dir tasks --results-dir results
@@ -68,7 +67,6 @@ class Source:
     folder: Path  # in heareval's layout
     origin: dict[str, Any]  # what its results must come from to be used again
     make: Callable[..., object]  # of the model, if it has one here; raises where the folder is not finished
-    seconds: Callable[[], float] = float  # of audio, about
 
     @property
     def weights(self) -> tuple[str, str]:
@@ -78,18 +76,15 @@ class Source:
     def label(self) -> str:
         return f"{self.model}, {self.task.name}"
 
-    def identity(self, protocol: str, probe: str) -> dict[str, Any]:
-        """The fields of a record's key that all seeds share."""
+    def identity(self, protocol: str, probe: str, seed: int) -> dict[str, Any]:
+        """The fields of a record's key that all records of a job share."""
         model = {"model": self.model, "checkpoint_sha256": self.checkpoint_sha256}
-        return {**model, "task": self.task.name, "version": self.task.version, "protocol": protocol, "probe": probe}
+        task = {"task": self.task.name, "version": self.task.version}
+        return {**model, **task, "protocol": protocol, "probe": probe, "seed": seed}
 
-    def key(self, protocol: str, probe: str, seed: int) -> tuple[Any, ...]:
+    def key(self, run: Run) -> tuple[Any, ...]:
         """Key of the record that says that a job is done."""
-        return key_of({**self.identity(protocol, probe), "seed": seed, "fold": None, "metric": self.task.scores[0]})
-
-    def fits(self, probe: str) -> bool:
-        """Whether a probe judges tasks of this kind: quick ones judge clips, not events."""
-        return probe in HEADS or not self.task.event
+        return key_of({**self.identity(*run), "fold": None, "metric": self.task.scores[0]})
 
     def made(self, record: Record | None) -> bool:
         """Whether a record comes from these very embeddings."""
@@ -167,20 +162,22 @@ def run_evaluation(
     for option, value in {"--seeds": seeds, "--workers": workers, "--shots": shots, "--limit": limit}.items():
         if value is not None and value < 1:
             raise HearSsamError(f"{option} must be at least 1, not {value}.")
-    runs: dict[tuple[str, str], range] = {}  # protocol, probe → seeds; all quick probes take heareval's splits
-    for name in probes:
+    runs: list[Run] = []
+    for name in dict.fromkeys(probes):
         if name in HEADS:
-            runs[protocol, name] = range(plan.first_seed, plan.first_seed + (seeds or plan.seeds))
-        else:
+            runs += [(protocol, name, plan.first_seed + number) for number in range(seeds or plan.seeds)]
+        else:  # all quick probes take heareval's splits
             few = name == "fewshot"
-            runs["heareval", f"fewshot{shots}" if few else name] = range((seeds or 10) if few else 1)
+            draws = (seeds or 10) if few else 1
+            runs += [("heareval", f"fewshot{shots}" if few else name, seed) for seed in range(draws)]
+    quick = list(dict.fromkeys(probe for _, probe, _ in runs if probe not in HEADS))
     failures: dict[str, str] = {}
     store = results_dir / STORE
     models: Models = {}
     folders = [place for place in (results_dir, tasks_dir, embeddings_dir) if place]
     with engine_named(engine, device, workers, *folders) as cluster, _only_driver(results_dir, shard):
         if embeddings_dir:
-            sources = _given_sources(embeddings_dir, tasks, failures)
+            sources = _given_sources(embeddings_dir, tasks, quick, failures)
         else:
             assert tasks_dir is not None
             unpacked = []
@@ -190,19 +187,17 @@ def run_evaluation(
             found = find_tasks(tasks_dir, tasks, unpacked)
             place = "cpu" if cluster else device
             models = _load(modules or ("hear_ssam",), model, model_options, place, failures)
-            sources = _module_sources(models, found, results_dir, resample, limit, existing == "always", failures)
+            again = existing == "always"
+            sources = _module_sources(models, found, results_dir, resample, limit, again, quick, failures)
         sources = sources[shard[0] - 1 :: shard[1]]
         stored = {key_of(record): record for record in read(store)} if store.exists() and existing != "always" else {}
-        if quick := [probe for _, probe in runs if probe not in HEADS]:
-            _tell_skipped(sources, quick)
-        work, kept = [], []
+        work = []
         for source in sources:
-            wanted = [(*run, seed) for run in runs if source.fits(run[1]) for seed in runs[run]]
-            todo = [one for one in wanted if not source.made(stored.get(source.key(*one)))]
+            fits = [run for run in runs if run[1] in HEADS or not source.task.event]
+            todo = [run for run in fits if not source.made(stored.get(source.key(run)))]
             work.append((source, todo))
-            kept += [source.label] * (len(todo) < len(wanted))
-        if existing == "never" and kept:
-            raise HearSsamError(f"{store} has results of {', '.join(kept)} already (--existing never).")
+            if existing == "never" and len(todo) < len(fits):
+                raise HearSsamError(f"{store}: has results of {source.label} already (--existing never).")
         jobs, commit, lacking = [], git_commit(), [one for one in work if one[1]]
         first = sum(source.task.name == lacking[0][0].task.name for source, _ in lacking)  # by all models
         made = _made(lacking, cluster, models)
@@ -210,28 +205,13 @@ def run_evaluation(
         for number, ((source, todo), make) in enumerate(bar, 1):
             with noted(source.label, failures):
                 make()
-                for *run, seed in todo:
-                    identity = {**source.identity(*run), "seed": seed}
-                    jobs.append(Job(source.folder, identity, results_dir, commit))
+                jobs += [Job(source.folder, source.identity(*run), results_dir, commit) for run in todo]
             if number == first and not cluster and (outlook := _outlook(work, plan, cores)):
                 tqdm.write(outlook, file=sys.stderr)
         run_jobs(jobs, store, cores, failures, cluster)
-        keys = {source.key(*run, seed)[:-2] for source in sources for run in runs for seed in runs[run]}
+        keys = {source.key(run)[:-2] for source in sources for run in runs}
         records = [r for r in read(store) if key_of(r)[:-2] in keys] if store.exists() else []  # folds and metrics
     return Evaluation(records, failures)
-
-
-def _tell_skipped(sources: Sequence[Source], quick: Sequence[str]) -> None:
-    """Say on stderr which tasks quick probes pass over, and where few-shot has less than it asks for."""
-    from .quick import shortage
-
-    for name, task in {source.task.name: source.task for source in sources}.items():
-        if task.event:
-            print(f"{name}: skipped by {', '.join(quick)}: an event task, they judge clips.", file=sys.stderr)
-            continue
-        for shots in (int(probe.removeprefix("fewshot")) for probe in quick if probe.startswith("fewshot")):
-            if less := shortage(task, shots):
-                print(f"{name}: {less}.", file=sys.stderr)
 
 
 def _made(work: Sequence[Work], cluster: Cluster | None, models: Models) -> Iterator[tuple[Work, Callable[[], object]]]:
@@ -260,21 +240,20 @@ def _far_maker(loaders: Mapping[tuple[str, str], Loader], device: str) -> Callab
 def _outlook(work: Sequence[Work], plan: Protocol, workers: int) -> str:
     """How long the rest takes, by the embeddings of the first task; empty where nothing of it takes long."""
     from .embeddings import provenance
-    from .preview import duration, probe_seconds
+    from .preview import audio_seconds, duration, probe_seconds
 
     seen: dict[tuple[str, str], tuple[float, int]] = {}  # of each model: seconds per second of audio, width
     audio = embeddings = probes = 0.0
     for source, todo in work:
-        model, length = source.weights, source.seconds() if todo else 0.0
         if (source.folder / DONE).exists():
             noted = provenance(source.folder)
-            seen.setdefault(model, (noted.get("seconds", 0.0) / (length or 1.0), noted.get("dim", 0)))
-        elif model in seen:
-            audio += length
-            embeddings += seen[model][0] * length
-        _, width = seen.get(model, (0.0, 0))
-        heads = [seed for _, probe, seed in todo if probe in HEADS]
-        probes += sum(probe_seconds(source.task, width, plan.grid_points) for _ in heads)
+            pace = noted.get("seconds", 0.0) / audio_seconds(source.task)
+            seen.setdefault(source.weights, (pace, noted.get("dim", 0)))
+        elif todo and source.weights in seen:
+            audio += audio_seconds(source.task)
+            embeddings += seen[source.weights][0] * audio_seconds(source.task)
+        heads = sum(probe in HEADS for _, probe, _ in todo)
+        probes += heads * probe_seconds(source.task, seen.get(source.weights, (0.0, 0))[1], plan.grid_points)
     parts = [f"{duration(embeddings)} more for the embeddings of {duration(audio)} of audio"] if audio else []
     parts += [f"{duration(probes / workers)} for heareval's heads on scene tasks"] if probes else []
     return f"estimate: {', then '.join(parts)}" if parts else ""
@@ -297,15 +276,13 @@ def _load(
     modules: Sequence[object], model: str, options: Mapping[str, Any] | None, device: str, failures: dict[str, str]
 ) -> Models:
     """All models that are given or can be loaded, each once; raises HearSsamError where there are none."""
-    from .module import judged, load_hear_model
+    from .module import load_hear_model
 
     models: Models = {}
     lost: dict[str, str] = {}
     for module in modules:
         name = module if isinstance(module, str) else getattr(module, "__name__", repr(type(module)))
-        load = functools.partial(judged, module)
-        if isinstance(module, str | ModuleType):
-            load = functools.partial(load_hear_model, name, model, options)
+        load = functools.partial(load_hear_model, module, model, options)
         with noted(name, lost):
             hear = load(device)
             models.setdefault((hear.name, hear.checkpoint_sha256), (hear, load))
@@ -317,10 +294,10 @@ def _load(
 
 def _module_sources(
     models: Models, tasks: Mapping[str, Sequence[Path]], results_dir: Path, resample: bool,
-    limit: int | None, again: bool, failures: dict[str, str],
+    limit: int | None, again: bool, quick: Sequence[str], failures: dict[str, str],
 ) -> list[Source]:  # fmt: skip
     from .embeddings import best_folder, embed_task, origin
-    from .preview import audio_seconds, limited
+    from .preview import limited
 
     sources, warned = [], set()
     for name, folders in tasks.items():
@@ -328,28 +305,19 @@ def _module_sources(
             with noted(f"{hear.name}, {name}", failures):
                 task = read_task(best_folder(folders, hear.sample_rate))
                 task = limited(task, limit, results_dir / "tasks") if limit else task
-                if task.folder not in warned and "limit" not in task.metadata:
-                    _warn(task)
+                if task.folder not in warned:
+                    _warn(task, quick)
                 warned.add(task.folder)
                 target = embeddings_folder(results_dir, hear.name, hear.checkpoint_sha256, task.name)
                 make = functools.partial(embed_task, task=task, out_dir=target, resample=resample, again=again)
                 comes_from = origin(hear, task, target, resample)
-                seconds = functools.partial(audio_seconds, task, hear.sample_rate, resample)
-                sources.append(Source(task, hear.name, hear.checkpoint_sha256, target, comes_from, make, seconds))
+                sources.append(Source(task, hear.name, hear.checkpoint_sha256, target, comes_from, make))
     return sources
 
 
-def _warn(task: Task) -> None:
-    """Say on stderr what makes the scores of a task something else than HEAR scores; this reads all its labels."""
-    if card := known_tasks().get(task.name):
-        for difference in card.differences(task):
-            print(f"{task.name} is not as HEAR released it: {difference}.", file=sys.stderr)
-    for split, labels in task.absent_classes().items():
-        effect = "mAP counts that as 0, d_prime and aucroc are undefined there"
-        print(f"{task.name}: {split} has no clip of {', '.join(labels)}; {effect}.", file=sys.stderr)
-
-
-def _given_sources(embeddings_dir: Path, names: Sequence[str], failures: dict[str, str]) -> list[Source]:
+def _given_sources(
+    embeddings_dir: Path, names: Sequence[str], quick: Sequence[str], failures: dict[str, str]
+) -> list[Source]:
     from .embeddings import given_origin, provenance, require_done
 
     sources = []
@@ -357,10 +325,29 @@ def _given_sources(embeddings_dir: Path, names: Sequence[str], failures: dict[st
         with noted(folder.name, failures):
             made_by = provenance(folder)
             model, digest = made_by.get("model", embeddings_dir.resolve().name), made_by.get("checkpoint_sha256", "")
-            _warn(task := read_task(folder))
+            _warn(task := read_task(folder), quick)
             make = functools.partial(require_done, folder)
             sources.append(Source(task, model, digest, folder, given_origin(task), make))
     return sources
+
+
+def _warn(task: Task, quick: Sequence[str]) -> None:
+    """Say on stderr what makes scores of a task no HEAR scores (it reads all labels), and what quick probes lack."""
+    from .quick import shortage
+
+    said = []
+    if "limit" not in task.metadata:
+        if card := known_tasks().get(task.name):
+            said += [f"is not as HEAR released it: {difference}" for difference in card.differences(task)]
+        for split, labels in task.absent_classes().items():
+            effect = "mAP counts that as 0, d_prime and aucroc are undefined there"
+            said.append(f"{split} has no clip of {', '.join(labels)}; {effect}")
+    if task.event and quick:
+        said.append(f"skipped by {', '.join(quick)}: an event task, they judge clips")
+    shots = [int(probe.removeprefix("fewshot")) for probe in quick if probe.startswith("fewshot") and not task.event]
+    said += filter(None, (shortage(task, count) for count in shots))
+    for text in said:
+        print(f"{task.name}: {text}.", file=sys.stderr)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -406,7 +393,7 @@ def run(args: argparse.Namespace) -> int:
         tasks = {r["task"] for r in evaluation.records}
         runs = {(r["protocol"], r["probe"]) for r in evaluation.records}
         rows = [r for r in read(args.results_dir) if r["task"] in tasks and (r["protocol"], r["probe"]) in runs]
-        print(terminal(rows, Options()), end="")
+        print(terminal(rows), end="")
     if not evaluation.failures:
         return 0
     print(f"\n{len(evaluation.failures)} failed:", file=sys.stderr)

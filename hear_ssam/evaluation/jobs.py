@@ -99,46 +99,49 @@ def run_jobs(
             bar.update(1)
 
 
-def _work_here(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, Future[list[Record]]], None, None]:
-    """Each job with its finished future, from a process. One whose process dies runs once more, alone, at the end."""
+def _work_here(
+    jobs: Sequence[Job], workers: int, again: bool = False
+) -> Generator[tuple[Job, Future[list[Record]]], None, None]:
+    """Each job with its finished future, from a process. One whose process dies runs once more, alone, at the end:
+    not where another process may have died of the same."""
     spawn = multiprocessing.get_context("spawn")
     watched, leash = spawn.Pipe(duplex=False)  # processes end when this end of it closes, however that happens
     start = functools.partial(ProcessPoolExecutor, 1, spawn, _start_worker, (watched,))
     free = [start() for _ in range(min(workers, len(jobs)))]
-    waiting = deque((job, 1) for job in jobs)
-    running: dict[Future[list[Record]], tuple[ProcessPoolExecutor, Job, int]] = {}
+    waiting, lost = deque(jobs), []
+    running: dict[Future[list[Record]], tuple[ProcessPoolExecutor, Job]] = {}
     with leash, watched:
         try:
             while waiting or running:
-                while waiting and free and (waiting[0][1] == 1 or not running):
-                    pool, (job, tries) = free.pop(), waiting.popleft()
-                    if tries > 1:  # not where an idle process may have died of the same
-                        pool.shutdown()
-                        pool = start()
-                    running[pool.submit(_work, job)] = pool, job, tries
+                while waiting and free:
+                    pool, job = free.pop(), waiting.popleft()
+                    running[pool.submit(_work, job)] = pool, job
                 for future in wait(running, None, FIRST_COMPLETED).done:
-                    pool, job, tries = running.pop(future)
-                    if lost := isinstance(future.exception(), BrokenProcessPool):
-                        pool.shutdown()
-                        pool = start()
-                    free.append(pool)
-                    if lost and tries == 1:
-                        waiting.append((job, 2))
+                    pool, job = running.pop(future)
+                    if not isinstance(future.exception(), BrokenProcessPool):
+                        free.append(pool)
+                        yield job, future
                         continue
-                    if lost and pool.submit(os.getpid).exception():
+                    pool.shutdown()
+                    free.append(start())
+                    lost.append(job)
+                    if again and free[-1].submit(os.getpid).exception():
                         needs = "a script needs its calls of run_evaluation below `if __name__ == '__main__':`"
                         raise HearSsamError(f"workers of the probe do not start: {needs}, and memory for torch.")
-                    if lost:
-                        future = Future()
-                        reason = "its process was killed or crashed (out of memory?); run again what is missing"
-                        future.set_exception(HearSsamError(reason))
-                    yield job, future
         except BaseException:  # Ctrl-C: what is finished is stored, the rest is dropped at once
             leash.close()
             raise
         finally:
-            for pool in [*free, *(pool for pool, *_ in running.values())]:
+            for pool in [*free, *(pool for pool, _ in running.values())]:
                 pool.shutdown(cancel_futures=True)
+    for job in lost:
+        if not again:
+            yield from _work_here([job], 1, again=True)
+            continue
+        future = Future()
+        reason = "its process was killed or crashed (out of memory?); run again what is missing"
+        future.set_exception(HearSsamError(reason))
+        yield job, future
 
 
 def _far_worker(_: str) -> Callable[[Job], list[Record]]:

@@ -87,14 +87,18 @@ def as_array(returned: object, function: str) -> np.ndarray:
 
 
 def load_hear_model(
-    module: str, model: str = "", options: Mapping[str, Any] | None = None, device: str = "auto"
+    module: object, model: str = "", options: Mapping[str, Any] | None = None, device: str = "auto"
 ) -> JudgedModule:
     """Import `module`, call its `load_model([model], **options)`, move the model to `device` (see `options`).
 
     `module` may carry options of its own: 'hear_ssam:{"model": "logmel"}'. `hf:NAME` and `xares:FILE.py` name models of
-    transformers and X-ARES, with options behind: 'hf:NAME:{"layer": 6}'.
+    transformers and X-ARES, with options behind: 'hf:NAME:{"layer": 6}'. What is no name is `judged` as it is.
     Raises HearSsamError for a module that cannot be imported, ends the process, or lacks a part of the HEAR API.
     """
+    if isinstance(module, ModuleType):
+        module = module.__name__
+    if not isinstance(module, str):
+        return judged(module, device)
     place = pick_device(device)
     name, _, own_options = module.partition(":")
     if name in ADAPTERS:

@@ -127,25 +127,22 @@ def make_records(
 
 def append(path: Path, records: Iterable[Record]) -> None:
     """Append records, all or none, and force them to disk. Raises HearSsamError that names an unwritable file."""
-    text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    data = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):  # jobs of an array share the store
-            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-            size = os.fstat(descriptor).st_size
+        # jobs of an array share the store; a write that is not buffered says how much of it there was room for
+        with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if file.read(1) not in (b"", b"\n"):
+                data = b"\n" + data  # close the line that a crash tore
             try:
-                os.lseek(descriptor, max(0, size - 1), os.SEEK_SET)
-                if size and os.read(descriptor, 1) != b"\n":
-                    text = "\n" + text  # close the line that a crash tore
-                data = text.encode()
-                if os.write(descriptor, data) != len(data):
+                if file.write(data) != len(data):
                     raise OSError(None, "the disk is full")
-                os.fsync(descriptor)
+                os.fsync(file.fileno())
             except OSError:  # a part of the records would pass for all of them
-                os.ftruncate(descriptor, size)
+                file.truncate(size)
                 raise
-            finally:
-                os.close(descriptor)
     except OSError as error:
         reason = error.strerror or error
         raise HearSsamError(f"{path}: cannot be written: {reason}; make room or use another place.") from error

@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import BASELINE
 from ..errors import HearSsamError
 from ..paths import atomic_write, link
 from .records import Record, embeddings_folder, predictions_file, read
-from .tables import FORMATS, Cell, Options, Table, agreement, caption, grid, tables
+from .tables import FORMATS, Cell, Table, agreement, caption, grid, tables
 from .tasks import DONE, known_tasks, read_task
 
 MOST_MB = 8  # of clips inside a page
@@ -49,7 +48,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--format", choices=[*FORMATS, "html"], default="terminal", help=formats)
     add("-o", "--output", type=Path, metavar="FILE", help="write to a file instead of the screen")
     add("--protocol", help="only results of this protocol")
-    add("--baseline", metavar="MODEL", help=f"model that counts as zero in s(m) (default: {BASELINE}, if it was run)")
     add("--published", action="store_true", help="show published scores of HEAR's tasks beside these, marked †")
     parser.set_defaults(run=run)
 
@@ -59,9 +57,8 @@ def run(args: argparse.Namespace) -> int:
     if not records:
         of_protocol = f" of protocol {args.protocol}" if args.protocol else ""
         raise HearSsamError(f"{args.results}: holds no results{of_protocol}; `hear-ssam evaluate` puts them there.")
-    options = Options(args.baseline, args.published)
     write = FORMATS.get(args.format)
-    text = write(records, options) if write else page(records, options, args.results, args.output)
+    text = write(records, args.published) if write else page(records, args.results, args.output, args.published)
     if args.output is None:
         sys.stdout.write(text)
     else:
@@ -112,7 +109,7 @@ def principal_components(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.n
     return projected, np.pad(shares, (0, missing))[:count]
 
 
-def page(records: list[Record], options: Options, results: Path, output: Path | None = None) -> str:
+def page(records: list[Record], results: Path, output: Path | None = None, published: bool = False) -> str:
     """The HTML page `output` of all tables; drawings are of what lies with `results`, a folder or the store in it.
 
     The clips that it plays are in the page, or links where they take more than `MOST_MB`.
@@ -122,7 +119,7 @@ def page(records: list[Record], options: Options, results: Path, output: Path | 
 
     found, clips, folder = tables(records), dict[Path, int](), results if results.is_dir() else results.parent
     names = sorted({name for table in found for name in table.tasks})
-    tasks = [_task(name, [t for t in found if name in t.tasks], options, folder, clips) for name in names]
+    tasks = [_task(name, [t for t in found if name in t.tasks], published, folder, clips) for name in names]
     beside = (output or Path("page")).resolve().parent
     sources = [link(path, beside) for path in clips]
     if inside := sum(path.stat().st_size for path in clips) <= 1e6 * MOST_MB:
@@ -133,16 +130,16 @@ def page(records: list[Record], options: Options, results: Path, output: Path | 
     text = Path(__file__).with_name("report.html.j2").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(text).render(
-        tables=[(t, grid(t, options, Markup("<b>{}</b>").format), caption(t, options)) for t in found],
+        tables=[(t, grid(t, published, Markup("<b>{}</b>").format), caption(t, published)) for t in found],
         tasks=tasks, agreement=agreement(records), origins=[ORIGIN, *origins], inside=inside, most=MOST_MB,
         clips=[(path.name, source) for path, source in zip(clips, sources, strict=True)],
     )  # fmt: skip
 
 
-def _task(name: str, found: list[Table], options: Options, results: Path, clips: dict[Path, int]) -> Figure:
+def _task(name: str, found: list[Table], published: bool, results: Path, clips: dict[Path, int]) -> Figure:
     """The standings of a task (header first, cells of each model and table) and their range; each model's figures."""
     card, models = known_tasks().get(name), dict.fromkeys(model for table in found for model in table.models)
-    outside = card.published if card and options.published else ()
+    outside = card.published if card and published else ()
     head = ["model", *(f"{table.probe} ({table.protocol})" for table in found), *["published †"] * bool(outside)]
     rows = [[m, *(t.cells.get((name, m), "–") for t in found), *["–"] * bool(outside)] for m in models]
     rows += [[f"{row['model']} †", *["–"] * len(found), Cell((), row["score"], None)] for row in outside]

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .. import BASELINE
-from ..errors import unknown_name
 from .records import Record
 from .tasks import known_tasks
 
@@ -113,29 +112,14 @@ def tables(records: Iterable[Record]) -> list[Table]:
     return made
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a rendered table shows besides the scores."""
-
-    baseline: str | None = None  # of s(m); default: logmel where the table has it, else no s(m)
-    published: bool = False  # columns of published scores
-
-    def baseline_of(self, table: Table) -> str | None:
-        if self.baseline is None:
-            return BASELINE if BASELINE in table.models else None
-        if self.baseline not in table.models:
-            raise unknown_name("baseline", self.baseline, table.models)
-        return self.baseline
-
-
 def as_text(value: float, metric: str) -> str:
     """A score in percent; d' and error rates, which are no shares, as they are."""
     return f"{value:.2f}" if metric.startswith(("d_prime", "segment")) else f"{100 * value:.1f}"
 
 
-def grid(table: Table, options: Options, bold: Callable[[str], str]) -> list[list[str]]:
+def grid(table: Table, published: bool, bold: Callable[[str], str]) -> list[list[str]]:
     """The table as text, header first: the best of a row in bold, ≈ before one that is not significantly worse."""
-    outside = _published(table) if options.published else {}
+    outside = _published(table) if published else {}
     rows = [["task", "metric", *table.models, *(f"{model} †" for model in outside)]]
     for task, metric in table.tasks.items():
         row = [task, metric]
@@ -146,28 +130,29 @@ def grid(table: Table, options: Options, bold: Callable[[str], str]) -> list[lis
         row += [as_text(found[task]["score"], metric) if task in found else "–" for found in outside.values()]
         rows.append(row)
     count = len(table.common_tasks)
-    for name, values in aggregates(table, options).items():
+    for name, values in aggregates(table).items():
         rows.append([name, f"{count} task{'s' * (count != 1)}", *(f"{v:.1f}" for v in values), *("–" for _ in outside)])
     return rows
 
 
-def aggregates(table: Table, options: Options) -> dict[str, list[float]]:
-    """The rows below the tasks: s(m) where there is a baseline, mean rank where there are rivals.
+def aggregates(table: Table) -> dict[str, list[float]]:
+    """The rows below the tasks, where there are rivals: s(m) if the baseline logmel is one of them, and mean rank.
 
     A task on which nobody beats the baseline counts 0 in s(m).
     """
-    baseline, shares, ranks = options.baseline_of(table), [], []
+    shares, ranks = [], []
     if len(table.models) < 2 or not table.common_tasks:
         return {}
     from scipy.stats import rankdata
 
     for task in table.common_tasks:
         means = {model: table.sign[task] * table.cells[task, model].mean for model in table.models}
-        best, base = max(means.values()), means.get(baseline or "", 0.0)
+        best, base = max(means.values()), means.get(BASELINE, 0.0)
         shares.append([0.0 if best == base else max(0.0, (own - base) / (best - base)) for own in means.values()])
         ranks.append(rankdata([-own for own in means.values()]).tolist())
-    rows = {"s(m)": [100 * statistics.mean(one) for one in zip(*shares, strict=True)]} if baseline else {}
-    return {**rows, "rank": [statistics.mean(one) for one in zip(*ranks, strict=True)]}
+    below = {"s(m)": [100 * statistics.mean(one) for one in zip(*shares, strict=True)]}
+    below["rank"] = [statistics.mean(one) for one in zip(*ranks, strict=True)]
+    return below if BASELINE in table.models else {"rank": below["rank"]}
 
 
 def _published(table: Table) -> dict[str, dict[str, dict[str, Any]]]:
@@ -179,7 +164,7 @@ def _published(table: Table) -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
-def caption(table: Table, options: Options) -> str:
+def caption(table: Table, published: bool = False) -> str:
     """Protocol, seeds, and what the marks and aggregates mean."""
     seeds = sorted(set(Counter((record["task"], record["label"]) for record in table.records).values()))
     count = "–".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
@@ -190,13 +175,13 @@ def caption(table: Table, options: Options) -> str:
         text += "; scores that are not finite are left out"
     for limit in sorted({record["limit"] for record in table.records if "limit" in record}):
         text += f"; -limit{limit}: only {limit} clips of each split, no HEAR scores"
-    below = aggregates(table, options)
+    below = aggregates(table)
     if "s(m)" in below:
         text += "; s(m) = 100 × mean over tasks of max(0, (score − baseline) / (best − baseline)), "
-        text += f"baseline {options.baseline_of(table)}, best of {', '.join(table.models)}"
+        text += f"baseline {BASELINE}, best of {', '.join(table.models)}"
     if below:
         text += "; rank: mean over tasks, 1 is best"
-    if options.published and (outside := _published(table)):
+    if published and (outside := _published(table)):
         sources = {row["source"] for found in outside.values() for row in found.values()}
         text += f"; † published, not measured here ({len(outside)} models; {'; '.join(sorted(sources))})"
     return text + "."
@@ -225,9 +210,9 @@ def agreement(records: Iterable[Record]) -> list[list[str]]:
     return [["probe", "and probe", "agree over models (ρ)", "over tasks (ρ)"], *rows] if rows else []
 
 
-def terminal(records: list[Record], options: Options) -> str:
+def terminal(records: list[Record], published: bool = False) -> str:
     """Aligned columns; * marks the best of a row."""
-    texts = [f"{caption(table, options)}\n{aligned(grid(table, options, '*{}*'.format))}" for table in tables(records)]
+    texts = [f"{caption(t, published)}\n{aligned(grid(t, published, '*{}*'.format))}" for t in tables(records)]
     return "\n".join([*texts, *map(aligned, filter(None, [agreement(records)]))])
 
 
@@ -239,14 +224,14 @@ def aligned(rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def markdown(records: list[Record], options: Options) -> str:
+def markdown(records: list[Record], published: bool = False) -> str:
     """Pipe tables; the best of a row in bold."""
 
     def piped(rows: list[list[str]]) -> str:
         header, *lines = (f"| {' | '.join(row)} |" for row in rows)
         return "\n".join([header, "|" + "---|" * len(rows[0]), *lines]) + "\n"
 
-    texts = [f"{caption(t, options)}\n\n{piped(grid(t, options, '**{}**'.format))}" for t in tables(records)]
+    texts = [f"{caption(t, published)}\n\n{piped(grid(t, published, '**{}**'.format))}" for t in tables(records)]
     return "\n".join([*texts, *map(piped, filter(None, [agreement(records)]))])
 
 
@@ -256,16 +241,16 @@ _LATEX = str.maketrans(
 )
 
 
-def latex(records: list[Record], options: Options) -> str:
+def latex(records: list[Record], published: bool = False) -> str:
     """One table environment (package booktabs) per protocol and probe."""
     texts = []
     for table in tables(records):
-        rows = grid(table, options, "\x02{}\x03".format)  # marks of bold, until the rest is escaped
+        rows = grid(table, published, "\x02{}\x03".format)  # marks of bold, until the rest is escaped
         lines = [" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in rows]
         lines = [line.replace("\x02", r"\textbf{").replace("\x03", "}") for line in lines]
         body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
         columns = "ll" + "r" * (len(rows[0]) - 2)
-        head = f"\\begin{{table}}\n\\centering\n\\caption{{{caption(table, options).translate(_LATEX)}}}\n"
+        head = f"\\begin{{table}}\n\\centering\n\\caption{{{caption(table, published).translate(_LATEX)}}}\n"
         texts.append(f"{head}\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}\n\\end{{table}}\n")
     return "\n".join(texts)
 
@@ -273,7 +258,7 @@ def latex(records: list[Record], options: Options) -> str:
 CSV_COLUMNS = ("model", "task", "protocol", "seed", "metric", "score", "fold", "probe", "checkpoint_sha256", "version")
 
 
-def comma_separated(records: list[Record], options: Options) -> str:
+def comma_separated(records: list[Record], published: bool = False) -> str:
     """Every record: scores as fractions, HEAR's metric names; `fold` is empty for the mean over folds."""
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
