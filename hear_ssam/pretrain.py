@@ -11,7 +11,6 @@ import functools
 import sys
 from typing import Any, get_args, get_origin, get_type_hints
 
-from .audio import audio_clips
 from .config import CONFIGS
 from .errors import HearSsamError, unknown_name
 from .machine import usable_cpus
@@ -19,7 +18,6 @@ from .options import add_device
 from .paths import atomic_write, shipped
 from .pretraining.corpus import missing, recipe, terms
 from .pretraining.recipe import RECIPES, Recipe, read_recipe
-from .pretraining.store import RATE, build_store, open_store
 
 
 def _options() -> dict[str, Any]:
@@ -110,6 +108,9 @@ def run_corpus(args: argparse.Namespace) -> int:
     """`hear-ssam corpus`. Exit code 1 if a file was skipped."""
     from tqdm import tqdm
 
+    from .audio import audio_clips
+    from .pretraining.store import RATE, build_store
+
     if args.workers < 1:
         raise HearSsamError(f"--workers {args.workers}: needs at least one.")
     if args.missing:
@@ -140,7 +141,9 @@ def _check(args: argparse.Namespace) -> int:
     """Write and print which clips of a store are recordings of an evaluation; training leaves them out."""
     from tqdm import tqdm
 
+    from .audio import audio_clips
     from .pretraining.leaks import find_leaks
+    from .pretraining.store import open_store
 
     store = open_store(args.store)
     known = tqdm(audio_clips(args.check_against), unit=" clips")
@@ -175,6 +178,7 @@ def run_codes(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .pretraining.codes import build_codes, encoder_features, module_features
+    from .pretraining.store import open_store
 
     if bool(args.checkpoint) == bool(args.module):
         raise HearSsamError("codes: name one teacher, --checkpoint FILE or --module NAME.")

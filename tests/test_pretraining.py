@@ -213,7 +213,7 @@ def test_codes_of_a_checkpoint_train_an_encoder(store, teacher, tmp_path, capsys
     (store / "c.json").write_text(json.dumps({**table.info, "teacher": {"sha256": "another"}}))
     with pytest.raises(HearSsamError, match=r"state\.pt: holds a run with codes=.*another"):
         pretrain(store, tmp_path / "run40", again)
-    with pytest.raises(HearSsamError, match=r"c\.json: codes of another patch grid"):
+    with pytest.raises(HearSsamError, match=r"c\.json: codes of another grid"):
         codes.open_codes(opened, "c", config.CONFIGS["ssamba_tiny"])
     (store / "c.json").write_text(json.dumps({**table.info, "store": "another"}))
     with pytest.raises(HearSsamError, match=r"^.*c\.json: codes of another store"):

@@ -68,7 +68,7 @@ def test_frames_are_those_of_the_whole_clip(store: Store, model: str, monkeypatc
     position[:, 0], position[:, 1] = 0, frames.lengths[clip] - 1
     want = torch.stack([whole[c][p] for c, p in zip(clip.tolist(), position, strict=True)])
     torch.testing.assert_close(frames(clip, position), want, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr("hear_ssam.frontend.BLOCK", 100)  # two clips at a time
+    monkeypatch.setattr("hear_ssam.pretraining.store.BLOCK", 100)  # two clips at a time
     torch.testing.assert_close(frames(clip, position), want, rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):  # measuring is never rounded
         torch.testing.assert_close(frames(clip, position), want, rtol=1e-4, atol=1e-4)

@@ -8,30 +8,26 @@ patch) or any HEAR module (timestamp embeddings, a code per time slot).
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_checkpoint
 from ..config import EncoderConfig
-from ..encoder import Encoder
 from ..errors import HearSsamError
 from ..frontend import HOP, SAMPLE_RATE, normalize
-from ..hear import find_weights
-from ..options import pick_device
+from ..hear import EncoderModel, load_model
 from ..paths import atomic_write, sha256
 from .store import Frames, Store
 
 NONE = 65535  # no code: beyond the last whole time slot that the teacher saw
-SAMPLE = 250_000  # rows that k-means sees
+SAMPLE = 250_000  # rows, at least, that k-means sees
 ROUNDS = 25  # of k-means
 TOGETHER = 1 << 15  # time slots of the clips that are given to a teacher at once
 # Clips of the store, each with one of its windows, None: all → (slots, bands or 1, D) float32 of each
@@ -66,16 +62,11 @@ def open_codes(store: Store, name: str, config: EncoderConfig) -> CodeTable:
         raise HearSsamError(
             f"{path}: no finished codes here ({error}); make them with `hear-ssam codes {store.folder} --name {name}`."
         ) from error
-    for what, have, want in (
-        ("store", info.get("store"), store.digest),
-        ("patch grid", info.get("grid"), _grid(config)),
-    ):
-        if have != want:
-            raise HearSsamError(f"{path}: codes of another {what} ({have}, not {want}); make them again.")
-    first = np.concatenate([[0], np.cumsum(_slots(store, config))])
-    if len(codes) != first[-1]:
-        raise HearSsamError(f"{path}: {len(codes)} time slots, the store has {first[-1]}; make the codes again.")
-    return CodeTable(codes, torch.from_numpy(first[:-1]), info)
+    for what, want in (("store", store.digest), ("grid", _grid(config))):
+        if info.get(what) != want:
+            raise HearSsamError(f"{path}: codes of another {what} ({info.get(what)}, not {want}); make them again.")
+    slots = _slots(store, config)
+    return CodeTable(codes, torch.from_numpy(slots.cumsum() - slots), info)
 
 
 def build_codes(
@@ -155,42 +146,29 @@ def encoder_features(
     store: Store, path: str | os.PathLike[str], block: int, device: str = "auto"
 ) -> tuple[EncoderConfig, Features, dict[str, Any]]:
     """The tokens of one of our checkpoints after `block` blocks; whole windows at the positions that inference uses."""
-    config, state, info = load_checkpoint(find_weights(str(path))[0])
-    if not 1 <= block <= config.depth or (config.paired and block % 2):
-        raise HearSsamError(
-            f"{path}: no tokens after block {block}; it has {config.depth}{' in pairs' * config.paired}."
-        )
-    place = pick_device(device)
-    encoder = Encoder(config).to(place).eval()
-    encoder.load_state_dict(state)
-    frames = Frames(store, config, place)
-    size, patch, bands = config.window_frames, config.patch_frames, config.grid[1]
-    together = 4 if place.type == "cpu" else 512  # windows in a pass: what caches, or a GPU, hold
+    model = cast(EncoderModel, load_model(path, token_order="time", device=device))
+    config, frames = model.config, Frames(store, model.config, model.device)
+    patch, size, bands = config.patch_frames, config.window_frames, config.grid[1]
 
     @torch.inference_mode()
     def features(asked: Sequence[tuple[int, int | None]]) -> list[Tensor]:
-        pieces: list[Tensor] = []  # windows (F, mels) of all clips
-        counts = []
+        pieces: list[list[Tensor]] = []  # windows (F, mels) of each clip
         for clip, window in asked:
             length = int(frames.lengths[clip])
             spec = normalize(frames(torch.tensor([clip]), torch.arange(length)[None]), config)[0]
-            spec = spec[: length // patch * patch]
-            if window is not None:
-                spec = spec[window * size : (window + 1) * size]
-            found = [part for part in spec.split(size) if len(part)]
-            counts.append(len(found))
-            pieces += found
-        tokens: dict[int, Tensor] = {}
-        for size_of in {len(piece) for piece in pieces}:  # passes over windows of one length
-            for same in torch.tensor([i for i, x in enumerate(pieces) if len(x) == size_of]).split(together):
-                x = encoder.tokens(torch.stack([pieces[i] for i in same]), depth=block)[:, 1:]
-                grid = x.unflatten(1, (-1, bands)) if config.patch_order == "time" else x.unflatten(1, (bands, -1)).mT
-                tokens |= dict(zip(same.tolist(), grid, strict=True))
-        each = iter(tokens[i] for i in range(len(pieces)))
-        nothing = torch.zeros(0, bands, config.embed_dim, device=place)
-        return [torch.cat([nothing, *itertools.islice(each, count)]) for count in counts]
+            parts = spec[: length // patch * patch].split(size)
+            pieces.append([part for part in parts[slice(window, None if window is None else window + 1)] if len(part)])
+        every = [piece for parts in pieces for piece in parts]
+        rows: dict[int, Tensor] = {}
+        for length in {len(piece) for piece in every}:  # passes over windows of one length
+            same = [i for i, piece in enumerate(every) if len(piece) == length]
+            found = model.encode(torch.stack([every[i] for i in same]), [block]).unflatten(2, (bands, -1))
+            rows |= zip(same, found, strict=True)
+        each = iter([rows[i] for i in range(len(every))])
+        nothing = torch.zeros(0, bands, config.embed_dim, device=model.device)
+        return [torch.cat([nothing, *(next(each) for _ in parts)]) for parts in pieces]
 
-    return config, features, {"checkpoint": Path(path).name, "sha256": info["sha256"], "block": block}
+    return config, features, {"checkpoint": Path(path).name, "sha256": model.checkpoint_sha256, "block": block}
 
 
 def module_features(
@@ -230,19 +208,13 @@ def module_features(
 
 
 def k_means(x: Tensor, clusters: int, seed: int = 0) -> Tensor:
-    """Lloyd's algorithm on a sample of the rows x (N, D): centres (clusters, D)."""
-    generator = torch.Generator().manual_seed(seed)
-    x = x[torch.randperm(len(x), generator=generator)[:SAMPLE].to(x.device)]
+    """Centres (clusters, D) of the rows x (N, D)."""
+    from sklearn.cluster import KMeans
+
     if len(x) < clusters:
         raise HearSsamError(f"codes: {len(x)} patches cannot form {clusters} clusters; add audio or ask for fewer.")
-    centres = x[:clusters].clone()
-    for _ in range(ROUNDS):
-        found = nearest(x, centres)
-        count = torch.bincount(found, minlength=clusters)
-        centres = torch.zeros_like(centres).index_add_(0, found, x) / count.clamp(min=1)[:, None]
-        empty = (count == 0).nonzero()[:, 0]  # starts anew at some row
-        centres[empty] = x[torch.randint(len(x), (len(empty),), generator=generator).to(x.device)]
-    return centres
+    lloyd = KMeans(clusters, init="random", n_init=1, max_iter=ROUNDS, random_state=seed)
+    return torch.from_numpy(lloyd.fit(x.cpu().numpy()).cluster_centers_).to(x)
 
 
 def nearest(x: Tensor, centres: Tensor) -> Tensor:

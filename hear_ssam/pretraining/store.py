@@ -21,20 +21,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..audio import CLIP_RATE, Clip
+from ..config import EncoderConfig
 from ..errors import HearSsamError, about
+from ..frontend import BLOCK, HOP, WINDOW, build_frontend, join
 from ..machine import work_ahead
 from ..paths import atomic_write, sha256
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from ..config import EncoderConfig
 
 RATE = CLIP_RATE  # Hz
 BANDS = 80  # of the log-mel frames in earlier stores
@@ -119,8 +117,7 @@ def build_store(
     if (folder / "store.json").exists():
         raise HearSsamError(f"{folder}: holds a store already; name another folder or delete this one.")
     offsets, source, names, skipped = [0], [], [], []
-    sources: dict[str, int] = {}
-    hashes: list[Any] = []
+    hashes: dict[str, Any] = {}  # of the audio of each source
     whole, seen = hashlib.sha256(), set()
     dropped = {"short": 0, "silent": 0, "repeated": 0}
     with (
@@ -143,11 +140,9 @@ def build_store(
             seen.add(digest)
             file.write(data)
             offsets.append(offsets[-1] + len(samples))
-            source.append(sources.setdefault(clip.source, len(sources)))
+            hashes.setdefault(clip.source, hashlib.sha256()).update(data)
+            source.append(list(hashes).index(clip.source))
             names.append(clip.name)
-            if source[-1] == len(hashes):
-                hashes.append(hashlib.sha256())
-            hashes[source[-1]].update(data)
             whole.update(data)
         if not source:
             raise HearSsamError(f"{folder}: no usable audio: {skipped[0] if skipped else 'name longer clips.'}")
@@ -156,8 +151,8 @@ def build_store(
     clips_of, samples_of = np.bincount(source), np.bincount(source, weights=np.diff(offsets))
     table = [
         {"name": name, "clips": int(clips_of[i]), "hours": round(samples_of[i] / RATE / 3600, 3),
-         "sha256": hashes[i].hexdigest(), **terms(name)}
-        for name, i in sources.items()
+         "sha256": digest.hexdigest(), **terms(name)}
+        for i, (name, digest) in enumerate(hashes.items())
     ]  # fmt: skip
     info = {"samples": offsets[-1], "clips": len(source), "sha256": whole.hexdigest(), "sources": table}
     info |= {"skipped": skipped, **dropped}
@@ -183,10 +178,6 @@ class Frames:
     lengths: Tensor  # (clips,) int64: frames of each clip
 
     def __init__(self, store: Store, config: EncoderConfig, device: torch.device) -> None:
-        import torch
-
-        from ..frontend import HOP, WINDOW, build_frontend
-
         if not store.holds_audio and (config.frontend, config.n_mels) != ("logmel", BANDS):
             raise HearSsamError(
                 f"{store.folder}: holds log-mel frames, not what {config.system} reads ({config.frontend}, "
@@ -203,10 +194,6 @@ class Frames:
 
     def compute(self) -> None:
         """Put the frames of all clips on the device."""
-        import torch
-
-        from ..frontend import BLOCK, join
-
         self.data, self.offsets = self.data.to(self.device), self.offsets.to(self.device)
         if self.data.dim() == 2:
             return
@@ -218,10 +205,6 @@ class Frames:
         self.data, self.offsets = join(parts, dim=0), first
 
     def __call__(self, clip: Tensor, position: Tensor) -> Tensor:
-        import torch
-
-        from ..frontend import BLOCK, HOP, join
-
         clip, position = clip.to(self.data.device), position.to(self.data.device)
         if self.data.dim() == 2:
             return self.data[self.offsets[clip][:, None] + position].float().to(self.device)
@@ -236,10 +219,6 @@ class Frames:
 
     def _windows(self, clip: Tensor, first: Tensor) -> Tensor:
         """int16 (B, F, 400) from the samples `first` (B, F) of clips (B,), mirrored at a clip's ends."""
-        import torch
-
-        from ..frontend import WINDOW
-
         every = self.data.unfold(0, WINDOW, 1)  # every window that there is, as a view
         start, last = self.offsets[clip][:, None], (self.offsets[clip + 1] - self.offsets[clip] - 1)[:, None]
         windows = every[(start + first).clamp(0, len(every) - 1)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..encoder import Encoder
@@ -14,7 +13,6 @@ from .learner import Learner
 from .windows import Batch
 
 SHOWN = 4  # windows of a batch
-GAP = 4  # pixels between two
 
 
 @torch.no_grad()
@@ -31,14 +29,15 @@ def draw(path: Path, learner: Learner, batch: Batch) -> None:
     columns = {"input": patches, "what the encoder reads": patches.masked_fill(hidden, torch.nan)}
     if predicted is not None:
         columns["predicted where hidden"] = torch.where(hidden, predicted, patches)
-    pictures = [as_pictures(learner.encoder, column, batch.spec).cpu() for column in columns.values()]
-    tiles = F.pad(torch.stack(pictures, 1), (0, GAP, 0, GAP), value=torch.nan)  # (B, columns, mels, F)
     low, high = batch.spec.quantile(torch.tensor([0.01, 0.995], device=batch.spec.device)).tolist()
-    picture = tiles.transpose(1, 2).flatten(2).flatten(0, 1).repeat_interleave(2, 0).repeat_interleave(2, 1).numpy()
-    figure = Figure(figsize=(picture.shape[1] / 100, picture.shape[0] / 100 + 0.3), dpi=100)
-    for i, name in enumerate(columns):
-        figure.text(i / len(columns), 1, name, va="top")
-    figure.figimage(picture, cmap="magma", vmin=low, vmax=high, origin="upper")
+    figure = Figure(figsize=(4 * len(columns), 2 * len(hidden)), layout="constrained")
+    axes = figure.subplots(len(hidden), len(columns), squeeze=False)
+    for (name, column), plots in zip(columns.items(), axes.T, strict=True):
+        plots[0].set_title(name)
+        for picture, plot in zip(as_pictures(learner.encoder, column, batch.spec).cpu().numpy(), plots, strict=True):
+            plot.imshow(picture, cmap="magma", vmin=low, vmax=high, aspect="auto")
+    for plot in axes.flat:
+        plot.axis("off")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")
 
