@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import HearSsamError, about
+from .errors import HearSsamError
 from .options import add_model, add_model_options, add_scale, parse_options, parse_shard
 
 if TYPE_CHECKING:
@@ -77,23 +78,17 @@ class NothingEmbeddedError(HearSsamError):
 
 def run(args: argparse.Namespace) -> int:
     """`hear-ssam embed`; exit code 1 if a file was skipped."""
-    import torch
-
     from .audio import is_tar
     from .embedding.inputs import find_recordings
-    from .embedding.work import Options
+    from .embedding.work import Options, share_cpus
     from .hear import load_model
-    from .machine import engine_named, usable_cpus
+    from .machine import engine_named
 
     if args.window is not None and args.kind not in (None, "scene"):
         raise HearSsamError(f"--kind {args.kind}: --window writes scenes of windows only; leave one of them away.")
-    if not args.window and args.hop is not None:
-        raise HearSsamError("--hop: needs --window.")
     if args.window == 0:
         raise HearSsamError("--window 0: take seconds, from 0.02 to 600.")
-    cores = usable_cpus()
-    workers = cores if args.workers is None else args.workers
-    if workers < 1:
+    if args.workers is not None and args.workers < 1:
         raise HearSsamError(f"--workers must be at least 1, not {args.workers}.")
     window, hop = args.window or 0.0, args.hop if args.hop is not None else args.window or 0.0
     kind, load = "scene" if window else args.kind or "both", parse_options(args.model_options)
@@ -102,11 +97,10 @@ def run(args: argparse.Namespace) -> int:
     recordings: Iterable[Recording] = find_recordings(args.inputs)
     if not any(os.path.isfile(given) and is_tar(Path(given)) for given in args.inputs):  # tars are long to list
         recordings = list(recordings)
-        workers = min(workers, len(recordings))
     try:
         with engine_named(args.engine, args.device, args.workers) as cluster:
             model = load_model(args.model, **{"device": "cpu" if cluster else args.device, **options.model_options})
-            torch.set_num_threads(max(1, cores // workers))  # of this process; 1 unless files are fewer than cores
+            workers = share_cpus(recordings, args.workers)
             return 1 if embed_files(recordings, args.output, model, options, shard, workers, cluster) else 0
     except NothingEmbeddedError as error:
         print(error, file=sys.stderr)
@@ -116,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 def embed_files(
     files: Iterable[str | os.PathLike[str] | Recording], output: str | os.PathLike[str], model: HearModel,
     options: Options, shard: tuple[int, int] = (1, 1), workers: int = 1, cluster: Cluster | None = None,
-) -> list[Path]:  # fmt: skip
+) -> list[str]:  # fmt: skip
     """Embed files and write them to `output` in their order; returns the files that were skipped.
 
     output         NAME.parquet: one file; any other name: a folder of shards. What is there already is kept
@@ -127,8 +121,6 @@ def embed_files(
     Skipped files are named on stderr. Raises HearSsamError where `output` cannot be written, holds embeddings of other
     weights or options, or every file is skipped; what was there is then left as it was.
     """
-    from tqdm import tqdm
-
     from .embedding.inputs import Recording, of_file
     from .embedding.shards import Output
     from .embedding.work import Worker, embed_all
@@ -139,33 +131,26 @@ def embed_files(
     schema = options.schema(model)
     group = min(ROW_GROUP, 1 + ROW_BYTES // (4 * model.scene_embedding_size))
     target = Output(output, schema, "part" if parts == 1 else f"part-{part}-of-{parts}", group)
-    skipped: list[Path] = []
+    skipped: list[str] = []
     embedded = there = 0
-    total = len(files) if isinstance(files, list) else None
 
     def wanted() -> Iterator[Recording]:
         nonlocal there
-        for number, file in enumerate(files):
+        for file in itertools.islice(files, part - 1, None, parts):
             recording = file if isinstance(file, Recording) else of_file(file)
-            if number % parts == part - 1:
-                if recording.label not in target.done:
-                    yield recording
-                else:
-                    there += 1
-                    bar.update()
+            if recording.label not in target.done:
+                yield recording
+            else:
+                there += 1
 
-    with target.opened(), tqdm(total=total and -(-(total - part + 1) // parts), unit="file", disable=None) as bar:
+    with target.opened():
+        todo = list(wanted()) if isinstance(files, list) else wanted()
         worker = Worker(model, options, schema, target.folder)
-        found = embed_all(wanted(), worker, workers, total, lambda: target.close_if(SAFE), cluster)
+        found = embed_all(todo, worker, workers, skipped, lambda: target.close_if(SAFE), cluster)
         with contextlib.closing(found) as results:
-            for recording, tables, error in results:
-                if error:
-                    tqdm.write(f"skipped {about(recording.name, error)}", file=sys.stderr)
-                    skipped.append(Path(recording.name))
-                else:
-                    target.write(tables)
-                    embedded += 1
-                bar.update()
+            for tables in results:
+                target.write(tables)
+                embedded += 1
         if skipped and not embedded and not there:
             raise NothingEmbeddedError(f"{output}: not written: none of {len(skipped)} files could be embedded.")
         target.finish()

@@ -164,6 +164,10 @@ def test_foreign_files_in_the_folder(
     (tmp_path / "x.parquet").write_bytes(b"nothing")
     assert embed(recordings / "00.wav", "-o", tmp_path, "--model", weights) == 2
     assert f"{tmp_path / 'x.parquet'}: is not a file of embeddings, or damaged" in capsys.readouterr().err
+    before = sorted(recordings.iterdir())
+    assert embed(recordings, "-o", recordings, "--model", weights) == 2  # pandas could not read that folder
+    assert f"{recordings}: holds other things than embeddings (" in capsys.readouterr().err
+    assert sorted(recordings.iterdir()) == before
 
 
 def test_two_runs_do_not_write_to_one_folder(recordings: Path, weights: Path, tmp_path: Path) -> None:
@@ -194,7 +198,7 @@ def test_jobs_of_an_array_share_a_folder(recordings: Path, weights: Path, tmp_pa
         (["--shard", "4/3"], "--shard 4/3"),
         (["--shard", "a"], "--shard a"),
         (["--shard", "1/2", "-o", "x.parquet"], "x.parquet: is one file, and --shard jobs write to a folder"),
-        (["--hop", "1"], "--hop: needs --window"),
+        (["--hop", "1"], "--window 0 --hop 1: take seconds"),
         (["--window", "1", "--kind", "both"], "--kind both: --window writes scenes of windows only"),
         (["--window", "0"], "--window 0"),
         (["--window", "1", "--hop", "0"], "--window 1 --hop 0"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
+import tempfile
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,9 @@ import pyarrow as pa
 
 from ..embedding.inputs import Recording
 from ..embedding.shards import parquet_files, provenance, row_groups, same_provenance
-from ..embedding.work import Options, Worker, embed_all
-from ..errors import HearSsamError, about
+from ..embedding.work import Options, Worker, embed_all, share_cpus
+from ..errors import HearSsamError
 from ..hear import HearModel, load_model
-from ..machine import usable_cpus
 
 
 @dataclass(frozen=True)
@@ -79,24 +78,10 @@ def model_of(made: dict[str, Any], place: object, name: str, device: str) -> Hea
 
 
 def compute(
-    recordings: Iterable[Recording], model: HearModel, options: Options, skipped: list[str]
+    recordings: list[Recording], model: HearModel, options: Options, skipped: list[str]
 ) -> Generator[Embeddings, None, None]:
     """Embeddings of each recording; those that cannot be read are named on stderr and added to `skipped`."""
-    import tempfile
-
-    import torch
-    from tqdm import tqdm
-
-    recordings = list(recordings)
     made, schema = options.made(model), options.schema(model)
-    workers = max(1, min(usable_cpus(), len(recordings)))
-    torch.set_num_threads(max(1, usable_cpus() // workers))
-    with tempfile.TemporaryDirectory() as scratch, tqdm(total=len(recordings), unit="file", disable=None) as bar:
-        worker = Worker(model, options, schema, scratch)
-        for recording, tables, error in embed_all(recordings, worker, workers, len(recordings), lambda: None):
-            bar.update()
-            if error:
-                tqdm.write(f"skipped {about(recording.name, error)}", file=sys.stderr)
-                skipped.append(recording.name)
-            else:
-                yield as_embeddings(tables, made)
+    with tempfile.TemporaryDirectory() as scratch:
+        for tables in embed_all(recordings, Worker(model, options, schema, scratch), share_cpus(recordings), skipped):
+            yield as_embeddings(tables, made)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from ..errors import HearSsamError, about, unknown_name
 from ..frontend import HOP, WINDOW, normalize
 from ..hear import EncoderModel, HearModel, load_model
 
+Item = TypeVar("Item")
 Pooling = Literal["mean", "mean_std"]
 Blocks = Callable[[], Iterable[np.ndarray]]  # a clip that can be read again and again: float32 (samples,) in pieces
 LONG = 60  # seconds; what is longer is read twice, in pieces of that length
@@ -57,37 +59,31 @@ def embed(
         raise HearSsamError(f"layers={list(layers)}: {model.name} has no blocks; leave it away.")
     if not 1_000 <= rate <= 1_000_000:
         raise HearSsamError(f"rate={rate}: no sample rate; give that of the arrays in Hz.")
-    most, rows = LONG * model.sample_rate, []
-    batch: list[Tensor] = []
+    most, rows = LONG * model.sample_rate, dict[int, np.ndarray]()
 
-    def flush() -> None:
-        with torch.no_grad():
-            for scene, _ in embed_clips(model, batch, layers, pooling):
-                rows.append(scene.cpu().numpy())
-        batch.clear()
+    def short() -> Iterator[tuple[int, Tensor]]:
+        """The clips that are embedded together; long ones are embedded on the way."""
+        for index, item in enumerate(_items(x, lengths)):
+            path = item if isinstance(item, (str, os.PathLike)) else None
+            try:
+                if path is not None:
+                    clip = read_audio(path, model.sample_rate, most)
+                else:
+                    clip = resample(_as_float(item), rate, model.sample_rate)
+                checked = model.check(torch.from_numpy(clip).to(model.device))[0]
+            except HearSsamError as error:
+                raise about(f"clip {index}" if path is None else path, error) from error
+            if len(clip) <= most:
+                yield index, checked
+                continue
+            blocks: Blocks = functools.partial(iter, [clip])
+            blocks = functools.partial(audio_blocks, path, model.sample_rate) if path else blocks
+            rows[index] = embed_long(model, blocks, layers=layers, pooling=pooling)[0].cpu().numpy()
 
-    for index, item in enumerate(_items(x, lengths)):
-        path = item if isinstance(item, (str, os.PathLike)) else None
-        name = f"clip {index}" if path is None else path
-        try:
-            if path is not None:
-                clip = read_audio(path, model.sample_rate, most)
-            else:
-                clip = resample(_as_float(item), rate, model.sample_rate)
-            checked = model.check(torch.from_numpy(clip).to(model.device))[0]
-        except HearSsamError as error:
-            raise about(name, error) from error
-        if len(clip) > most:
-            flush()
-            blocks: Blocks = functools.partial(audio_blocks, path or "", model.sample_rate)
-            blocks = blocks if path else functools.partial(iter, [clip])
-            rows.append(embed_long(model, blocks, layers=layers, pooling=pooling)[0].cpu().numpy())
-            continue
-        batch.append(checked)
-        if sum(map(len, batch)) > most * (1 if model.device.type == "cpu" else 32):
-            flush()
-    flush()
-    return np.stack(rows) if rows else np.zeros((0, model.scene_embedding_size), np.float32)
+    for batch in grouped(short(), lambda pair: len(pair[1]), most * (1 if model.device.type == "cpu" else 32)):
+        found = embed_clips(model, [clip for _, clip in batch], layers, pooling)
+        rows |= {index: scene.cpu().numpy() for (index, _), (scene, _) in zip(batch, found, strict=True)}
+    return np.stack([rows[i] for i in sorted(rows)]) if rows else np.zeros((0, model.scene_embedding_size), np.float32)
 
 
 @functools.lru_cache(1)
@@ -126,14 +122,32 @@ def _as_float(item: Any) -> np.ndarray:
     return (clip / SCALES[clip.dtype.name] - (clip.dtype.kind == "u")).astype(np.float32)
 
 
+def grouped(
+    items: Iterable[Item], size: Callable[[Item], int], most: int, count: int = sys.maxsize
+) -> Iterator[list[Item]]:
+    """Items in groups of up to `count`, each of which ends with the item that makes it larger than `most`."""
+    group: list[Item] = []
+    filled = 0
+    for item in items:
+        group.append(item)
+        filled += size(item)
+        if filled > most or len(group) == count:
+            yield group
+            group, filled = [], 0
+    if group:
+        yield group
+
+
+@torch.no_grad()
 def embed_clips(
     model: HearModel, clips: Sequence[Tensor], layers: Sequence[int] | None = None, pooling: str | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Scene (E',) and timestamp embeddings (T, E) of each clip (samples,), float32, as of the clip alone."""
-    clips = [model.check(clip.to(model.device)) for clip in clips]  # (1, samples) each
+    """Scene (E',) and timestamp embeddings (T, E) of each clip (samples,), float32, as of the clip alone.
+
+    The clips are on the model's device, and such as `model.check` lets pass."""
     if not isinstance(model, EncoderModel):
-        return [(model.scene(rows, rows, pooling)[0], rows[0]) for rows in map(model, clips)]
-    windows = [model.spectrogram(clip)[0].split(model.config.window_frames) for clip in clips]
+        return [(model.scene(rows, rows, pooling)[0], rows[0]) for rows in (model(clip[None]) for clip in clips)]
+    windows = [model.spectrogram(clip[None])[0].split(model.config.window_frames) for clip in clips]
     together: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for number, parts in enumerate(windows):
         for index, part in enumerate(parts):
@@ -145,7 +159,7 @@ def embed_clips(
     results = []
     for number, (clip, parts) in enumerate(zip(clips, windows, strict=True)):
         computed = torch.cat([encoded[number, index] for index in range(len(parts))])[None]
-        kept = computed[:, : len(model.timestamps(clip.shape[1]))]
+        kept = computed[:, : len(model.timestamps(len(clip)))]
         results.append((model.scene(kept, computed, pooling)[0], kept[0]))
     return results
 
@@ -153,10 +167,9 @@ def embed_clips(
 class _Moments:
     """Sums over rows (n, E), in double precision."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.total: Any = 0.0
-        self.squares: Any = 0.0
+    count: int = 0
+    total: Any = 0.0
+    squares: Any = 0.0
 
     def add(self, rows: Tensor) -> None:
         rows = rows.cpu().double()
@@ -203,7 +216,7 @@ def embed_long(
         yield normalize(padding, encoder.config) if encoder.kaldi else padding
 
     kept, pooled = len(model.timestamps(samples)), _Moments()
-    for part in _whole_windows(normalized(), encoder.config.window_frames if encoder else 100):
+    for part in _windows(normalized(), encoder.config.window_frames if encoder else 100):
         rows = (encoder.encode(part, layers) if encoder else part).flatten(0, 1)
         inside = rows[:kept]
         kept -= len(inside)
@@ -220,40 +233,27 @@ def _spectra(
 ) -> Iterator[Tensor]:
     """The spectrogram of a long clip, less `offset`, as the front end makes it of the whole: (n, mels) in turn."""
     pad, held, begun = model.frontend.pad, torch.zeros(0, device=model.device), False
-    for samples, last in _chunks(blocks, LONG * model.sample_rate):
-        chunk = torch.from_numpy(samples).to(model.device)
-        if audio is not None:
-            audio.add(chunk[:, None])
-        held = torch.cat([held, chunk - offset])
-        before = [] if begun else [held[1 : pad + 1].flip(0)]  # mirrored at both ends
-        held, begun = torch.cat([*before, held, *([held[-pad - 1 : -1].flip(0)] if last and pad else [])]), True
-        if len(held) < WINDOW:
-            continue
-        frames = held.unfold(0, WINDOW, HOP)  # (n, 400), a view
-        yield model.frontend.of_frames(frames)
-        held = held[len(frames) * HOP :]
-
-
-def _chunks(blocks: Iterable[np.ndarray], size: int) -> Iterator[tuple[np.ndarray, bool]]:
-    """Blocks of any sizes as chunks of `size` samples, but for the last one, and whether it is that."""
-    held: list[np.ndarray] = []
     for block in blocks:
-        held.append(block)
-        while sum(map(len, held)) > size:
-            joined = np.concatenate(held)
-            yield joined[:size], False
-            held = [joined[size:]]
-    yield np.concatenate(held), True
+        for chunk in torch.from_numpy(block).to(model.device).split(LONG * model.sample_rate):
+            if audio is not None:
+                audio.add(chunk[:, None])
+            held = torch.cat([held, chunk - offset])
+            if len(held) < WINDOW:
+                continue
+            held, begun = held if begun else torch.cat([held[1 : pad + 1].flip(0), held]), True  # mirrored at both ends
+            frames = held.unfold(0, WINDOW, HOP)  # (n, 400), a view
+            yield model.frontend.of_frames(frames)
+            held = held[len(frames) * HOP :]
+    if pad:
+        yield model.frontend.of_frames(torch.cat([held, held[-pad - 1 : -1].flip(0)]).unfold(0, WINDOW, HOP))
 
 
-def _whole_windows(pieces: Iterable[Tensor], frames: int) -> Iterator[Tensor]:
+def _windows(pieces: Iterable[Tensor], frames: int) -> Iterator[Tensor]:
     """Frames (n, mels) in turn → windows (N, frames, mels), and at the end one that may be shorter."""
-    held: Tensor | None = None
-    for piece in pieces:
-        held = piece if held is None else torch.cat([held, piece])
-        whole = len(held) - len(held) % frames
+    last: list[Tensor] = []
+    for group in grouped(pieces, len, LONG * 100):
+        *whole, rest = torch.cat(last + group).split(frames)
         if whole:
-            yield held[:whole].unflatten(0, (-1, frames))
-            held = held[whole:]
-    if held is not None and len(held):
-        yield held[None]
+            yield torch.stack(whole)
+        last = [rest]
+    yield from (rest[None] for rest in last if len(rest))

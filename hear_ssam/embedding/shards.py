@@ -88,6 +88,7 @@ class Output:
             lock = FileLock(self.folder / f".{self.prefix}.lock", timeout=0)
             with lock:
                 try:
+                    self._drop()
                     self._resume()
                     yield self
                     self.close()
@@ -109,8 +110,10 @@ class Output:
                     self.folder.rmdir()
 
     def _resume(self) -> None:
-        for leftover in self.folder.glob(f".{self.prefix}-*.tmp"):
-            leftover.unlink()
+        if strange := next((file for file in self.folder.glob("[!._]*") if file.suffix != ".parquet"), None):
+            raise HearSsamError(
+                f"{self.output}: holds other things than embeddings ({strange.name}); name a new folder."
+            )
         parts = parquet_files(self.folder)
         older = [self.output] if self.single and self.output.exists() else []
         made, mend = json.loads(self.schema.metadata[KEY]), "name another output, or delete this one"
@@ -162,14 +165,12 @@ class Output:
             self.number += 1
 
     def _drop(self) -> None:
-        """Leave nothing of a shard that could not be finished."""
-        with contextlib.suppress(OSError):
-            if self.writer is not None:
+        """Leave nothing of a shard that could not be finished, by this run or one before."""
+        if self.writer is not None:
+            with contextlib.suppress(OSError):
                 self.writer.close()
-        self.writer = None
-        self.pending.clear()
-        if hasattr(self, "number"):
-            self._temporary.unlink(missing_ok=True)
+        for leftover in self.folder.glob(f".{self.prefix}-*.tmp"):
+            leftover.unlink()
 
     def finish(self) -> None:
         """Make the one file of its shards."""

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import sys
 import tempfile
 import threading
 from collections import defaultdict
@@ -18,11 +19,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .. import __version__
 from ..errors import HearSsamError, about
 from ..hear import HearModel
-from ..machine import Cluster, work_ahead
+from ..machine import Cluster, usable_cpus, work_ahead
 from ..options import pick_device
 from . import clips
 from .inputs import Recording
@@ -94,31 +96,27 @@ class Worker:
     def __call__(self, batch: Sequence[Recording]) -> list[Result]:
         """A recording that trips over a defect spoils no other."""
         results: dict[str, Result] = {}
-        pieces: list[tuple[Recording, float, Tensor]] = []  # of recordings: from so many ms, (samples,)
         rows: dict[str, list[tuple[float, int, Tensor, Tensor]]] = defaultdict(list)
 
-        def flush() -> None:
-            for (recording, start, clip), found in zip(pieces, self._embed([clip for *_, clip in pieces]), strict=True):
+        def pieces() -> Iterator[tuple[Recording, float, Tensor]]:
+            """What is embedded together: from so many ms, (samples,); long recordings are embedded on the way."""
+            for recording in batch:
+                try:
+                    for start, audio in self._cut(recording):
+                        if not self.options.window and len(audio) > self.most:
+                            results[recording.name] = Result(recording, self._long(recording))
+                            break
+                        yield recording, start, self.model.check(torch.from_numpy(audio).to(self.model.device))[0]
+                except Exception as error:
+                    results[recording.name] = Result(recording, error=error)
+
+        limit = self.most * (1 if self.model.device.type == "cpu" else 32)
+        for group in clips.grouped(pieces(), lambda piece: len(piece[-1]), limit):
+            for (recording, start, clip), found in zip(group, self._embed([clip for *_, clip in group]), strict=True):
                 if isinstance(found, Exception):
                     results[recording.name] = Result(recording, error=found)
                 else:
                     rows[recording.name].append((start, len(clip), *found))
-            pieces.clear()
-
-        limit = self.most if self.model.device.type == "cpu" else 32 * self.most
-        for recording in batch:
-            try:
-                for start, audio in self._cut(recording):
-                    if not self.options.window and len(audio) > self.most:
-                        results[recording.name] = Result(recording, self._long(recording))
-                        break
-                    clip = torch.from_numpy(audio).to(self.model.device)
-                    pieces.append((recording, start, self.model.check(clip)[0]))
-                    if sum(len(clip) for *_, clip in pieces) > limit:
-                        flush()
-            except Exception as error:
-                results[recording.name] = Result(recording, error=error)
-        flush()
         for recording in batch:
             if recording.name not in results:
                 results[recording.name] = Result(recording, [self._table(recording, rows[recording.name])])
@@ -137,7 +135,7 @@ class Worker:
     def _embed(self, audio: Sequence[Tensor]) -> Sequence[tuple[Tensor, Tensor] | Exception]:
         """Scene (E',) and timestamp embeddings (T, E) of clips; one by one where together they fail."""
         try:
-            with torch.no_grad(), self.turn:
+            with self.turn:
                 found = clips.embed_clips(self.model, audio)
                 if "timestamps" not in self.parts:  # a copy of none: a view would keep all of them in memory
                     found = [(scene, rows[:0].clone()) for scene, rows in found]
@@ -146,38 +144,36 @@ class Worker:
             return [error] if len(audio) == 1 else [found for clip in audio for found in self._embed([clip])]
 
     def _table(self, recording: Recording, rows: Sequence[tuple[float, int, Tensor, Tensor]]) -> pa.Table:
-        if self.options.window:
-            starts = [start for start, *_ in rows]
-            ends = [start + 1000 * size / self.model.sample_rate for start, size, *_ in rows]
-            return self._columns(recording, starts, [scene[None] for *_, scene, _ in rows], ends)
-        ((_, size, scene, timestamps),) = rows
-        times = {"scene": [None], "timestamps": self.model.timestamps(size).tolist()}
-        values = {"scene": scene[None], "timestamps": timestamps}
-        return self._columns(
-            recording, [time for part in self.parts for time in times[part]], [values[part] for part in self.parts]
-        )
+        starts: list[float | None] = []
+        ends, values = [], []
+        for start, size, scene, timestamps in rows:
+            if "scene" in self.parts:
+                starts.append(start if self.options.window else None)
+                ends.append(start + 1000 * size / self.model.sample_rate)
+                values.append(scene[None])
+            if "timestamps" in self.parts:
+                starts += self.model.timestamps(size).tolist()
+                values.append(timestamps)
+        return self._columns(recording, starts, values, ends)
 
     def _long(self, recording: Recording) -> Iterable[pa.Table]:
         """The rows of a long recording, computed now, kept in a file without a name until they are read."""
-        file = tempfile.TemporaryFile(dir=self.scratch)
+        file, rate = tempfile.TemporaryFile(dir=self.scratch), self.model.sample_rate
         keep = file.write if "timestamps" in self.parts else len
         scene, size = clips.embed_long(
-            self.model,
-            lambda: recording.blocks(self.model.sample_rate),
-            lambda rows: keep(rows.cpu().numpy().tobytes()),
+            self.model, lambda: recording.blocks(rate), lambda rows: keep(rows.cpu().numpy().tobytes())
         )
 
         def tables() -> Iterator[pa.Table]:
-            times = self.model.timestamps(size).tolist() if "timestamps" in self.parts else []
-            width = self.model.timestamp_embedding_size
             if "scene" in self.parts:
                 yield self._columns(recording, [None], [scene.cpu()[None]])
+            times = self.model.timestamps(size).tolist() if "timestamps" in self.parts else []
             with file:
                 file.seek(0)
                 for first in range(0, len(times), CHUNK):
                     part = times[first : first + CHUNK]
-                    values = torch.frombuffer(bytearray(file.read(4 * len(part) * width)), dtype=torch.float32)
-                    yield self._columns(recording, part, [values.view(-1, width)])
+                    values = np.fromfile(file, np.float32, len(part) * self.model.timestamp_embedding_size)
+                    yield self._columns(recording, part, [torch.from_numpy(values).view(len(part), -1)])
 
         return tables()
 
@@ -216,36 +212,50 @@ def cut_windows(blocks: Iterable[np.ndarray], window: int, hop: int, least: int)
         yield at, held[at - base :]
 
 
-def embed_all(
-    recordings: Iterable[Recording], worker: Worker, workers: int, total: int | None, tick: Callable[[], object],
-    cluster: Cluster | None = None,
-) -> Generator[Result, None, None]:  # fmt: skip
-    """The results of `workers` threads in the order of the recordings, or of a cluster as they are finished.
+def share_cpus(recordings: Iterable[Recording], wanted: int | None = None) -> int:
+    """How many threads should embed them, `wanted` at most; torch is told what share of the CPUs each of them has."""
+    workers = wanted or usable_cpus()
+    workers = max(1, min(workers, len(recordings) if isinstance(recordings, list) else workers))
+    torch.set_num_threads(max(1, usable_cpus() // workers))
+    return workers
 
-    `tick` is called with each, and every second.
+
+def embed_all(
+    recordings: Iterable[Recording], worker: Worker, workers: int, skipped: list[str],
+    tick: Callable[[], object] = lambda: None, cluster: Cluster | None = None,
+) -> Generator[Iterable[pa.Table], None, None]:  # fmt: skip
+    """The rows of each recording, by `workers` threads in their order, or by a cluster as they are finished.
+
+    What cannot be embedded is named on stderr and added to `skipped`. `tick` is called with each, and every second.
     """
+    total = len(recordings) if isinstance(recordings, list) else None
     device = cluster.device if cluster else worker.model.device.type
     workers = len(cluster.places(device)) if cluster else workers
     most, size = BATCH.get(device, GPU_BATCH)
-    batches = _batches(recordings, min(most, -(-total // workers)) if total else most, size)
+    most = min(most, -(-total // workers)) if total else most
+    batches = clips.grouped(recordings, lambda recording: recording.bytes, size, most)
     if cluster:
         build = functools.partial(_far_worker, worker.model, worker.options, worker.schema)
         outcomes = cluster.work(build, batches, device, 1 if device == "cpu" else 4, tick)
     else:
         outcomes = work_ahead(worker, batches, workers, workers + 1)
-    with contextlib.closing(outcomes):
+    with contextlib.closing(outcomes), tqdm(total=total, unit="file", disable=None) as bar:
         for batch, outcome in outcomes:
-            while True:
-                try:
-                    results = outcome.result(1.0)
-                    break
-                except StillRunning:
-                    tick()
-                except HearSsamError as error:  # of a cluster: nothing is known but that the batch is lost
-                    results = [Result(recording, error=error) for recording in batch]
-                    break
-            for result in results:
-                yield result
+            while not outcome.done():
+                with contextlib.suppress(StillRunning):
+                    outcome.exception(1.0)
+                tick()
+            try:
+                results = outcome.result()
+            except HearSsamError as error:  # of a cluster: nothing is known but that the batch is lost
+                results = [Result(recording, error=error) for recording in batch]
+            for recording, tables, problem in results:
+                bar.update()
+                if problem:
+                    bar.write(f"skipped {about(recording.name, problem)}", file=sys.stderr)
+                    skipped.append(recording.name)
+                else:
+                    yield tables
                 tick()
 
 
@@ -262,15 +272,3 @@ def _far_worker(
         ]
 
     return work
-
-
-def _batches(recordings: Iterable[Recording], most: int, size: int) -> Iterator[list[Recording]]:
-    """Up to `most` recordings, or as many as have `size` bytes."""
-    batch: list[Recording] = []
-    for recording in recordings:
-        batch.append(recording)
-        if len(batch) == most or sum(item.bytes for item in batch) > size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
