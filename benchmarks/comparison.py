@@ -27,7 +27,7 @@ LENGTHS = (2, 10, 60)  # seconds
 
 def main(arguments: list[str]) -> int:
     """`python -m benchmarks comparison`: comparison.csv, comparison.png and its section of README.md."""
-    from hear_ssam.evaluation.tasks import find_tasks
+    from hear_ssam.evaluation.folders import find_tasks
 
     made = parser("comparison", __doc__ or "")
     made.add_argument("models", nargs="*", metavar="NAME=FILE", help="checkpoints, and what the table calls them")

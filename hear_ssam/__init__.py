@@ -40,6 +40,7 @@ Contents, in reading order:
     evaluation.module       any module with the HEAR API: imported, loaded, called
     evaluation.hf, .xares   models of transformers and of X-ARES as HEAR modules
     evaluation.tasks        HEAR's task folders, checked
+    evaluation.folders      where tasks and their audio lie, archives among them
     evaluation.embeddings   such a module on a task → a folder of embeddings, as heareval lays it out
     evaluation.rows         such a folder read: rows, targets, what scores predictions
     evaluation.probe        rows → trained heads, as heareval trains them

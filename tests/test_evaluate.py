@@ -15,8 +15,9 @@ import pytest
 
 from hear_ssam import HearSsamError, cli
 from hear_ssam.evaluation import jobs
-from hear_ssam.evaluation.embeddings import best_folder, embed_task
+from hear_ssam.evaluation.embeddings import embed_task
 from hear_ssam.evaluation.evaluate import run_evaluation
+from hear_ssam.evaluation.folders import best_folder
 from hear_ssam.evaluation.module import load_hear_model
 from hear_ssam.evaluation.records import STORE, embeddings_folder, key_of, predictions_file, read
 from hear_ssam.evaluation.rows import open_embeddings

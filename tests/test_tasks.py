@@ -13,9 +13,10 @@ import pytest
 from hear_ssam import HearSsamError
 from hear_ssam.evaluation.embeddings import embed_task
 from hear_ssam.evaluation.evaluate import run_evaluation
+from hear_ssam.evaluation.folders import find_archives, find_tasks, require_audio, unpack
 from hear_ssam.evaluation.module import load_hear_model
 from hear_ssam.evaluation.scores import SCORES
-from hear_ssam.evaluation.tasks import find_archives, find_tasks, known_tasks, read_task, require_audio, unpack
+from hear_ssam.evaluation.tasks import known_tasks, read_task
 
 from .tiny_tasks import write_task
 
@@ -353,7 +354,10 @@ def test_cards_describe_hears_nineteen_tasks():
 
 def test_a_missing_hear_task_says_where_to_get_it(tmp_path):
     write_task(tmp_path / "tones")
-    with pytest.raises(HearSsamError, match=r"lacks esc50-v2\.0\.0-full; get hear2021-esc50.*zenodo"):
+    with pytest.raises(
+        HearSsamError,
+        match=r"lacks esc50-v2\.0\.0-full; get it with `hear-ssam tasks fetch esc50`, or hear2021-esc50.*zenodo",
+    ):
         find_tasks(tmp_path, ["esc50-v2.0.0-full"])
 
 

@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
 import pickle
 import shutil
 import tempfile
@@ -35,8 +34,9 @@ from ..audio import read_audio
 from ..errors import HearSsamError
 from ..machine import work_ahead
 from ..paths import atomic_write, sha256
+from .folders import audio_folder, audio_rates, require_audio
 from .module import JudgedModule
-from .tasks import DONE, METADATA, VOCABULARY, Task, known_tasks, read_task, require_audio
+from .tasks import DONE, METADATA, VOCABULARY, Task, read_task
 
 PROVENANCE = "embeddings.json"
 
@@ -111,7 +111,7 @@ def origin(hear: JudgedModule, task: Task, out_dir: Path, resample: bool) -> dic
     Raises HearSsamError where the task lacks audio that the model takes; without any audio, embeddings that `out_dir`
     holds already serve, so the rate is theirs.
     """
-    if _rates(task.audio):
+    if audio_rates(task.audio):
         folders = [audio_folder(task, split, hear.sample_rate, resample) for split in task.splits]
         rates = sorted({int(folder.parent.name) for folder in folders})
     else:
@@ -142,34 +142,6 @@ def provenance(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise HearSsamError(f"{path}: cannot be read ({error}); make the embeddings again.") from error
     return noted if isinstance(noted, dict) else {}
-
-
-def audio_folder(task: Task, split: str, sample_rate: int, resample: bool) -> Path:
-    """`<task>/<rate>/<split>` at the model's rate, or with `resample` at the best other rate on disk."""
-    rates = [rate for rate in _rates(task.audio) if (task.audio / str(rate) / split).is_dir()]
-    card = known_tasks().get(task.name)
-    where = f"; {card.source}" if card else ""
-    if not rates:
-        raise HearSsamError(f"{task.audio} has no audio: the folder {sample_rate}/{split} is missing{where}.")
-    if sample_rate not in rates and not resample:
-        lack = f"has no {sample_rate} Hz audio for {split}, only {', '.join(map(str, rates))} Hz"
-        mend = f"allow resampling (--resample) or get it at the model's rate{where}"
-        raise HearSsamError(f"{task.audio} {lack}; {mend}.")
-    return task.audio / str(min(rates, key=lambda rate: _worse(rate, sample_rate))) / split
-
-
-def best_folder(folders: Sequence[Path], sample_rate: int) -> Path:
-    """Of several folders of one task, the one with the model's rate, else with the best to resample from."""
-    return min(folders, key=lambda f: min((_worse(rate, sample_rate) for rate in _rates(f)), default=(True, math.inf)))
-
-
-def _rates(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-
-
-def _worse(rate: int, wanted: int) -> tuple[bool, float]:
-    """Grows as a rate gets worse for a model: first those above its own, the next one first, then those below."""
-    return rate < wanted, abs(rate - wanted)
 
 
 def _embed_split(

@@ -25,10 +25,11 @@ from tqdm import tqdm
 from ..errors import HearSsamError, unknown_name
 from ..machine import Cluster, engine_named, usable_cpus
 from ..options import add_model_options, add_scale, parse_options, parse_shard
+from .folders import best_folder, find_archives, find_tasks, unpack
 from .jobs import HEADS, Job, git_commit, noted, run_jobs
 from .records import STORE, Record, embeddings_folder, key_of, read
 from .tables import terminal
-from .tasks import DONE, Task, find_archives, find_tasks, known_tasks, read_task, unpack
+from .tasks import DONE, Task, known_tasks, read_task
 
 if TYPE_CHECKING:
     from .module import JudgedModule
@@ -296,7 +297,7 @@ def _module_sources(
     models: Models, tasks: Mapping[str, Sequence[Path]], results_dir: Path, resample: bool,
     limit: int | None, again: bool, quick: Sequence[str], failures: dict[str, str],
 ) -> list[Source]:  # fmt: skip
-    from .embeddings import best_folder, embed_task, origin
+    from .embeddings import embed_task, origin
     from .preview import limited
 
     sources, warned = [], set()

@@ -25,15 +25,16 @@ from ..audio import read_audio
 from ..downstream.labels import read_labels
 from ..errors import HearSsamError, unknown_name
 from ..machine import usable_cpus
+from .folders import find_tasks, require_audio, unpack
 from .jobs import noted
-from .tasks import METADATA, VOCABULARY, find_tasks, folder_named, known_tasks, read_task, require_audio, unpack
+from .tasks import METADATA, VOCABULARY, folder_named, known_tasks, read_task
 
 ARCHIVES = ".archives"  # of downloads, in the folder of the tasks; empty when they are unpacked
 EXAMPLES = """examples:
   hear-ssam tasks list --dir tasks
   hear-ssam tasks fetch esc50 speech_commands-5h --to tasks --rate 16000
   hear-ssam tasks make recordings/ -o tasks                 a subfolder per class: stratified folds
-  hear-ssam tasks make labels.csv -o tasks --seconds 2      columns path, label, and perhaps group and split
+  hear-ssam tasks make labels.csv -o tasks                  columns path, label, and perhaps group and split
 """
 
 
@@ -107,18 +108,15 @@ def task_table(folder: Path | None) -> list[list[str]]:
 
 
 def make_task(
-    labels: Path, out: Path, name: str | None = None, folds: int = 5, seed: int = 0, rate: int = 16000,
-    seconds: float | None = None,
-) -> Path:  # fmt: skip
+    labels: Path, out: Path, name: str | None = None, folds: int = 5, seed: int = 0, rate: int = 16000
+) -> Path:
     """Write the task of `labels`, a folder with a subfolder per class or a CSV, as a folder in `out` and return it.
 
     Folds hold about the same share of every class, and no group is in two of them; `seed` draws them. Rows that say
     their split make a task of train, valid and test instead; without valid, a fold of train is taken for it.
-    Audio becomes mono WAV at `rate` Hz; `seconds` cuts or pads all clips to one length, which embeds faster.
-    Raises HearSsamError for labels that make no task, a folder that is there already, a recording that cannot be read.
+    Audio becomes mono WAV at `rate` Hz. Raises HearSsamError for labels that make no task, a folder that is there
+    already, a recording that cannot be read.
     """
-    if seconds is not None and seconds <= 0:
-        raise HearSsamError(f"--seconds must be above 0, not {seconds}.")
     rows = read_labels(labels)
     name = name or labels.resolve().name.removesuffix(labels.suffix)
     target = out / f"{name}-v1-full"
@@ -141,12 +139,12 @@ def make_task(
     names = _names([row.path for row in rows])
     metadata = {
         "task_name": name, "version": "v1", "mode": "full", "embedding_type": "scene", **mode,
-        "prediction_type": "multiclass", "sample_duration": seconds,
+        "prediction_type": "multiclass",
         "evaluation": ["top1_acc", "mAP", "d_prime", "aucroc"],  # as HEAR's multiclass tasks
     }  # fmt: skip
     vocabulary = io.StringIO()
     csv.writer(vocabulary, lineterminator="\n").writerows([("idx", "label"), *enumerate(sorted(set(classes)))])
-    files = {METADATA: json.dumps(metadata, indent=1), VOCABULARY: vocabulary.getvalue()}
+    files = {VOCABULARY: vocabulary.getvalue()}
     for split in sorted(set(splits)):
         clips = {clip: [label] for clip, label, own in zip(names, classes, splits, strict=True) if own == split}
         files[f"{split}.json"] = json.dumps(dict(sorted(clips.items())), indent=1)
@@ -154,10 +152,13 @@ def make_task(
     with tempfile.TemporaryDirectory(dir=out, prefix=".making-") as scratch:
         folder = Path(scratch) / target.name
         folder.mkdir()
-        for file, text in files.items():
-            (folder / file).write_text(text, encoding="utf-8")
         places = [folder / str(rate) / split / clip for split, clip in zip(splits, names, strict=True)]
-        convert_all(zip((Path(row.path) for row in rows), places, strict=True), rate, len(rows), seconds)
+        lengths = convert_all(zip((Path(row.path) for row in rows), places, strict=True), rate, len(rows))
+        metadata["sample_duration"] = (
+            lengths.pop() / rate if len(lengths) == 1 else None
+        )  # s; equal clips share batches
+        for file, text in {METADATA: json.dumps(metadata, indent=1), **files}.items():
+            (folder / file).write_text(text, encoding="utf-8")
         read_task(folder)
         folder.rename(target)
     return target
@@ -195,22 +196,19 @@ def _names(paths: list[str]) -> list[str]:
     return names
 
 
-def convert_all(pairs: Iterable[tuple[Path, Path]], rate: int, total: int, seconds: float | None = None) -> None:
-    """Each recording as 16-bit mono WAV at `rate` Hz, cut or padded with silence to `seconds`, on all CPUs at once."""
+def convert_all(pairs: Iterable[tuple[Path, Path]], rate: int, total: int) -> set[int]:
+    """Each recording as 16-bit mono WAV at `rate` Hz, on all CPUs at once; the lengths that occur, in samples."""
 
-    def convert(pair: tuple[Path, Path]) -> None:
+    def convert(pair: tuple[Path, Path]) -> int:
         audio = read_audio(pair[0], rate)
-        if seconds:
-            length = round(seconds * rate)
-            audio = np.pad(audio[:length], (0, max(0, length - len(audio))))
         pair[1].parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(pair[1], audio.clip(-1, 1), rate, subtype="PCM_16", format="WAV")
+        return len(audio)
 
     # Left when no thread writes any more: a folder that is removed then does not come back.
     with ThreadPoolExecutor(usable_cpus()) as pool, contextlib.closing(cast(Any, pool.map(convert, pairs))) as done:
         try:
-            for _ in tqdm(done, total=total, desc=f"{rate} Hz", unit="clip", disable=None, leave=False):
-                pass
+            return set(tqdm(done, total=total, desc=f"{rate} Hz", unit="clip", disable=None, leave=False))
         except OSError as error:
             file, reason = error.filename or "audio", error.strerror or error
             raise HearSsamError(f"{file}: cannot be written: {reason}; make room or use another place.") from error
@@ -242,7 +240,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     one.add_argument("--folds", type=int, default=5, help="of the task, where the CSV has no splits (default: 5)")
     one.add_argument("--seed", type=int, default=0, help="of the draw of folds (default: 0)")
     one.add_argument("--rate", type=int, default=16000, metavar="HZ", help="of its audio (default: 16000)")
-    one.add_argument("--seconds", type=float, metavar="S", help="cut or pad every clip to this (default: as they are)")
     one.set_defaults(run=_make)
 
 
@@ -264,7 +261,7 @@ def _fetch(args: argparse.Namespace) -> int:
 
 def _make(args: argparse.Namespace) -> int:
     _check_rate(args.rate)
-    print(make_task(args.labels, args.output, args.name, args.folds, args.seed, args.rate, args.seconds))
+    print(make_task(args.labels, args.output, args.name, args.folds, args.seed, args.rate))
     return 0
 
 

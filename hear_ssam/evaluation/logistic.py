@@ -8,11 +8,12 @@ from pathlib import Path
 
 from ..errors import HearSsamError
 from .embeddings import embed_task
+from .folders import find_tasks
 from .module import load_hear_model
 from .quick import quick_probe
 from .rows import open_embeddings
 from .scores import aggregate_folds
-from .tasks import METADATA, Task, find_tasks, read_task
+from .tasks import METADATA, Task, read_task
 
 
 def named_tasks(paths: Iterable[str | Path]) -> list[Task]:

@@ -7,15 +7,9 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
-import os
 import random
-import shutil
 import sys
-import tarfile
-import tempfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -46,14 +40,13 @@ def _number(value: object) -> bool:
 
 def _names(value: object) -> bool:
     """Whether a JSON value lists plain names: no paths, not hidden."""
-    return isinstance(value, list) and all(
-        isinstance(name, str) and name[:1] not in ("", ".") and name == Path(name).name for name in value
-    )
+    names = value if isinstance(value, list) else [None]
+    return all(isinstance(name, str) and name[:1] not in ("", ".") and name == Path(name).name for name in names)
 
 
-def _grid(value: object, kind: Callable[[Any], bool], names: Iterable[str] = ()) -> bool:
-    """Whether a JSON value maps names (exactly `names`, if there are any) to lists of one or more values of a kind."""
-    lists = value.values() if isinstance(value, dict) and set(value) == set(names or value) else [None]
+def _lists(value: object, kind: Callable[[Any], bool]) -> bool:
+    """Whether a JSON value maps names to lists of one or more values of a kind."""
+    lists = value.values() if isinstance(value, dict) else [None]
     return all(isinstance(values, list) and values and all(map(kind, values)) for values in lists)
 
 
@@ -67,9 +60,10 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "use_scoring_for_early_stopping": ("true or false", lambda value: isinstance(value, bool)),
     "evaluation_params": ("an object", lambda value: isinstance(value, dict)),
     "task_specific_param_grid": ("an object of lists of numbers or names",
-                                 lambda value: _grid(value, lambda one: isinstance(one, str) or _number(one))),
+                                 lambda value: _lists(value, lambda one: isinstance(one, str) or _number(one))),
     "event_postprocessing_grid": ("an object of two lists of ms, median_filter_ms and min_duration",
-                                  lambda value: _grid(value, lambda one: _number(one) and one >= 0, POSTPROCESSING)),
+                                  lambda value: _lists(value, lambda one: _number(one) and one >= 0)
+                                  and set(value) == set(POSTPROCESSING)),
 }  # fmt: skip
 
 
@@ -152,7 +146,7 @@ class Task:
                 ends[name] = max((event["end"] for event in labels), default=0)
             elif not self.multilabel and len(labels) != 1:
                 raise HearSsamError(f"{where} has {len(labels)} labels; a multiclass task needs exactly one.")
-            self.class_ids([label["label"] if self.event else label for label in labels], where)
+            self.class_ids(self.classes(labels), where)
         # Modules' timestamps are tested alike. Where the length is not known, 60 ms are too short for a whole split.
         if self.event and 0 < (last := max(ends.values())) <= (self.metadata.get("sample_duration") or 60):
             name = max(ends, key=ends.__getitem__)
@@ -163,17 +157,21 @@ class Task:
         """Splits in which classes do not occur, and those classes: what makes scores of small tasks undefined."""
         absent = {}
         for split in self.splits:
-            labels = itertools.chain.from_iterable(self.clips(split).values())
-            present = {str(label["label"] if self.event else label) for label in labels}
-            absent[split] = [label for label in self.labels if label not in present]
-        return {split: labels for split, labels in absent.items() if labels}
+            present = {name for labels in self.clips(split).values() for name in self.classes(labels)}
+            if missing := [label for label in self.labels if label not in present]:
+                absent[split] = missing
+        return absent
+
+    def classes(self, labels: Iterable[Any]) -> list[str]:
+        """The classes that the labels or events of a clip name; heareval compares them as strings."""
+        return [str(label["label"] if self.event else label) for label in labels]
 
     @cached_property
     def class_index(self) -> dict[str, int]:
         return {label: index for index, label in enumerate(self.labels)}
 
     def class_ids(self, labels: Iterable[object], where: str) -> list[int]:
-        """Class indices of labels, which heareval compares as strings."""
+        """Class indices of labels."""
         try:
             return [self.class_index[str(label)] for label in labels]
         except KeyError as error:
@@ -207,7 +205,7 @@ def read_task(folder: Path) -> Task:
     """
     path = folder / METADATA
     metadata = _read_json(path)
-    if not isinstance(metadata, dict):
+    if not isinstance(metadata, dict) or not set(_NEEDED) <= set(metadata):
         raise HearSsamError(f"{path}: must be a JSON object with {', '.join(_NEEDED)}.")
     _check_metadata(metadata, path)
     return Task(folder, folder, metadata, _read_vocabulary(folder / VOCABULARY))
@@ -216,9 +214,6 @@ def read_task(folder: Path) -> Task:
 def _check_metadata(metadata: dict[str, Any], path: Path) -> None:
     from .scores import SCORES  # imports scikit-learn
 
-    for key in _NEEDED:
-        if key not in metadata:
-            raise HearSsamError(f"{path}: lacks the key {key!r}.")
     for key, choices in _CHOICES.items():
         if metadata[key] not in choices:
             raise HearSsamError(f"{path}: {unknown_name(key, metadata[key], choices)}")
@@ -234,10 +229,10 @@ def _check_metadata(metadata: dict[str, Any], path: Path) -> None:
         raise HearSsamError(f"{path}: k folds need at least three different splits, not {splits}.")
     if not metadata["evaluation"]:
         raise HearSsamError(f"{path}: 'evaluation' must name at least one score.")
+    kind = metadata["embedding_type"]
     for name in metadata["evaluation"]:
         if name not in SCORES:
             raise HearSsamError(f"{path}: {unknown_name('score', name, SCORES)}")
-        kind = metadata["embedding_type"]
         if SCORES[name].event != (kind == "event"):
             raise HearSsamError(f"{path}: the score {name} does not fit the embedding_type {kind!r}; choose another.")
 
@@ -248,86 +243,6 @@ def _check_event(event: object, where: str) -> None:
     start, end = event["start"], event["end"]
     if not (_number(start) and _number(end) and 0 <= start <= end):
         raise HearSsamError(f"{where}: an event from {start!r} to {end!r}; give ms from 0, the later one last.")
-
-
-def require_audio(folder: Path, names: Iterable[str]) -> None:
-    """Raise HearSsamError for a clip that is missing or no regular file: opening a pipe or a device may never end."""
-    for name in names:
-        if not os.path.isfile(folder / name):
-            what = "is no regular file" if os.path.lexists(folder / name) else "is missing"
-            raise HearSsamError(f"{folder / name}: {what}; get the audio of the task again.")
-
-
-def find_tasks(tasks_dir: Path, names: Sequence[str] = (), unpacked: Iterable[Path] = ()) -> dict[str, list[Path]]:
-    """Task folders by name, sorted, in `tasks_dir`, `unpacked`, or a `…/tasks` in them, as HEAR's archives unpack.
-
-    A task in several places has several folders, perhaps of other sample rates. Hidden folders are ignored. `names`
-    selects folders; a missing one raises HearSsamError that says where to get it or which name is near.
-    """
-    if not tasks_dir.is_dir():
-        raise HearSsamError(f"{tasks_dir}: no such folder; it must hold one folder per HEAR task.")
-    folders: dict[str, list[Path]] = {}
-    for root in (tasks_dir, *unpacked):
-        for pattern in ("*", "tasks/*", "*/tasks/*"):
-            for path in sorted(root.glob(f"{pattern}/{METADATA}")):
-                if not any(part.startswith(".") for part in path.relative_to(root).parts):
-                    folders.setdefault(path.parent.name, []).append(path.parent)
-    if not folders:
-        raise HearSsamError(f"{tasks_dir}: holds no HEAR task; put a folder with {METADATA} there.")
-    names = [name if name in folders else folder_named(name) for name in names]
-    for name in names:
-        if name in known_tasks() and name not in folders:
-            raise HearSsamError(f"{tasks_dir}: lacks {name}; {known_tasks()[name].source}.")
-        if name not in folders:
-            raise HearSsamError(f"{tasks_dir}: {unknown_name('task', name, folders)}")
-    return {name: folders[name] for name in sorted(names or folders)}
-
-
-def find_archives(tasks_dir: Path, names: Sequence[str] = ()) -> list[Path]:
-    """Archives in `tasks_dir` (.tar, .tar.gz, .tgz), all or those with one of `names` in their name."""
-    names = [folder_named(name) for name in names]
-    found = (path for path in sorted(tasks_dir.glob("[!.]*")) if not names or any(name in path.name for name in names))
-    return [path for path in found if path.name.endswith((".tar", ".tar.gz", ".tgz")) and path.is_file()]
-
-
-def unpack(archive: Path, folder: Path, most: int | None = None) -> Path:
-    """Unpack an archive into a folder of its own in `folder`, named after it, whole or not at all.
-
-    Unpacked again where the archive's time is another than the folder's, which bears the time of its archive.
-    Raises HearSsamError for members that are links or devices, would leave the folder, or are over `most` bytes in all.
-    """
-    target, time = folder / archive.name, archive.stat().st_mtime
-    if target.is_dir() and int(target.stat().st_mtime) == int(time):
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".unpacking-"))
-    total = 0
-
-    def plain(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
-        nonlocal total
-        total += member.size
-        if not (member.isfile() or member.isdir()):
-            raise HearSsamError(f"{archive}: cannot be unpacked: {member.name} is a link or a device; do not trust it.")
-        if most and total > most:
-            much = f"holds more than {most / 1e6:,.0f} MB, which the task cannot need"
-            raise HearSsamError(f"{archive}: cannot be unpacked: it {much}; do not trust it.")
-        return tarfile.data_filter(member, path)  # refuses members that would leave the folder
-
-    try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(scratch, filter=plain)
-        os.utime(scratch, (time, time))
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        mend = "do not trust it" if isinstance(error, tarfile.FilterError) else "get it again"
-        if getattr(error, "errno", None) is not None:  # a full disk, say, and no fault of the archive
-            mend = "make room or use another place"
-        reason = str(error).partition(":\n")[0]  # what each compression lacks is below
-        raise HearSsamError(f"{archive}: cannot be unpacked: {reason}; {mend}.") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
 
 
 # ---- what is known about HEAR's own tasks --------------------------------------------------------------------------
@@ -376,9 +291,7 @@ class TaskCard:
     @property
     def source(self) -> str:
         """Where the task can be had."""
-        bucket = "gs://hear2021-archive/tasks/, requester pays"
-        zenodo = "https://zenodo.org/records/5885750"
-        return f"get {self.archive} (48000 Hz: {zenodo}; 16000, 22050, 32000 and 44100 Hz: {bucket})"
+        return f"get it with `hear-ssam tasks fetch {self.short}`, or {self.archive} from {self.download.url}"
 
     def differences(self, task: Task) -> list[str]:
         """How a folder on disk differs from HEAR's release; such scores are not HEAR scores."""
