@@ -30,7 +30,9 @@ from hear_ssam.config import build_config
 from hear_ssam.encoder import Encoder
 from hear_ssam.frontend import SAMPLE_RATE, LogMel, standardize
 from hear_ssam.paths import shipped
-from hear_ssam.pretraining.windows import random_mask
+from hear_ssam.pretraining.learner import Learner
+from hear_ssam.pretraining.recipe import Recipe
+from hear_ssam.pretraining.windows import Batch, random_mask
 
 STEPS, BATCH, EVERY = 400, 16, 25
 COLOURS = {"before": "#c44e52", "after": "#1f6f8b"}
@@ -68,6 +70,7 @@ def pretrain(mask_position: str, train: torch.Tensor, held_out: torch.Tensor) ->
     config = build_config("ssast", 48, depth=2, num_heads=3, mask_position=mask_position)
     torch.manual_seed(0)
     encoder = Encoder(config)
+    learner = Learner(encoder, Recipe())
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=STEPS, pct_start=0.1)
     generator = torch.Generator().manual_seed(1)
@@ -77,10 +80,12 @@ def pretrain(mask_position: str, train: torch.Tensor, held_out: torch.Tensor) ->
     for step in range(STEPS + 1):
         if step % EVERY == 0:
             with torch.no_grad():
-                predicted = encoder(held_out, held_out_mask).predictions[held_out_mask].view_as(hidden)
+                tokens = encoder.tokens(held_out, held_out_mask)[:, 1:]
+                predicted = encoder.head(tokens)[held_out_mask].view_as(hidden)
             errors.append((predicted - hidden).square().mean().item())
         batch = train[torch.randint(len(train), (BATCH,), generator=generator)]
-        loss = encoder(batch, random_mask(BATCH, config, generator)).loss
+        drawn = Batch(batch, [random_mask(BATCH, config, generator)], torch.arange(BATCH))
+        loss = learner.total(learner(drawn)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -116,11 +116,18 @@ def prepare(task: Measurement, begin: float) -> dict[str, Callable[[], Any]]:
         elif in_chunks:
             block.mixer = carried(block.mixer)
 
+    if task.mode == "training":
+        from hear_ssam.pretraining.learner import Learner
+        from hear_ssam.pretraining.recipe import Recipe
+        from hear_ssam.pretraining.windows import Batch
+
+        learner, drawn = Learner(encoder, Recipe()), Batch(spec, [mask], torch.arange(1))
+
     def act() -> Any:
         with use_backend(backend):
             if task.mode == "training":
                 encoder.zero_grad()
-                encoder(spec, mask).loss.backward()
+                learner.total(learner(drawn)).mean().backward()
                 named = ((_our_name(key), weight.grad) for key, weight in encoder.named_parameters())
                 return {key: gradient.flatten() for key, gradient in named if gradient is not None}
             with torch.no_grad():

@@ -27,7 +27,9 @@ import triton.language as tl
 from hear_ssam.config import CONFIGS
 from hear_ssam.encoder import Encoder
 from hear_ssam.errors import HearSsamError
-from hear_ssam.pretraining.windows import random_mask
+from hear_ssam.pretraining.learner import Learner
+from hear_ssam.pretraining.recipe import Recipe
+from hear_ssam.pretraining.windows import Batch, random_mask
 from hear_ssam.scan import available_backends, causal_conv1d, selective_scan, use_backend
 
 LENGTH = 251  # tokens of a 2-second clip
@@ -351,10 +353,11 @@ def time_training(args: argparse.Namespace, ceilings: dict[str, float]) -> list[
             optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-4)
             spec = torch.randn(batch, config.window_frames, config.n_mels, device="cuda")
             mask = random_mask(batch, config).cuda()
+            learner = Learner(encoder, Recipe())
 
-            def step(e=encoder, o=optimizer, s=spec, m=mask, low=precision == "bf16") -> None:
+            def step(e=learner, o=optimizer, s=spec, m=mask, low=precision == "bf16") -> None:
                 with torch.autocast("cuda", torch.bfloat16, enabled=low):
-                    loss = e(s, m).loss
+                    loss = e.total(e(Batch(s, [m], torch.arange(len(s))))).mean()
                 loss.backward()
                 o.step()
                 o.zero_grad()

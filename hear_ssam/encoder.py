@@ -6,7 +6,7 @@ Symbols: B batch, F frames, n patch tokens, D width, P pixels of a patch; T time
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +17,6 @@ from .blocks import BLOCKS, Projection, build_norm, xavier_init
 from .config import EncoderConfig
 from .errors import HearSsamError, unknown_name
 from .machine import keep_freed_memory
-
-
-class Pretraining(NamedTuple):
-    """What one masked pass gives. `nce` and `mse` are the two halves of the joint objective, else None."""
-
-    predictions: Tensor  # (B, n, P) reconstructed pixels of all patches
-    targets: Tensor  # (B, n, P)
-    loss: Tensor  # ()
-    nce: Tensor | None = None
-    mse: Tensor | None = None
 
 
 class _Float32(TorchFunctionMode):
@@ -42,7 +32,7 @@ class _Float32(TorchFunctionMode):
 
 
 class Encoder(nn.Module):
-    """Spectrogram windows → tokens; see `tokens` (features) and `forward` (pre-training).
+    """Spectrogram windows → tokens; holds the heads that pre-training predicts with (pretraining.learner).
 
     New weights are drawn as the papers' code draws them. SSAMBA's stochastic depth (0.1, training only) is left out.
     """
@@ -130,17 +120,17 @@ class Encoder(nn.Module):
                 x = block(x, reverse=self.config.flip_odd and i % 2 == 1)
         return x
 
-    def tokens(
-        self, spec: Tensor, mask: Tensor | None = None, visible: Tensor | None = None, depth: int | None = None
-    ) -> Tensor:
+    def tokens(self, spec: Tensor, mask: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
         """Normalised spectrogram (B, F, n_mels) float → tokens (B, 1 + n, D) after the final norm, class token first.
 
         F is any multiple of `patch_frames` up to `window_frames`; a shorter window has fewer tokens, at the positions
         of the first time slots. No padding is needed, and for a causal system none would matter. `visible` (B, V) int64
-        reads only these patches, in this order → (B, 1 + V, D). `depth`: stop after so many blocks, without the norm.
+        reads only these patches, in this order → (B, 1 + V, D).
         """
-        x = self.run_blocks(self._sequence(spec, mask, visible), depth)
-        for _ in range(self.config.final_norms if depth is None else 0):
+        return self._normed(self.run_blocks(self._sequence(spec, mask, visible)))
+
+    def _normed(self, x: Tensor) -> Tensor:
+        for _ in range(self.config.final_norms):
             x = self.norm(x)
         return x
 
@@ -167,33 +157,7 @@ class Encoder(nn.Module):
         for layer in sorted(set(layers)):
             x, done = self.run_blocks(x, layer, done), layer
             found[layer] = x
-        for _ in range(self.config.final_norms if last in found else 0):
-            found[last] = self.norm(found[last])
-        return [found[layer] for layer in layers]
-
-    def forward(self, spec: Tensor, mask: Tensor) -> Pretraining:
-        """Masked pass: hide the patches where `mask` (B, n) is True, predict, compare.
-
-        reconstruction: mean squared error over the pixels of all patches, hidden or not.
-        joint: InfoNCE between hidden patches and predictions of the same clip, plus 10 times the mean squared error
-        over hidden patches; every clip must hide equally many. SSAMBA was trained with an independent mask for each
-        half: take `nce` of one call and `mse` of another to do the same.
-        """
-        targets = self.patchify(spec)  # (B, n, P)
-        x = self.tokens(spec, mask)[:, 1:]
-        if self.config.objective == "reconstruction":
-            predictions = self.head(x)
-            return Pretraining(predictions, targets, F.mse_loss(predictions.float(), targets))
-        hidden = mask.sum(dim=1)
-        if hidden.min() != hidden.max() or not hidden[0]:
-            raise HearSsamError("mask must hide equally many patches, at least one, in every clip.")
-        predictions = self.generate(x)
-        mse = F.mse_loss(predictions[mask].float(), targets[mask])
-        contrast = self.contrast(x)[mask].unflatten(0, (len(x), -1)).float()  # (B, M, P)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = targets[mask].unflatten(0, (len(x), -1)) @ contrast.transpose(1, 2)  # patch x prediction
-        nce = -logits.log_softmax(dim=2).diagonal(dim1=1, dim2=2).mean()
-        return Pretraining(predictions, targets, nce + 10 * mse, nce, mse)
+        return [self._normed(found[layer]) if layer == last else found[layer] for layer in layers]
 
     def set_precision(self, precision: str) -> Encoder:
         """Use "fp32", or "bf16" in the large projections only: norms, residuals, steps and states stay float32."""

@@ -27,6 +27,7 @@ from hear_ssam.hear import EncoderModel
 from hear_ssam.pretraining.windows import random_mask
 from hear_ssam.scan import available_backends
 
+from .masked import losses, predictions
 from .test_hear_tools import call
 from .tiny_tasks import write_task
 
@@ -202,8 +203,9 @@ def test_patch_sizes(system: str, patch: tuple[int, int], tmp_path: Path) -> Non
     )
     torch.manual_seed(0)
     encoder = Encoder(config)
-    out = encoder(torch.randn(1, 200, config.n_mels), random_mask(1, config, torch.Generator().manual_seed(0)))
-    assert out.predictions.shape == (1, slots * bands, patch[0] * patch[1]) and out.loss.isfinite()
+    drawn = torch.randn(1, 200, config.n_mels), random_mask(1, config, torch.Generator().manual_seed(0))
+    assert predictions(encoder, *drawn).shape == (1, slots * bands, patch[0] * patch[1])
+    assert losses(encoder, *drawn)["total"].isfinite()
     save_checkpoint(tmp_path / "a.safetensors", config, encoder.state_dict(), {})
     for order in ORDERS:
         model, audio = load_model(tmp_path / "a.safetensors", token_order=order), noise(2, 2.5)
@@ -311,9 +313,8 @@ def test_masked_pass_of_the_official_classes(system: str, official: dict[str, Pa
     unit = standardize(LogMel()(torch.from_numpy(numbers("inputs")["wave"])))[:, :200]
     mask = torch.from_numpy(numbers("inputs")["mask"])
     assert_close(model.encoder.tokens(unit)[0, ::10], expected["tokens"])
-    out = model.encoder(unit, mask)
-    assert_close(out.predictions[0, ::10], expected["predictions"])
-    assert out.loss.item() == pytest.approx(expected["loss"].item(), abs=1e-5)
+    assert_close(predictions(model.encoder, unit, mask)[0, ::10], expected["predictions"])
+    assert losses(model.encoder, unit, mask)["total"].item() == pytest.approx(expected["loss"].item(), abs=1e-5)
 
 
 @EVERY_COPY
@@ -340,13 +341,13 @@ def test_masked_patches_without_a_place(official: dict[str, Path]) -> None:
     mask = torch.from_numpy(numbers("inputs")["mask"])
     assert ours.tokens(unit).equal(as_released.encoder.tokens(unit))
 
-    def spread(predictions: Tensor) -> float:
-        return (predictions.amax(0) - predictions.amin(0)).max().item()
+    def spread(pixels: Tensor) -> float:
+        return (pixels.amax(0) - pixels.amin(0)).max().item()
 
     theirs = torch.from_numpy(numbers("ssast")["predictions"])
     assert spread(theirs[mask[0, ::10]]) <= 1e-6 < 1e-2 < spread(theirs[~mask[0, ::10]])
-    assert spread(as_released.encoder(unit, mask).predictions[mask]) <= 1e-6
-    assert spread(ours(unit, mask).predictions[mask]) > 1e-2
+    assert spread(predictions(as_released.encoder, unit, mask)[mask]) <= 1e-6
+    assert spread(predictions(ours, unit, mask)[mask]) > 1e-2
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -54,9 +55,9 @@ class Pass(NamedTuple):
 
     tokens: Tensor  # (B, n, D) from which patches are predicted
     patches: Tensor  # (B, n, P) what was there
+    mask: Tensor  # (B, n) bool: what is hidden
     hidden: Tensor  # (B, M) int64 index of the hidden patches, in order
-    asked: Tensor  # (B, n) bool
-    codes: Tensor | None  # (B, n) int64
+    batch: Batch
     latents: Tensor | None  # (B, n, D) of the moving-average teacher
 
 
@@ -86,16 +87,18 @@ class Learner(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Losses (B,) by objective, not yet weighted."""
+        passes = zip(self.objectives.items(), self._passes(batch), strict=True)
+        return {name: _loss(objective, *found) for (name, objective), found in passes}
+
+    def _passes(self, batch: Batch) -> Iterator[tuple[nn.Module, Pass]]:
+        """For each objective its head, and a pass of its own or that of the first."""
         patches = self.encoder.patchify(batch.spec)
         latents = self._teach(batch.spec) if self.latents else None
-        losses: dict[str, Tensor] = {}
         for i, (name, objective) in enumerate(self.objectives.items()):
-            if i < len(batch.masks):  # a pass of its own, or that of the first
-                tokens = self._tokens(batch.spec, batch.masks[i], patches)
-                seen = Pass(*tokens, batch.asked, batch.codes, latents)
-            head = self._published_head(objective) or self.heads[name]
-            losses[name] = _loss(objective, head, seen)
-        return losses
+            if i < len(batch.masks):
+                tokens, hidden = self._tokens(batch.spec, batch.masks[i])
+                seen = Pass(tokens, patches, batch.masks[i], hidden, batch, latents)
+            yield self._published_head(objective) or self.heads[name], seen
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """Weighted sum over the objectives: (B,)."""
@@ -110,32 +113,29 @@ class Learner(nn.Module):
 
     def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Which patches are hidden, bool (B, n, 1), and all of them as predicted (B, n, P), where pixels are asked."""
-        names = list(self.objectives)
-        i = names.index("pixels") if "pixels" in names else 0
-        mask, objective = batch.masks[i % len(batch.masks)], self.objectives[names[i]]
-        if not isinstance(objective, Pixels):
-            return mask[..., None], None
-        patches = self.encoder.patchify(batch.spec)
-        head = self._published_head(objective) or self.heads["pixels"]
-        predicted = head(self._tokens(batch.spec, mask, patches)[0]).float()
-        if objective.normalised:
-            predicted = predicted * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
-        return mask[..., None], predicted
+        for objective, (head, seen) in zip(self.objectives.values(), self._passes(batch), strict=True):
+            if isinstance(objective, Pixels):
+                predicted, patches = head(seen.tokens).float(), seen.patches
+                if objective.normalised:
+                    predicted = predicted * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
+                return seen.mask[..., None], predicted
+        return batch.masks[0][..., None], None
 
-    def _tokens(self, spec: Tensor, mask: Tensor, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _tokens(self, spec: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens from which patches are predicted, and the index of those hidden."""
         count = int(mask[0].sum())
         order = mask.to(torch.int8).argsort(dim=1, stable=True)  # visible patches first, both in order
         visible, hidden = order[:, : mask.shape[1] - count], order[:, mask.shape[1] - count :]
         if self.decoder is None:
-            return self.encoder.tokens(spec, mask)[:, 1:], patches, hidden
+            return self.encoder.tokens(spec, mask)[:, 1:], hidden
         positions = self.encoder.positions(spec.shape[1] // self.encoder.config.patch_frames)
-        return self.decoder(self.encoder.tokens(spec, visible=visible), visible, positions), patches, hidden
+        return self.decoder(self.encoder.tokens(spec, visible=visible), visible, positions), hidden
 
     @torch.no_grad()
     def _teach(self, spec: Tensor) -> Tensor:
         assert self.teacher is not None and self.latents is not None
-        tokens = self.teacher.tokens(spec, depth=self.latents.block)[:, 1:]
-        return F.layer_norm(tokens, tokens.shape[-1:])
+        (tokens,) = self.teacher.hidden(spec, [self.latents.block])
+        return F.layer_norm(tokens[:, 1:], tokens.shape[-1:])
 
 
 def _loss(objective: Objective, head: nn.Module, seen: Pass) -> Tensor:
@@ -153,10 +153,11 @@ def _loss(objective: Objective, head: nn.Module, seen: Pass) -> Tensor:
         with torch.autocast(predicted.device.type, enabled=False):
             logits = pick(seen.patches, hidden) @ predicted.transpose(1, 2)  # patch x prediction
         return -logits.log_softmax(dim=2).diagonal(dim1=1, dim2=2).mean(1)
-    asked = seen.asked.gather(1, hidden)
+    assert seen.batch.asked is not None
+    asked = seen.batch.asked.gather(1, hidden)
     if isinstance(objective, Codes):
-        assert seen.codes is not None
-        want = seen.codes.gather(1, hidden)
+        assert seen.batch.codes is not None
+        want = seen.batch.codes.gather(1, hidden)
         asked = asked & (want != NONE)
         loss = F.cross_entropy(predicted.transpose(1, 2), want.where(asked, 0), reduction="none")
     else:

@@ -26,9 +26,9 @@ class Batch(NamedTuple):
 
     spec: Tensor  # (B, window, n_mels) normalised
     masks: list[Tensor]  # (B, n) bool, True: hidden; one, or one per objective
-    asked: Tensor  # (B, n) bool: patches of the clip itself, not of what was repeated or padded
-    codes: Tensor | None  # (B, n) int64, NONE where there is none
     clip: Tensor  # (B,) which clips of the store
+    asked: Tensor | None = None  # (B, n) bool: patches of the clip itself, not of what was repeated or padded
+    codes: Tensor | None = None  # (B, n) int64, NONE where there is none
 
 
 class WindowSampler:
@@ -109,7 +109,7 @@ class WindowSampler:
             codes = self.codes.of(clip[mine], slot % slots[mine]).masked_fill(~inside[..., None], NONE)
             codes = self._patches(codes).to(self.device)
         asked = self._patches(inside[..., None].expand(-1, -1, config.grid[1])).to(self.device)
-        return Batch(own, [m[rows] for m in masks], asked, codes, clip[mine])
+        return Batch(own, [m[rows] for m in masks], clip[mine], asked, codes)
 
     def _spectrogram(self, clip: Tensor, position: Tensor, slots: Tensor, pad: Tensor) -> Tensor:
         """Log energies (N, F, mels) of slots `position` (N, S); beyond a clip's end it is repeated or silent."""
