@@ -91,7 +91,7 @@ def build_codes(
     rng = np.random.default_rng(seed)
     window = config.grid[0]
     rows: list[Tensor] = []
-    while sum(x.shape[0] * x.shape[1] for x in rows) < SAMPLE and len(rows) < 8 * len(store):
+    while sum(map(len, rows)) < SAMPLE and len(rows) < 8 * len(store):
         clips = rng.choice(len(store), 64, p=weights / weights.sum()).tolist()
         rows += features([(clip, int(rng.integers(0, max(1, slots[clip] // window)))) for clip in clips])
     place, every = torch.cat([torch.arange(len(x)) for x in rows]), torch.cat(rows)
