@@ -80,24 +80,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 BASELINE = "logmel"  # the model without weights that counts as zero in tables
-__all__ = [
-    "HearEmbedder",
-    "HearModel",
-    "HearSsamError",
-    "available_models",
-    "embed",
-    "evaluate",
-    "get_scene_embeddings",
-    "get_timestamp_embeddings",
-    "load_model",
-]
-# Where they live, if not in `hear`.
+# The API and where it lives; imported, torch with it, at its first use: `hear-ssam --help` answers at once (PEP 562).
 PLACES = {
-    "HearEmbedder": "downstream.estimator",
-    "HearSsamError": "errors",
-    "embed": "embedding.clips",
-    "evaluate": "evaluation.evaluate",
-}
+    "HearEmbedder": "downstream.estimator", "HearModel": "hear", "HearSsamError": "errors", "available_models": "hear",
+    "embed": "embedding.clips", "evaluate": "evaluation.evaluate", "get_scene_embeddings": "hear",
+    "get_timestamp_embeddings": "hear", "load_model": "hear",
+}  # fmt: skip
+__all__ = [*PLACES]
 
 
 def __dir__() -> list[str]:
@@ -105,8 +94,6 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
-    # torch is imported with the first use, so that `hear-ssam --help` answers at once (PEP 562).
-    if name in __all__:
-        module = PLACES.get(name, "hear")
-        return getattr(importlib.import_module(f".{module}", __name__), name)
+    if name in PLACES:
+        return getattr(importlib.import_module(f".{PLACES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -110,6 +110,17 @@ class _Interrupted(Exception):
     """The connection failed, not the disk."""
 
 
+@contextlib.contextmanager
+def _network() -> Iterator[None]:
+    try:
+        yield
+    except urllib.error.HTTPError:
+        raise
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error or type(error).__name__
+        raise _Interrupted(f"the connection failed ({reason})") from error
+
+
 def _download(url: str, part: Path, name: str, timeout: float) -> None:
     """All of `url` into `part`, going on from what is there; raises HearSsamError where attempts bring nothing new."""
     if not url.startswith(("https://", "http://")):
@@ -121,36 +132,27 @@ def _download(url: str, part: Path, name: str, timeout: float) -> None:
         if have:
             headers |= {"Range": f"bytes={have}-", "If-Range": stamp.read_text("utf-8")}
         try:
-            with _open(urllib.request.Request(url, headers=headers), timeout) as reply:
+            with _network():
+                reply = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+            with reply:
                 _receive(reply, have, part, stamp, name)
             stamp.unlink(missing_ok=True)
             return
         except urllib.error.HTTPError as error:
-            said = f"{error.code} {error.reason}"
+            reason = f"the server says {error.code} {error.reason}"
             if error.code == 416:  # nothing is left of it, or it has become shorter
                 stamp.unlink(missing_ok=True)
                 if error.headers.get("Content-Range") == f"bytes */{have}":
                     return
             elif error.code not in PASSING:
-                raise HearSsamError(f"{url}: the server says {said}; check the address.") from error
-            reason: object = f"the server says {said}"
+                raise HearSsamError(f"{url}: {reason}; check the address.") from error
         except _Interrupted as error:
-            reason = error
+            reason = str(error)
         have = part.stat().st_size if part.is_file() else 0
         most, idle = max(most, have), 0 if have > most else idle + 1
         if idle >= ATTEMPTS:
             raise HearSsamError(f"{url}: {reason}; try again later: it goes on where it stopped.")
         time.sleep(idle)
-
-
-def _open(request: urllib.request.Request, timeout: float) -> http.client.HTTPResponse:
-    try:
-        reply: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=timeout)
-        return reply
-    except urllib.error.HTTPError:
-        raise
-    except (OSError, http.client.HTTPException) as error:
-        raise _Interrupted(getattr(error, "reason", None) or error or type(error).__name__) from error
 
 
 def _receive(reply: http.client.HTTPResponse, have: int, part: Path, stamp: Path, name: str) -> None:
@@ -171,13 +173,10 @@ def _receive(reply: http.client.HTTPResponse, have: int, part: Path, stamp: Path
         raise HearSsamError(f"{part.parent}: {name} {needed}; make room or use another folder.")
     bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=name, disable=None)
     with part.open("ab" if have else "wb") as file, bar:
-        while True:
-            try:
+        block = b"begin"
+        while block:
+            with _network():
                 block = reply.read(BLOCK)
-            except (OSError, http.client.HTTPException) as error:
-                raise _Interrupted(f"the connection failed ({error or type(error).__name__})") from error
-            if not block:
-                break
             file.write(block)
             bar.update(len(block))
         if total is not None and file.tell() != total:

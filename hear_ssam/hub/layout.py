@@ -21,61 +21,58 @@ def describe(
     """Write everything but the weights. `encoder`: its config; `sizes`: widths of scenes and of timestamps; `info`:
     what the file of weights tells about itself; `text`: the card that it came with."""
     config = {
-        "architectures": ["HearSsamModel"],
+        "architectures": ["HearSsamModel"], "model_type": "hear_ssam", "name": name, "encoder": dict(encoder),
         "auto_map": {"AutoConfig": f"{CODE}.HearSsamConfig", "AutoModel": f"{CODE}.HearSsamModel"},
-        "encoder": dict(encoder),
-        "hidden_size": sizes[1],
-        "model_type": "hear_ssam",
-        "name": name,
-        "scene_embedding_size": sizes[0],
-    }
+        "scene_embedding_size": sizes[0], "hidden_size": sizes[1],
+    }  # fmt: skip
     extractor = {
-        "auto_map": {"AutoFeatureExtractor": f"{CODE}.HearSsamFeatureExtractor"},
-        "feature_extractor_type": "HearSsamFeatureExtractor",
-        "feature_size": 1,
-        "padding_value": 0.0,
-        "return_attention_mask": True,
+        "auto_map": {"AutoFeatureExtractor": f"{CODE}.HearSsamFeatureExtractor"}, "feature_size": 1,
+        "feature_extractor_type": "HearSsamFeatureExtractor", "padding_value": 0.0, "return_attention_mask": True,
         "sampling_rate": SAMPLE_RATE,
-    }
+    }  # fmt: skip
+    licence = str(info.get("licence", ""))
+    known = licence.partition(",")[0].lower()
+    header = {
+        "library_name": "hear-ssam", "pipeline_tag": "feature-extraction",
+        **({"license": known} if known in LICENCES else {"license": "other", "license_name": licence or "unknown"}),
+        "tags": ["audio", "audio-embeddings", "self-supervised", encoder["system"]],
+    }  # fmt: skip
+    facts = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in info.items() if key != "sha256")
+    values = {
+        "header": "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items()), "name": name,
+        "scene": sizes[0], "rows": sizes[1], "text": text.replace(f"# {name}", "## About these weights", 1) or facts,
+    }  # fmt: skip
     texts = {
         "config.json": json.dumps(config, indent=2) + "\n",
         "preprocessor_config.json": json.dumps(extractor, indent=2) + "\n",
         f"{CODE}.py": Path(__file__).with_name(f"{CODE}.py").read_text("utf-8"),
-        "README.md": card(name, encoder, sizes, info, text),
+        "README.md": CARD.format(**values),
     }
-    for file, text in texts.items():
+    for file, content in texts.items():
         with atomic_write(folder / file) as temporary:
-            temporary.write_text(text, "utf-8")
+            temporary.write_text(content, "utf-8")
 
 
-def card(name: str, encoder: Mapping[str, Any], sizes: tuple[int, int], info: Mapping[str, Any], text: str) -> str:
-    """The model card: a YAML header, how to use the model, then `text` or what its file tells about itself."""
-    licence = str(info.get("licence", ""))
-    header: dict[str, Any] = {"library_name": "hear-ssam", "pipeline_tag": "feature-extraction"}
-    header["license"] = licence.partition(",")[0].lower()
-    if header["license"] not in LICENCES:
-        header |= {"license": "other", "license_name": licence or "unknown"}
-    header["tags"] = ["audio", "audio-embeddings", "self-supervised", encoder["system"]]
-    facts = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in info.items() if key != "sha256")
-    return f"""---
-{"".join(f"{key}: {json.dumps(value)}" + chr(10) for key, value in header.items())}---
+CARD = """---
+{header}
+---
 
 # {name}
 
-Audio embeddings: {sizes[0]} numbers per clip, {sizes[1]} per moment. 16 kHz mono, float32 in [-1, 1].
+Audio embeddings: {scene} numbers per clip, {rows} per moment. 16 kHz mono, float32 in [-1, 1].
 
 ```python
 import hear_ssam
 
 model = hear_ssam.load_model("OWNER/NAME")                       # or this folder
-scenes = hear_ssam.get_scene_embeddings(audio, model)            # (clips, samples) → (clips, {sizes[0]})
+scenes = hear_ssam.get_scene_embeddings(audio, model)            # (clips, samples) → (clips, {scene})
 rows, ms = hear_ssam.get_timestamp_embeddings(audio, model)
 ```
 
 With transformers: `AutoFeatureExtractor` and `AutoModel.from_pretrained("OWNER/NAME", trust_remote_code=True)`, whose
 `pooler_output` are the scenes and whose `last_hidden_state` are the rows.
 
-{text.replace(f"# {name}", "## About these weights", 1) if text else facts}
+{text}
 """
 
 

@@ -28,29 +28,20 @@ class Origin:
     trained_on: str | None
 
 
-_SSAM = Origin(
-    "https://drive.google.com/drive/folders/1l6_8e1TFEfnobwUMIbA7-aKw2FwlBhho",
-    "MIT",
-    "https://arxiv.org/abs/2406.02178",
-    "AudioSet",
-)
-_SSAMBA = "attentionisallyouneed369/ssamba"
+_DRIVE, _SSAMBA = "https://drive.google.com/drive/folders/", "attentionisallyouneed369/ssamba"
+_SSAM = Origin(f"{_DRIVE}1l6_8e1TFEfnobwUMIbA7-aKw2FwlBhho", "MIT", "https://arxiv.org/abs/2406.02178", "AudioSet")
 OFFICIAL = {  # by system; the licences are those of the repositories: none is stated for the weights
     "ssam": _SSAM,
     "ssast": _SSAM,
     "axlstm": Origin(
-        "https://drive.google.com/drive/folders/1SyNvA7a6jrWmRwYYj85ggADiKBpDpGLK",
-        "MIT (but vision_lstm.py there: AGPL-3.0)",
-        "https://arxiv.org/abs/2408.16568",
-        "AudioSet",
+        f"{_DRIVE}1SyNvA7a6jrWmRwYYj85ggADiKBpDpGLK", "MIT (but vision_lstm.py there: AGPL-3.0)",
+        "https://arxiv.org/abs/2408.16568", "AudioSet",
     ),
     "ssamba": Origin(
-        f"https://huggingface.co/{_SSAMBA}",
-        "BSD-3-Clause (model card: bsd-3-clause-clear)",
-        "https://arxiv.org/abs/2405.11831",
-        "AudioSet and LibriSpeech",
+        f"https://huggingface.co/{_SSAMBA}", "BSD-3-Clause (model card: bsd-3-clause-clear)",
+        "https://arxiv.org/abs/2405.11831", "AudioSet and LibriSpeech",
     ),
-}
+}  # fmt: skip
 OURS = Origin("ships with hear_ssam", "Apache-2.0", None, "33 h of openly licensed audio: checkpoints/ssam_tiny.md")
 
 
@@ -126,13 +117,22 @@ def obtain(
         if source:
             convert(Path(source), target, weights.name)
         elif not target.is_file():  # another process may have made it meanwhile
-            published, memory = _published(weights, target.parent)
+            memory = target.with_name(weights.file or "")  # where a plain download lies, and what its hash is noted for
+            noted = memory.with_name(f"{memory.name}.sha256")
+            published, unknown = memory, not noted.is_file()
+            if weights.hub:
+                published = hub_file(weights.hub, memory.name, weights.revision, memory.parent, weights.sha256)
+            else:
+                fetch(weights.url or "", memory, weights.sha256)
             try:
+                if published != memory:  # from the hub's client, which compares sizes only
+                    check_hash(published, weights.label, weights.sha256, memory)
                 convert(published, target, weights.name)
-            except HearSsamError:  # what came is no checkpoint, but the page of a hotel's network, say
-                _remove(published, memory.with_name(f"{memory.name}.sha256"))
+            except HearSsamError:  # another file, or no checkpoint but the page of a hotel's network, say
+                for path in {published.resolve(), published, *([noted] if unknown else [])}:
+                    path.unlink(missing_ok=True)  # or the hub's cache would give it again
                 raise
-            if published == memory:  # not in the hub's cache
+            if published == memory:
                 published.unlink()
     return target
 
@@ -152,29 +152,6 @@ def hub_file(repo: str, file: str, revision: str | None, folder: Path, pinned: s
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         mend = "unset HF_HUB_OFFLINE to download it" if offline() else "check the name, the network and the disk"
         raise HearSsamError(f"{repo}/{file}: cannot be had from the hub: {reason}; {mend}.") from error
-
-
-def _published(weights: Weights, folder: Path) -> tuple[Path, Path]:
-    """The file as published, its hash checked, and the path for which the hash is noted."""
-    assert weights.file
-    memory = folder / weights.file
-    if not weights.hub:
-        assert weights.url
-        fetch(weights.url, memory, weights.sha256)
-        return memory, memory
-    file = hub_file(weights.hub, weights.file, weights.revision, folder, weights.sha256)
-    if file != memory:  # from the hub's client, which compares sizes only
-        try:
-            check_hash(file, weights.label, weights.sha256, memory)
-        except HearSsamError:
-            _remove(file)  # or its cache would give it again
-            raise
-    return file, memory
-
-
-def _remove(file: Path, *others: Path) -> None:
-    for path in {file.resolve(), file, *others}:
-        path.unlink(missing_ok=True)
 
 
 def _converted(weights: Weights, cache: str | os.PathLike[str] | None) -> Path:
