@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 FORMAT = "hear_ssam classifier 1"
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C, the inverse strength of the L2 penalty
-COLUMNS = ("path", "start_ms", "end_ms", "label")
 
 EXAMPLES = """examples:
   hear-ssam classify train sounds/ -o sounds.json                  sounds/dog/*.wav, sounds/rain/*.flac, ...
@@ -71,25 +70,23 @@ def _train(args: argparse.Namespace) -> int:
     from .table import compute, read_embeddings
 
     skipped: list[str] = []
-    if parquet_files(args.input) and not str(args.input).endswith(".csv"):
-        if not args.labels:
-            raise HearSsamError(f"{args.input}: embeddings have no labels; give them with --labels CSV.")
-        labels, name = read_labels(args.labels), args.model
+    embedded = parquet_files(args.input) and not args.input.endswith(".csv")
+    if embedded and not args.labels:
+        raise HearSsamError(f"{args.input}: embeddings have no labels; give them with --labels CSV.")
+    if args.labels and not embedded:
+        raise HearSsamError(f"--labels {args.labels}: is for embeddings; a folder or CSV has its own labels.")
+    labels = read_labels(args.labels or args.input)
+    if embedded:
         table = [read_embeddings(args.input)]
     else:
-        if args.labels:
-            raise HearSsamError(f"--labels {args.labels}: is for embeddings; a folder or CSV has its own labels.")
-        labels, name = read_labels(args.input), args.model
         options = parse_options(args.model_options)
         model = load_model(args.model, **{"device": args.device, **options})
-        how = Options("scene", model_options=options)
-        table = list(
-            compute([of_file(path) for path in dict.fromkeys(row.path for row in labels)], model, how, skipped)
-        )
+        recordings = [of_file(path) for path in dict.fromkeys(row.path for row in labels)]
+        table = list(compute(recordings, model, Options("scene", model_options=options), skipped))
     if not table:
         raise HearSsamError(f"{args.input}: none of {len(skipped)} recordings could be read.")
     classifier = train(table, labels, args.labels or args.input)
-    classifier["model"] = name or classifier["made"]["model"]
+    classifier["model"] = args.model or classifier["made"]["model"]
     with atomic_write(args.output) as path:
         path.write_text(json.dumps(classifier) + "\n", "utf-8")
     print(describe(classifier))
@@ -104,7 +101,7 @@ def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> di
     path. Raises HearSsamError where embeddings of labelled recordings are missing or a class is left with one group.
     """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import log_loss
+    from sklearn.metrics import confusion_matrix, log_loss
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -142,8 +139,7 @@ def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> di
     if len(classes) == 2:  # scikit-learn keeps the second class only
         coefficients, intercept = np.stack([0 * coefficients[0], coefficients[0]]), np.array([0.0, intercept[0]])
     truth, found = (y[test], final.predict(x[test])) if test.any() else (y[fitted], tried[strength].argmax(1))
-    confusion = np.zeros((len(classes),) * 2, int)
-    np.add.at(confusion, (truth, found), 1)
+    confusion = confusion_matrix(truth, found, labels=range(len(classes)))
     scored = "the test split" if test.any() else f"{folds} folds, each by the fit to the others"
     return {
         "format": FORMAT, "version": __version__, "model": "", "made": tables[0].made, "classes": classes,
@@ -155,11 +151,9 @@ def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> di
 
 def wilson(hits: int, of: int) -> tuple[float, float, float]:
     """A share and its 95 % interval (Wilson's score interval)."""
-    if not of:
-        return math.nan, 0.0, 1.0
-    z, share = 1.959964, hits / of
-    middle, half = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    return share, (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of)
+    from scipy.stats import binomtest
+
+    return (hits / of, *binomtest(hits, of).proportion_ci(method="wilson")) if of else (math.nan, 0.0, 1.0)
 
 
 def describe(classifier: dict[str, Any]) -> str:
@@ -201,9 +195,9 @@ def read_classifier(file: str | os.PathLike[str]) -> dict[str, Any]:
 
 def probabilities(classifier: dict[str, Any], x: np.ndarray) -> np.ndarray:
     """Embeddings (N, E) → (N, classes), each row sums to 1."""
-    logits = x @ np.array(classifier["coefficients"]).T + np.array(classifier["intercept"])
-    logits = np.exp(logits - logits.max(1, keepdims=True))
-    return np.asarray(logits / logits.sum(1, keepdims=True))
+    from scipy.special import softmax
+
+    return np.asarray(softmax(x @ np.array(classifier["coefficients"]).T + np.array(classifier["intercept"]), axis=1))
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -216,7 +210,7 @@ def _predict(args: argparse.Namespace) -> int:
     how = Options("scene", args.window, args.window if args.hop is None else args.hop)
     recordings, count = list(find_recordings(args.inputs)), 0
     skipped: list[str] = []
-    columns = COLUMNS if args.window else ("path", "label")
+    columns = ("path", "start_ms", "end_ms", "label") if args.window else ("path", "label")
     with atomic_write(args.output) as path, open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*columns, *classifier["classes"]])

@@ -21,14 +21,9 @@ class HearEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """
 
     def __init__(
-        self,
-        model: HearModel | str = "",
-        *,
-        rate: int = 16_000,
-        pooling: Any = None,
-        layers: Sequence[int] | None = None,
-        device: str = "auto",
-    ) -> None:
+        self, model: HearModel | str = "", *, rate: int = 16_000, pooling: Any = None,
+        layers: Sequence[int] | None = None, device: str = "auto",
+    ) -> None:  # fmt: skip
         self.model = model
         self.rate = rate
         self.pooling = pooling

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import html
-import json
 import os
-import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,14 +52,12 @@ def run(args: argparse.Namespace) -> int:
         path = os.path.abspath(table.paths[index])
         label = labels.get(path, "") if labels else os.path.basename(os.path.dirname(path))
         times = [] if np.isnan(table.starts[index]) else [table.starts[index] / 1000, table.ends[index] / 1000]
-        points.append(
-            [round(float(across), 4), round(float(up), 4), label, table.paths[index], link(path, folder), *times]
-        )
-    words = (
-        f"{len(chosen):,} of {len(table.x):,} clips of {Path(args.embeddings).name}, embedded by {table.made['model']}"
-    )
+        place = round(float(across), 4), round(float(up), 4)
+        points.append([*place, label, table.paths[index], link(path, folder), *times])
+    words = f"{len(chosen):,} of {len(table.x):,} clips of {Path(args.embeddings).name}"
+    words += f", embedded by {table.made['model']}; {args.method.upper()}"
     with atomic_write(args.output) as temporary:
-        temporary.write_text(page(points, f"{words}; {args.method.upper()}"), "utf-8")
+        temporary.write_text(page(points, words), "utf-8")
     print(f"{args.output}: {len(points):,} clips")
     return 0
 
@@ -83,18 +78,13 @@ def _places(x: np.ndarray, method: str) -> np.ndarray:
 
 def page(points: list[list[object]], words: str) -> str:
     """The HTML page of points [x, y, label, name, address(, start, end in s)]."""
+    import jinja2
+
     count = Counter(str(point[2]) for point in points)
     shown = sorted(label for label, _ in count.most_common(MOST_LABELS))
     hues = {label: f"hsl({360 * index // len(shown)} 70% 50%)" for index, label in enumerate(shown)}
-    # "<" would end the script where a file is called </script>
-    data = json.dumps({"points": points, "hues": hues}, ensure_ascii=False).replace("<", "\\u003c")
-    keys = "\n".join(
-        f'<button data-label="{html.escape(label)}"><i style="background: {hue}"></i>'
-        f"{html.escape(label or '(none)')} {count[label]:,}</button>"
-        for label, hue in hues.items()
-    )
-    parts = {"WORDS": html.escape(words), "KEYS": keys, "DATA": data}
-    return re.sub("|".join(parts), lambda match: parts[match[0]], _PAGE)
+    template = jinja2.Environment(autoescape=True).from_string(_PAGE)
+    return template.render(words=words, count=count, hues=hues, data={"points": points, "hues": hues})
 
 
 _PAGE = """<!doctype html>
@@ -112,11 +102,14 @@ circle.off { display: none } button.off { opacity: .3 }
 button { font: inherit; color: inherit; background: none; border: 0; cursor: pointer }
 i { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .3em }
 </style>
-<h1>WORDS</h1>
+<h1>{{ words }}</h1>
 <p id="now">Click a point to hear it.</p><audio controls></audio>
-<div id="map"><svg></svg></div><div id="keys">KEYS</div>
+<div id="map"><svg></svg></div>
+{%- for label, hue in hues.items() %}
+<button data-label="{{ label }}"><i style="background: {{ hue }}"></i>{{ label or "none" }} {{ count[label] }}</button>
+{%- endfor %}
 <script>
-const data = DATA;
+const data = {{ data | tojson }};
 const svg = document.querySelector("svg"), audio = document.querySelector("audio");
 const now = document.getElementById("now"), make = name => document.createElementNS(svg.namespaceURI, name);
 let chosen, until = Infinity;
