@@ -60,7 +60,7 @@ def measure(cell: Cell) -> Iterator[Cell]:
     import torch
 
     from hear_ssam.checkpoint import load_checkpoint
-    from hear_ssam.evaluation.logistic import logistic_scores, named_tasks
+    from hear_ssam.evaluation.preview import logistic_scores, named_tasks
 
     torch.set_num_threads(1)
     path = train(cell, cell["training"])

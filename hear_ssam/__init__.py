@@ -45,9 +45,8 @@ Contents, in reading order:
     evaluation.rows         such a folder read: rows, targets, what scores predictions
     evaluation.probe        rows → trained heads, as heareval trains them
     evaluation.quick        rows → probes of seconds: neighbours, few clips, logistic regression
-    evaluation.logistic     the last of these on a checkpoint that is being trained
     evaluation.scores       HEAR's metrics
-    evaluation.preview      a few clips of a task; how long all will take
+    evaluation.preview      a few clips of a task; how long all will take; a checkpoint while it is trained
     evaluation.jobs         heads in parallel processes
     evaluation.records      one JSON line per result
     evaluation.tables       records as tables

@@ -165,7 +165,7 @@ def run_pretrain(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.recipe, **options) if args.recipe else Recipe(**options)
     probe = None
     if args.probe:
-        from .evaluation.logistic import logistic_scores, named_tasks
+        from .evaluation.preview import logistic_scores, named_tasks
 
         probe = functools.partial(logistic_scores, tasks=named_tasks(args.probe), device=args.device)
     path = pretrain(args.store, args.out, recipe, args.device, args.save_minutes, args.keep, probe, args.probe_minutes)

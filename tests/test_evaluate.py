@@ -168,7 +168,7 @@ class _Killer:
 
 def job(folder, results, seed, model="m"):
     identity = {"model": model, "checkpoint_sha256": "", "task": "task", "version": "1"}
-    return jobs.Job(folder, {**identity, "protocol": "heareval", "probe": "exact", "seed": seed}, results, None)
+    return jobs.Job(folder, {**identity, "protocol": "heareval", "probe": "exact", "seed": seed}, results)
 
 
 def test_a_killed_worker_takes_only_its_job_along(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from hear_ssam.checkpoint import load_checkpoint, save_checkpoint
 from hear_ssam.cli import main
 from hear_ssam.encoder import Encoder
 from hear_ssam.errors import HearSsamError
-from hear_ssam.evaluation.logistic import logistic_scores, named_tasks
+from hear_ssam.evaluation.preview import logistic_scores, named_tasks
 from hear_ssam.evaluation.tasks import read_task
 from hear_ssam.frontend import LogMel, normalize
 from hear_ssam.pretraining import codes, loop, watch

@@ -26,10 +26,10 @@ from ..errors import HearSsamError, unknown_name
 from ..machine import Cluster, engine_named, usable_cpus
 from ..options import add_model_options, add_scale, parse_options, parse_shard
 from .folders import best_folder, find_archives, find_tasks, unpack
-from .jobs import HEADS, Job, git_commit, noted, run_jobs
-from .records import STORE, Record, embeddings_folder, key_of, read
+from .jobs import HEADS, Job, noted, run_jobs
+from .records import KEY, STORE, Record, embeddings_folder, key_of, read
 from .tables import terminal
-from .tasks import DONE, Task, known_tasks, read_task
+from .tasks import DONE, Task, differences, read_task
 
 if TYPE_CHECKING:
     from .module import JudgedModule
@@ -63,29 +63,23 @@ class Source:
     """The embeddings of one task by one model."""
 
     task: Task
-    model: str
-    checkpoint_sha256: str
+    weights: tuple[str, str]  # the model's name, and the hash of its checkpoint
     folder: Path  # in heareval's layout
     origin: dict[str, Any]  # what its results must come from to be used again
     make: Callable[..., object]  # of the model, if it has one here; raises where the folder is not finished
 
     @property
-    def weights(self) -> tuple[str, str]:
-        return self.model, self.checkpoint_sha256
-
-    @property
     def label(self) -> str:
-        return f"{self.model}, {self.task.name}"
+        return f"{self.weights[0]}, {self.task.name}"
 
-    def identity(self, protocol: str, probe: str, seed: int) -> dict[str, Any]:
+    def identity(self, run: Run) -> dict[str, Any]:
         """The fields of a record's key that all records of a job share."""
-        model = {"model": self.model, "checkpoint_sha256": self.checkpoint_sha256}
-        task = {"task": self.task.name, "version": self.task.version}
-        return {**model, **task, "protocol": protocol, "probe": probe, "seed": seed}
+        values = (*self.weights, self.task.name, self.task.version, *run)
+        return dict(zip(KEY, values, strict=False))
 
     def key(self, run: Run) -> tuple[Any, ...]:
         """Key of the record that says that a job is done."""
-        return key_of({**self.identity(*run), "fold": None, "metric": self.task.scores[0]})
+        return key_of({**self.identity(run), "fold": None, "metric": self.task.scores[0]})
 
     def made(self, record: Record | None) -> bool:
         """Whether a record comes from these very embeddings."""
@@ -199,14 +193,14 @@ def run_evaluation(
             work.append((source, todo))
             if existing == "never" and len(todo) < len(fits):
                 raise HearSsamError(f"{store}: has results of {source.label} already (--existing never).")
-        jobs, commit, lacking = [], git_commit(), [one for one in work if one[1]]
+        jobs, lacking = [], [one for one in work if one[1]]
         first = sum(source.task.name == lacking[0][0].task.name for source, _ in lacking)  # by all models
         made = _made(lacking, cluster, models)
         bar = tqdm(made, total=len(lacking), desc="tasks", unit="task", disable=None, leave=False)
         for number, ((source, todo), make) in enumerate(bar, 1):
             with noted(source.label, failures):
                 make()
-                jobs += [Job(source.folder, source.identity(*run), results_dir, commit) for run in todo]
+                jobs += [Job(source.folder, source.identity(run), results_dir) for run in todo]
             if number == first and not cluster and (outlook := _outlook(work, plan, cores)):
                 tqdm.write(outlook, file=sys.stderr)
         run_jobs(jobs, store, cores, failures, cluster)
@@ -232,7 +226,7 @@ def _far_maker(loaders: Mapping[tuple[str, str], Loader], device: str) -> Callab
     def work(one: Work) -> None:
         source, hear = one[0], load(one[0].weights)
         if (hear.name, hear.checkpoint_sha256) != source.weights:
-            raise HearSsamError(f"{source.model}: has other weights on the node {platform.node()}; make them the same.")
+            raise HearSsamError(f"{hear.name}: has other weights on the node {platform.node()}; make them the same.")
         source.make(hear)
 
     return work
@@ -302,17 +296,16 @@ def _module_sources(
 
     sources, warned = [], set()
     for name, folders in tasks.items():
-        for hear, _ in models.values():
+        for weights, (hear, _) in models.items():
             with noted(f"{hear.name}, {name}", failures):
                 task = read_task(best_folder(folders, hear.sample_rate))
                 task = limited(task, limit, results_dir / "tasks") if limit else task
                 if task.folder not in warned:
                     _warn(task, quick)
                 warned.add(task.folder)
-                target = embeddings_folder(results_dir, hear.name, hear.checkpoint_sha256, task.name)
+                target = embeddings_folder(results_dir, *weights, task.name)
                 make = functools.partial(embed_task, task=task, out_dir=target, resample=resample, again=again)
-                comes_from = origin(hear, task, target, resample)
-                sources.append(Source(task, hear.name, hear.checkpoint_sha256, target, comes_from, make))
+                sources.append(Source(task, weights, target, origin(hear, task, target, resample), make))
     return sources
 
 
@@ -325,10 +318,9 @@ def _given_sources(
     for folder, *_ in find_tasks(embeddings_dir, names).values():
         with noted(folder.name, failures):
             made_by = provenance(folder)
-            model, digest = made_by.get("model", embeddings_dir.resolve().name), made_by.get("checkpoint_sha256", "")
+            weights = made_by.get("model", embeddings_dir.resolve().name), made_by.get("checkpoint_sha256", "")
             _warn(task := read_task(folder), quick)
-            make = functools.partial(require_done, folder)
-            sources.append(Source(task, model, digest, folder, given_origin(task), make))
+            sources.append(Source(task, weights, folder, given_origin(task), functools.partial(require_done, folder)))
     return sources
 
 
@@ -338,8 +330,7 @@ def _warn(task: Task, quick: Sequence[str]) -> None:
 
     said = []
     if "limit" not in task.metadata:
-        if card := known_tasks().get(task.name):
-            said += [f"is not as HEAR released it: {difference}" for difference in card.differences(task)]
+        said += differences(task)
         for split, labels in task.absent_classes().items():
             effect = "mAP counts that as 0, d_prime and aucroc are undefined there"
             said.append(f"{split} has no clip of {', '.join(labels)}; {effect}")

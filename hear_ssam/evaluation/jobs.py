@@ -49,7 +49,6 @@ class Job:
     source_folder: Path
     identity: dict[str, Any]  # the fields of a record's key that all records of the job share
     results_dir: Path
-    commit: str | None
 
     @property
     def label(self) -> str:
@@ -210,11 +209,12 @@ def _work(job: Job) -> list[Record]:
         "seconds": round(time.time() - began, 3),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"hear_ssam": __version__, "python": platform.python_version(), "torch": torch.__version__},
-        "commit": job.commit,
+        "commit": git_commit(),
     }  # fmt: skip
     return make_records(job.identity, task, folds, common)
 
 
+@functools.cache
 def git_commit() -> str | None:
     """Commit of the checkout that this package runs from, None for an installed one."""
     root = Path(__file__).resolve().parent.parent.parent

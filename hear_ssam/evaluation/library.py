@@ -27,7 +27,7 @@ from ..errors import HearSsamError, unknown_name
 from ..machine import usable_cpus
 from .folders import find_tasks, require_audio, unpack
 from .jobs import noted
-from .tasks import METADATA, VOCABULARY, folder_named, known_tasks, read_task
+from .tasks import METADATA, VOCABULARY, differences, folder_named, known_tasks, read_task
 
 ARCHIVES = ".archives"  # of downloads, in the folder of the tasks; empty when they are unpacked
 EXAMPLES = """examples:
@@ -81,9 +81,8 @@ def _verified(folder: Path, rate: int) -> Path:
     task = read_task(folder)
     for split in task.splits:
         require_audio(folder / str(rate) / split, task.clips(split))
-    if card := known_tasks().get(task.name):
-        for difference in card.differences(task):
-            print(f"{task.name} is not as HEAR released it: {difference}.", file=sys.stderr)
+    for difference in differences(task):
+        print(f"{task.name}: {difference}.", file=sys.stderr)
     return folder
 
 

@@ -56,20 +56,29 @@ class JudgedModule:
         return {"module": self.module.__name__, "module_version": version, "module_sha256": digest}
 
     def embed(self, kind: str, audio: np.ndarray, clips: str) -> tuple[np.ndarray, np.ndarray]:
-        """Scene or timestamp embeddings of audio (n, samples), and the timestamps; what the module returned, as arrays.
+        """Scene (n, size) or timestamp (n, rows, size) embeddings of audio (n, samples), float32, and ms (n, rows).
 
-        Embeddings are float32. A scene embedding has the timestamp 0. Raises HearSsamError that names the function and
-        the `clips`.
+        A scene embedding has the timestamp 0. Raises HearSsamError that names the function and the `clips` where the
+        module raises something or returns no numbers, no frames or another shape.
         """
-        function = f"get_{kind}_embeddings"
-        called = f"{self.module.__name__}.{function}"
-        with blamed(f"{called} failed for {clips}"), torch.no_grad():
-            returned = getattr(self.module, function)(torch.from_numpy(audio).to(self.device), self.model)
+        function, size = f"{self.module.__name__}.get_{kind}_embeddings", self.size(kind)
+        expected: tuple[int, ...] = (len(audio),)
+        with blamed(f"{function} failed for {clips}"), torch.no_grad():
+            given = torch.from_numpy(audio).to(self.device)
+            returned = getattr(self.module, f"get_{kind}_embeddings")(given, self.model)
         if kind == "scene":
-            return as_array(returned, called).astype(np.float32, copy=False), np.zeros((len(audio), 1), np.float32)
-        if not isinstance(returned, tuple | list) or len(returned) != 2:
-            raise HearSsamError(f"{called} must return a pair, embeddings and timestamps.")
-        embedded, times = (as_array(part, called) for part in returned)
+            embedded, times = as_array(returned, function), np.zeros((len(audio), 1), np.float32)
+        elif isinstance(returned, tuple | list) and len(returned) == 2:
+            embedded, times = (as_array(part, function) for part in returned)
+            expected = (len(audio), times.shape[-1])
+        else:
+            raise HearSsamError(f"{function} must return a pair, embeddings and timestamps.")
+        if embedded.shape != (*expected, size) or (kind != "scene" and times.shape != expected):
+            shapes = f"{embedded.shape}" if kind == "scene" else f"{embedded.shape} and timestamps {times.shape}"
+            wanted = f"expected {(*expected, size)} with {kind}_embedding_size={size}"
+            raise HearSsamError(f"{function} returned embeddings {shapes} for {clips}; {wanted}.")
+        if not embedded.size:
+            raise HearSsamError(f"{function} returned no frames for {clips}; it must pad short clips.")
         return embedded.astype(np.float32, copy=False), times
 
 

@@ -1,14 +1,22 @@
-"""A quick look: the few clips of `--limit`, and how long all the rest will take."""
+"""Quick looks: the few clips of `--limit`, how long all the rest will take, what a checkpoint in training is worth."""
 
 from __future__ import annotations
 
 import json
 import random
+import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from .embeddings import write
+from ..errors import HearSsamError
+from .embeddings import embed_task, write
+from .folders import find_tasks
+from .module import load_hear_model
+from .quick import quick_probe
+from .rows import open_embeddings
+from .scores import aggregate_folds
 from .tasks import METADATA, VOCABULARY, Task, read_task
 
 _PRODUCTS = 2e10  # multiplications and additions a second in one thread of a CPU of today, about
@@ -29,8 +37,7 @@ def limited(task: Task, count: int, folder: Path) -> Task:
     for split in task.splits:
         clips, seen, turn = task.clips(split), Counter[str](), {}
         for name in generator.sample(sorted(clips), len(clips)):
-            first = next(iter(clips[name]), "")
-            label = str(first["label"] if isinstance(first, dict) else first)
+            label = next(iter(task.classes(clips[name])), "")
             turn[name] = seen[label]
             seen[label] += 1
         chosen = set(sorted(turn, key=turn.__getitem__)[:count])
@@ -58,3 +65,28 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def named_tasks(paths: Iterable[str | Path]) -> list[Task]:
+    """Task folders, or folders of them, read and checked. Raises HearSsamError for a task of events."""
+    tasks = []
+    for path in map(Path, paths):
+        folders = [path] if (path / METADATA).exists() else [found[0] for found in find_tasks(path).values()]
+        tasks += [read_task(folder) for folder in folders]
+    for task in tasks:
+        if task.event:
+            raise HearSsamError(f"{task.folder}: asks for events; name tasks of scene embeddings.")
+        for split in task.splits:
+            task.clips(split)
+    return tasks
+
+
+def logistic_scores(checkpoint: str | Path, tasks: Iterable[Task], device: str = "auto") -> dict[str, float]:
+    """The leading score of each task, mean over its folds, by logistic regression on embeddings of a checkpoint."""
+    hear, scores = load_hear_model("hear_ssam", str(checkpoint), device=device), {}
+    for task in tasks:
+        with tempfile.TemporaryDirectory() as folder:
+            embedded, rows = open_embeddings(embed_task(hear, task, Path(folder, task.name)))
+            folds = quick_probe(embedded, rows, "logreg", seed=0)
+        scores[task.name] = aggregate_folds([fold.scores for fold in folds])[task.scores[0]]
+    return scores

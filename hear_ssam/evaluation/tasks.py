@@ -293,19 +293,6 @@ class TaskCard:
         """Where the task can be had."""
         return f"get it with `hear-ssam tasks fetch {self.short}`, or {self.archive} from {self.download.url}"
 
-    def differences(self, task: Task) -> list[str]:
-        """How a folder on disk differs from HEAR's release; such scores are not HEAR scores."""
-        found = {
-            "version": task.version,
-            "embedding_type": task.metadata["embedding_type"], "prediction_type": task.metadata["prediction_type"],
-            "split_mode": "trainvaltest" if task.metadata["split_mode"] == "trainvaltest" else "kfold",
-            "splits": len(task.splits), "classes": len(task.labels),
-            "clips": sum(len(task.clips(split)) for split in task.splits),
-            "scores": task.scores, "sample_duration": task.metadata.get("sample_duration"),
-        }  # fmt: skip
-        expected = {**{name: getattr(self, name) for name in found}, "scores": list(self.scores)}
-        return [f"{name} is {found[name]}, HEAR's {expected[name]}" for name in found if found[name] != expected[name]]
-
 
 @cache
 def known_tasks() -> dict[str, TaskCard]:
@@ -318,6 +305,21 @@ def known_tasks() -> dict[str, TaskCard]:
 def folder_named(name: str) -> str:
     """The folder of one of HEAR's tasks by its short name; any other name as it is."""
     return next((card.folder for card in known_tasks().values() if card.short == name), name)
+
+
+def differences(task: Task) -> list[str]:
+    """How one of HEAR's tasks on disk differs from HEAR's release; such scores are not HEAR scores."""
+    card, metadata = known_tasks().get(task.name), task.metadata
+    found = {
+        "version": task.version, "classes": len(task.labels), "splits": len(task.splits),
+        "embedding_type": metadata["embedding_type"], "prediction_type": metadata["prediction_type"],
+        "split_mode": "trainvaltest" if metadata["split_mode"] == "trainvaltest" else "kfold",
+        "clips": sum(len(task.clips(split)) for split in task.splits), "scores": task.scores,
+        "sample_duration": metadata.get("sample_duration"),
+    }  # fmt: skip
+    wanted = {name: getattr(card, name) for name in found} | {"scores": list(card.scores)} if card else found
+    odd = [f"{name} is {found[name]}, HEAR's {wanted[name]}" for name in found if found[name] != wanted[name]]
+    return [f"is not as HEAR released it: {difference}" for difference in odd]
 
 
 def _read_text(path: Path) -> str:
