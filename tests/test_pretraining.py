@@ -255,6 +255,17 @@ def test_features_are_tokens_of_whole_clips_and_centres_the_means_of_their_rows(
     torch.testing.assert_close(centres, torch.stack([x[found == i].mean(0) for i in range(4)]), rtol=0, atol=0.2)
 
 
+def test_a_module_reads_only_what_is_near_a_window_that_is_drawn():
+    class Long(list):
+        holds_audio = True
+
+    sound = np.random.default_rng(0).normal(0, 3000, 9 * 16000).astype(np.int16)
+    features, _ = codes.module_features(Long([sound]), "tests.tiny_hear", "", config.CONFIGS["ssam_tiny"])
+    whole, *windows = features([(0, None), *((0, window) for window in range(5))])
+    for window, part in enumerate(windows):  # frames of tiny_hear hear 50 ms and no more
+        torch.testing.assert_close(part, whole[50 * window : 50 * (window + 1)])
+
+
 def test_any_hear_module_is_a_teacher(store, tmp_path):
     opened, model = open_store(store), config.CONFIGS["ssam_tiny"]
     features, told = codes.module_features(opened, "tests.tiny_hear", "", model)

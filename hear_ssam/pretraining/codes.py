@@ -186,15 +186,20 @@ def module_features(
         raise HearSsamError(f"{name}: wants audio at {model.sample_rate} Hz; a store holds {SAMPLE_RATE} Hz.")
     hop = 1000 * config.patch_frames * HOP / SAMPLE_RATE  # milliseconds
 
+    samples = config.patch_frames * HOP  # of a time slot
+
     def of(clip: int, window: int | None) -> Tensor:
-        audio = torch.from_numpy(np.array(store[clip], np.float32) / 32768)[None]
+        # of a long recording only what is near the window is worth the time of somebody's model
+        size = config.grid[0]
+        first, stop = (0, None) if window is None else (max(0, (window - 1) * size), (window + 2) * size * samples)
+        audio = torch.from_numpy(np.array(store[clip][first * samples : stop], np.float32) / 32768)[None]
         with torch.inference_mode():
             rows, times = module.get_timestamp_embeddings(audio, model)
         rows, times = rows[0].float().cpu(), times[0].double().cpu()
-        centre = hop * (torch.arange(int(audio.shape[1] // (config.patch_frames * HOP)) + 1, dtype=torch.float64) + 0.5)
+        centre = hop * (torch.arange(int(audio.shape[1] // samples) + 1, dtype=torch.float64) + 0.5)
         nearest_row = (times[None] - centre[:, None]).abs().argmin(1)
         moments: Tensor = rows[nearest_row][:, None]
-        return moments if window is None else moments[window * config.grid[0] : (window + 1) * config.grid[0]]
+        return moments if window is None else moments[window * size - first :][:size]
 
     digest = sha256(Path(model_path)) if model_path and Path(model_path).is_file() else ""
 
