@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 TASK = "sound_kinds-v2.0-full"
 RECORDING = "beat-loop_amen_full"  # its clips are consecutive pieces of a drum break
+TITLE: dict[str, Any] = {"loc": "left", "fontsize": 11}
 COLOURS = ("#0072B2", "#D55E00", "#009E73")  # of the components; told apart by colour-blind readers too
-INK, PAPER = "#1f2933", "white"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -106,7 +106,7 @@ def draw(
     rows, times = (result[0].numpy() for result in get_timestamp_embeddings(waveform, model))
     seconds = len(audio) / 16_000
 
-    figure = Figure(figsize=(13.5, 6.2), dpi=150, layout="constrained", facecolor=PAPER)
+    figure = Figure(figsize=(13.5, 6.2), dpi=150, layout="constrained")
     grid = figure.add_gridspec(2, 4, width_ratios=[14, 0.35, 12, 0.35])
     mel, bar = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     _draw_log_mel(mel, bar, log_mel, f"{RECORDING}, {seconds:g} seconds of a drum break: log-mel")
@@ -135,7 +135,7 @@ def _draw_log_mel(axes: Axes, bar: Axes, log_mel: np.ndarray, title: str) -> Non
     ticks = [125, 250, 500, 1000, 2000, 4000, 8000]
     axes.set_yticks([mel(f) for f in ticks], [f"{f / 1000:g}k" if f >= 1000 else str(f) for f in ticks])
     axes.set_ylabel("frequency / Hz")
-    _title(axes, title)
+    axes.set_title(title, **TITLE)
     axes.figure.colorbar(image, cax=bar, label="power / dB re loudest")
 
 
@@ -147,10 +147,9 @@ def _draw_components(axes: Axes, rows: np.ndarray, times: np.ndarray, title: str
         axes.plot(times, column, color=colour, linewidth=1.5, label=f"PC {number} ({share:.0%})")
     axes.set_xlabel("time / s")
     axes.set_ylabel("projection")
-    axes.grid(True, color="#d9dee3", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    _title(axes, title)
-    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(COLOURS), "borderpad": 0.3}
+    axes.grid(True, linewidth=0.4)
+    axes.set_title(title, **TITLE)
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(COLOURS)}
     axes.legend(**place, frameon=False, fontsize=9, handlelength=1.2, columnspacing=1.2)
 
 
@@ -160,15 +159,11 @@ def _draw_confusion(axes: Axes, bar: Axes, confusion: np.ndarray, labels: Sequen
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     image = axes.imshow(share, aspect="auto", cmap="Blues", vmin=0, vmax=1)
     for row, column in np.argwhere(confusion):
-        colour = PAPER if share[row, column] > 0.55 else INK
+        colour = "white" if share[row, column] > 0.55 else "black"
         axes.text(column, row, confusion[row, column], ha="center", va="center", color=colour, fontsize=9)
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_xlabel("predicted (number of clips)")
     axes.set_ylabel("true kind of sound")
-    _title(axes, title)
+    axes.set_title(title, **TITLE)
     axes.figure.colorbar(image, cax=bar, label="share of the true kind")
-
-
-def _title(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize=11, color=INK)

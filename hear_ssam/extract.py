@@ -72,10 +72,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(run=run)
 
 
-class NothingEmbeddedError(HearSsamError):
-    """Every file was skipped."""
-
-
 def run(args: argparse.Namespace) -> int:
     """`hear-ssam embed`; exit code 1 if a file was skipped."""
     from .audio import is_tar
@@ -97,14 +93,10 @@ def run(args: argparse.Namespace) -> int:
     recordings: Iterable[Recording] = find_recordings(args.inputs)
     if not any(os.path.isfile(given) and is_tar(Path(given)) for given in args.inputs):  # tars are long to list
         recordings = list(recordings)
-    try:
-        with engine_named(args.engine, args.device, args.workers) as cluster:
-            model = load_model(args.model, **{"device": "cpu" if cluster else args.device, **options.model_options})
-            workers = share_cpus(recordings, args.workers)
-            return 1 if embed_files(recordings, args.output, model, options, shard, workers, cluster) else 0
-    except NothingEmbeddedError as error:
-        print(error, file=sys.stderr)
-        return 1
+    with engine_named(args.engine, args.device, args.workers) as cluster:
+        model = load_model(args.model, **{"device": "cpu" if cluster else args.device, **options.model_options})
+        workers = share_cpus(recordings, args.workers)
+        return 1 if embed_files(recordings, args.output, model, options, shard, workers, cluster) else 0
 
 
 def embed_files(
@@ -152,7 +144,7 @@ def embed_files(
                 target.write(tables)
                 embedded += 1
         if skipped and not embedded and not there:
-            raise NothingEmbeddedError(f"{output}: not written: none of {len(skipped)} files could be embedded.")
+            raise HearSsamError(f"{output}: not written: none of {len(skipped)} files could be embedded; name others.")
         target.finish()
     already = f", {there} were there already" if there else ""
     print(f"{output}: {embedded} of {embedded + len(skipped)} files{already}", file=sys.stderr)

@@ -203,7 +203,7 @@ def folders(*names: str) -> Any:
         (folders("x/a.wav", "x/b.wav"), "in: has one class, 'x'; a classifier needs two"),
         (folders("x/a.wav", "x/b.wav", "y/a.wav"), "in: class 'y' has 1 recordings to train on; it needs two"),
         (folders("x/a.wav", "x/b.wav", "X/a.wav", "X/b.wav"), "in: the labels 'X' and 'x' are the same but for case"),
-        (csv_of("path\na.wav\n"), "list.csv: 1 of 1 files are not there"),
+        (csv_of("path,label\na.wav,x\n"), "list.csv: 1 of 1 files are not there"),
         (csv_of("path,kind\nz.wav,x\n"), "list.csv: has no column label (path, kind)"),
         (csv_of("path,label\nz.wav,\n"), "list.csv: {}/z.wav has no label"),
         (csv_of("path,label,split\nz.wav,a,train\nz.wav,b,dev\n"), "unknown split in"),

@@ -133,7 +133,7 @@ def test_nothing_good_leaves_the_older_output(
     output = tmp_path / "out.parquet"
     assert embed(with_bad[1], "-o", output, "--model", weights) == 0
     before = output.read_bytes()
-    assert embed(with_bad[0], "-o", output, "--model", weights) == 1
+    assert embed(with_bad[0], "-o", output, "--model", weights) == 2
     assert "none of 1 files" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["out.parquet"] and output.read_bytes() == before
 

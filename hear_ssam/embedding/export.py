@@ -45,11 +45,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     from ..hear import load_model
 
-    options = {"backend": "torch", **parse_options(args.model_options)}
-    model = load_model(args.model, **options)
-    path = export_onnx(
-        model, args.output, spectrogram=args.input == "spectrogram", seconds=args.seconds, clips=args.clips
-    )
+    model = load_model(args.model, **{"backend": "torch", **parse_options(args.model_options)})
+    spectrogram = args.input == "spectrogram"
+    path = export_onnx(model, args.output, spectrogram=spectrogram, seconds=args.seconds, clips=args.clips)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return 0
 
@@ -75,23 +73,21 @@ def export_onnx(
     if not isinstance(model, EncoderModel):
         raise HearSsamError(f"export: {model.name} has no encoder; name another model.")
 
-    known: EncoderModel = model
-
     class Scenes(torch.nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, model: EncoderModel) -> None:
             super().__init__()
-            self.model = known
+            self.model = model
 
         def forward(self, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            computed = known.rows_of(given if spectrogram else known.spectrogram(given))
+            computed = self.model.rows_of(given if spectrogram else self.model.spectrogram(given))
             rows = computed[:, : len(times)]
-            return known.scene(rows, computed), rows
+            return self.model.scene(rows, computed), rows
 
     if clips < 1 or not 0 < seconds < 3600:
         raise HearSsamError(f"--clips {clips} --seconds {seconds:g}: take one clip or more, of up to an hour each.")
     audio = model.check(torch.zeros(clips, round(seconds * model.sample_rate), device=model.device))
     times = model.timestamps(audio.shape[1])
-    example = known.spectrogram(audio) if spectrogram else audio
+    example = model.spectrogram(audio) if spectrogram else audio
     table: dict[Any, Any] = {
         torch.ops.hear_ssam.selective_scan.default: onnx_ops.selective_scan,
         torch.ops.hear_ssam.causal_conv1d.default: onnx_ops.causal_conv1d,
@@ -100,7 +96,7 @@ def export_onnx(
     with torch.no_grad(), warnings.catch_warnings(), atomic_write(output) as temporary:
         warnings.simplefilter("ignore")  # of torch's exporter, about itself
         program = torch.onnx.export(
-            torch.export.export(Scenes(), (example,), strict=False),
+            torch.export.export(Scenes(model), (example,), strict=False),
             dynamo=True,
             input_names=["spectrogram" if spectrogram else "audio"],
             output_names=["scene", "rows"],

@@ -85,20 +85,14 @@ def read_manifest(file: str | os.PathLike[str], *needed: str) -> list[dict[str, 
     except (OSError, UnicodeError, csv.Error) as error:
         found = f"{error.strerror}; name one that is there" if isinstance(error, OSError) else f"{error}; write UTF-8"
         raise HearSsamError(f"{file}: cannot be read as a CSV file: {found}.") from error
-
-    def require(column: str) -> None:
+    for column in ("path", *needed):
         if not rows or column not in rows[0]:
             columns = ", ".join(rows[0]) if rows else "no rows"
             raise HearSsamError(f"{file}: has no column {column} ({columns}); name it in the first line.")
-
-    require("path")
     folder = os.path.dirname(os.fspath(file))
     for row in rows:
         row["path"] = os.path.join(folder, row["path"])
     if missing := [row["path"] for row in rows if not os.path.isfile(row["path"])]:
-        raise HearSsamError(
-            f"{file}: {len(missing)} of {len(rows)} files are not there, {missing[0]} first; correct them."
-        )
-    for column in needed:
-        require(column)
+        count = f"{len(missing)} of {len(rows)}"
+        raise HearSsamError(f"{file}: {count} files are not there, {missing[0]} first; correct them.")
     return rows

@@ -30,7 +30,6 @@ from . import clips
 from .inputs import Recording
 
 KINDS = {"both": ("scene", "timestamps"), "scene": ("scene",), "timestamps": ("timestamps",)}
-DTYPES = {"float32": np.float32, "float16": np.float16}
 BATCH = {"cpu": (16, 4 << 20)}  # recordings, and bytes of them, that a worker takes at once
 GPU_BATCH = (256, 64 << 20)
 CHUNK = 512  # rows of a long recording that are in memory at once
@@ -43,7 +42,7 @@ class Options:
     kind: str = "both"  # a key of KINDS
     window: float = 0.0  # seconds; 0: whole recordings
     hop: float = 0.0  # seconds
-    dtype: str = "float32"  # a key of DTYPES
+    dtype: str = "float32"  # or float16
     model_options: dict[str, Any] = field(default_factory=dict)  # what `load_model` was given beside the name
 
     def __post_init__(self) -> None:
@@ -61,7 +60,7 @@ class Options:
         if self.window:
             columns["end_ms"] = pa.float64()
         columns |= {"model": pa.string(), "checkpoint_sha256": pa.string()}
-        columns["embedding"] = pa.list_(pa.from_numpy_dtype(DTYPES[self.dtype]), -1 if others else first)
+        columns["embedding"] = pa.list_(pa.from_numpy_dtype(np.dtype(self.dtype)), -1 if others else first)
         return pa.schema(columns, {"hear_ssam": json.dumps(self.made(model))})
 
     def made(self, model: HearModel) -> dict[str, Any]:
@@ -181,7 +180,7 @@ class Worker:
         self, recording: Recording, starts: list[Any], rows: Sequence[Tensor], ends: list[float] | None = None
     ) -> pa.Table:
         """A table of rows (n, E), which may differ in width from tensor to tensor."""
-        values = np.concatenate([part.numpy().ravel() for part in rows]).astype(DTYPES[self.options.dtype])
+        values = np.concatenate([part.numpy().ravel() for part in rows]).astype(self.options.dtype)
         kind = self.schema.field("embedding").type
         if pa.types.is_fixed_size_list(kind):
             embeddings = pa.FixedSizeListArray.from_arrays(values, kind.list_size)
