@@ -64,7 +64,7 @@ def embed_task(
     for stale in (out_dir / DONE, *out_dir.glob(".*.embeddings.npy.*")):  # the latter: of a process that was killed
         stale.unlink(missing_ok=True)
     started = time.time()
-    _write_json(out_dir / PROVENANCE, made_by)
+    write(out_dir / PROVENANCE, json.dumps(made_by, indent=1).encode())
     for name in _described_by(task):
         with atomic_write(out_dir / name) as temporary:
             shutil.copyfile(task.folder / name, temporary)
@@ -77,9 +77,9 @@ def embed_task(
     made_by |= {"clips": count, "dim": dim, "device": device, "backend": getattr(hear.model, "backend", None)}
     made_by |= {"dtype": dtype, "seconds": round(seconds, 3)}
     made_by["audio"] = {split: str(folder.resolve()) for split, folder in audio.items()}  # for those who want to listen
-    _write_json(out_dir / PROVENANCE, made_by)
+    write(out_dir / PROVENANCE, json.dumps(made_by, indent=1).encode())
     profile = {"time_elapsed": seconds, "gpu_max_mem": None, "gpu_device_name": device}
-    _write_json(out_dir / "profile.embeddings.json", profile)
+    write(out_dir / "profile.embeddings.json", json.dumps(profile).encode())
     write(out_dir / DONE, b"")
     return out_dir
 
@@ -88,10 +88,6 @@ def write(path: Path, content: bytes) -> None:
     """A file that is whole or absent."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write(path, json.dumps(value, indent=1).encode())
 
 
 def _described_by(task: Task) -> list[str]:

@@ -274,16 +274,14 @@ def _load(
     from .module import load_hear_model
 
     models: Models = {}
-    lost: dict[str, str] = {}
     for module in modules:
         name = module if isinstance(module, str) else getattr(module, "__name__", repr(type(module)))
         load = functools.partial(load_hear_model, module, model, options)
-        with noted(name, lost):
+        with noted(name, failures):
             hear = load(device)
             models.setdefault((hear.name, hear.checkpoint_sha256), (hear, load))
     if not models:
-        raise HearSsamError("; ".join(f"{name}: {reason}" for name, reason in lost.items()))
-    failures |= lost
+        raise HearSsamError("; ".join(f"{name}: {reason}" for name, reason in failures.items()))
     return models
 
 

@@ -84,9 +84,6 @@ def unpack(archive: Path, folder: Path, most: int | None = None) -> Path:
     return target
 
 
-# ---- audio -----------------------------------------------------------------------------------------------------------
-
-
 def audio_folder(task: Task, split: str, sample_rate: int, resample: bool) -> Path:
     """`<task>/<rate>/<split>` at the model's rate, or with `resample` at the best other rate on disk."""
     rates = [rate for rate in audio_rates(task.audio) if (task.audio / str(rate) / split).is_dir()]

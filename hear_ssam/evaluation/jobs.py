@@ -144,17 +144,11 @@ def _work_here(
 
 
 def _far_worker(_: str) -> Callable[[Job], list[Record]]:
-    import torch
-
-    torch.set_num_threads(1)
     return _work
 
 
 def _start_worker(leash: Connection) -> None:
-    """One thread per operation; Ctrl-C is the parent's affair; a worker whose parent is gone or lets go ends too."""
-    import torch
-
-    torch.set_num_threads(1)
+    """Ctrl-C is the parent's affair; a worker whose parent is gone or lets go ends too."""
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
