@@ -151,8 +151,9 @@ def page(rows: Sequence[Row], folder: Path) -> str:
 NOTE = """`python -m benchmarks comparison NAME=FILE ... --probes logreg exact` makes this section, `comparison.csv`
 and `comparison.png`. The files here are `tiny` of all four systems, trained equally and briefly: each on 42 hours of
 audio's worth of windows drawn from the 33 hours of the shipped weights (295 steps of 256; SSAMBA, whose windows are
-longer, 115 of 128) with its published objective and masks, in bf16 on an NVIDIA H100. They are not part of the
-repository; with files of yours the command makes the same tables."""
+longer, 115 of 128) with its published objective and masks, in bf16 on an NVIDIA H100. Three of them are
+`checkpoints/*_tiny_equal.safetensors`; [their card](../checkpoints/equal.md) has the command for these, and how
+SSAMBA's is made."""
 
 
 def draw(judged: dict[tuple[str, str], dict[str, list[Row]]], means: Any, speed: Any, file: Path) -> None:

@@ -22,7 +22,7 @@ from hear_ssam.download import fetch
 from hear_ssam.encoder import Encoder
 from hear_ssam.errors import HearSsamError
 from hear_ssam.hear import EncoderModel
-from hear_ssam.hub.weights import OFFICIAL, PUBLISHED, here, named
+from hear_ssam.hub.weights import OFFICIAL, PUBLISHED, here
 from hear_ssam.paths import sha256, shipped
 from tests.test_checkpoint import official_weights
 
@@ -317,11 +317,16 @@ def test_without_the_hubs_client_plain_https_serves(server: Server, client: Clie
 def test_the_table_knows_every_model_and_the_shipped_file() -> None:
     assert {weights.name for weights in PUBLISHED} == set(CONFIGS)
     assert len({weights.label for weights in PUBLISHED}) == len(PUBLISHED)
-    first = named("ssam_tiny")
-    assert first and (file := here(first)) == shipped("checkpoints") / "ssam_tiny.safetensors"
-    assert (sha256(file), file.stat().st_size) == (first.sha256, first.size), (
-        "new weights? state them in hub/weights.py"
-    )
+    ours = [weights for weights in PUBLISHED if weights.origin.page.startswith(("ships with", "checkpoints/"))]
+    labels = ["ssam_tiny.open", "ssam_tiny.equal", "ssast_tiny.equal", "axlstm_tiny.equal"]
+    assert [weights.label for weights in ours] == labels
+    for weights in ours:
+        assert (file := here(weights)) == shipped("checkpoints") / (weights.file or "")
+        assert (sha256(file), file.stat().st_size) == (weights.sha256, weights.size), (
+            "new weights? state them in hub/weights.py"
+        )
+        assert load_model(weights.label).config.system == weights.name.partition("_")[0]
+    assert sum(file.stat().st_size for file in shipped("checkpoints").glob("*.safetensors")) < 40e6
 
 
 @pytest.fixture

@@ -43,6 +43,7 @@ OFFICIAL = {  # by system; the licences are those of the repositories: none is s
     ),
 }  # fmt: skip
 OURS = Origin("ships with hear_ssam", "Apache-2.0", None, "33 h of openly licensed audio: checkpoints/ssam_tiny.md")
+EQUAL = Origin("checkpoints/ in a checkout of hear_ssam", "Apache-2.0", None, "the same audio: checkpoints/equal.md")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class Weights:
         return bool(self.hub or self.url)
 
 
+_SHORT = {  # trained alike, to be compared: sha256, bytes
+    "ssam": ("b69e556ad3414642c2074f0ad488c14750fcabcfc1a91d9dd89a4ecff1ea35f4", 10_121_272),
+    "ssast": ("ec457a00031d698f83c75ef7c691ff8b43ecec04ac5225849017be436d06e840", 11_080_128),
+    "axlstm": ("a53691172547e9ccc065e4a29e8b62292375f6deb4c2bd17fe2040a266d6fa1c", 6_199_184),
+}
 _SIZES = ("tiny", "small", "base")
 _SHA256 = "4cd2c8ecc99b07c89ff1ea17bbb35932b4eb266f5330522919a6fbe799ba88b6"
 PUBLISHED = [  # the first of a name is what the name alone means
@@ -77,6 +83,10 @@ PUBLISHED = [  # the first of a name is what the name alone means
         Weights(f"ssamba_{size}", hidden, OFFICIAL["ssamba"], f"ssamba_{size}_{hidden}.pth", hub=_SSAMBA)
         for size in _SIZES
         for hidden in ("400", "300", "250")  # masked patches
+    ),
+    *(
+        Weights(f"{system}_tiny", "equal", EQUAL, f"{system}_tiny_equal.safetensors", sha256=digest, size=size)
+        for system, (digest, size) in _SHORT.items()
     ),
 ]
 
