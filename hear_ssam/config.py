@@ -12,9 +12,11 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import HearSsamError, unknown_name
+
+Made = TypeVar("Made")
 
 
 def check_fields(values: Any, kind: str, limits: Mapping[str, tuple[float, float]]) -> None:
@@ -31,6 +33,18 @@ def check_fields(values: Any, kind: str, limits: Mapping[str, tuple[float, float
         if lowest is not None and highest is not None and not lowest <= value <= highest:
             between = f"at least {lowest}" if highest == math.inf else f"between {lowest} and {highest}"
             raise HearSsamError(f"{kind} {name} must be {between}, not {value!r}.")
+
+
+def from_plain(kind: type[Made], values: Mapping[str, Any], what: str) -> Made:
+    """A dataclass of plain values; unknown and missing fields raise HearSsamError by name."""
+    names = get_type_hints(kind)
+    for name in values:
+        if name not in names:
+            raise unknown_name(what, name, names)
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise HearSsamError(f"incomplete {what}s: {error}.") from error
 
 
 @dataclass(frozen=True)
@@ -144,14 +158,7 @@ class EncoderConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EncoderConfig:
         """Rebuild a stored config; unknown or missing fields raise by name."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in values:
-            if name not in known:
-                raise unknown_name("config field", name, known)
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise HearSsamError(f"incomplete config: {error}.") from error
+        return from_plain(cls, values, "config field")
 
 
 # What each system fixes; sizes below add width and heads.

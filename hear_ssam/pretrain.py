@@ -109,7 +109,8 @@ def run_corpus(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .audio import audio_clips
-    from .pretraining.store import RATE, build_store
+    from .pretraining.leaks import find_leaks
+    from .pretraining.store import RATE, build_store, open_store
 
     if args.workers < 1:
         raise HearSsamError(f"--workers {args.workers}: needs at least one.")
@@ -121,39 +122,27 @@ def run_corpus(args: argparse.Namespace) -> int:
             print(f"nothing is missing; go on with: python {script} {args.missing} AUDIO", file=sys.stderr)
         print(*lines, sep="\n")
         return 1 if lines else 0
-    if not args.audio and not args.check_against:
+    if not (args.audio or args.check_against):
         raise HearSsamError(f"{args.store}: name what to do: --audio, --check-against or --missing.")
-    if not args.audio:
-        return _check(args)
-    info = build_store(args.store, tqdm(audio_clips(args.audio), unit=" clips"), args.workers, terms)
-    for row in info["sources"]:
-        print(f"{row['clips']:8,} clips {row['hours']:8.2f} h  {row['name']}  {row.get('licence', '')}")
-    print(f"{info['clips']:8,} clips {info['samples'] / RATE / 3600:8.2f} h  in {args.store}")
-    print(f"dropped: {info['short']} under 25 ms, {info['silent']} silent, {info['repeated']} that repeat another")
-    for reason in info["skipped"]:
-        print(f"skipped {reason}", file=sys.stderr)
-    if args.check_against:
-        _check(args)
-    return 1 if info["skipped"] else 0
-
-
-def _check(args: argparse.Namespace) -> int:
-    """Write and print which clips of a store are recordings of an evaluation; training leaves them out."""
-    from tqdm import tqdm
-
-    from .audio import audio_clips
-    from .pretraining.leaks import find_leaks
-    from .pretraining.store import open_store
-
-    store = open_store(args.store)
-    known = tqdm(audio_clips(args.check_against), unit=" clips")
-    leaks = find_leaks(store, known, workers=args.workers)
-    with atomic_write(store.folder / "left-out.tsv") as path:
-        path.write_text("".join(f"{x.clip}\t{store.name(x.clip)}\t{x.known}\t{x.votes}\n" for x in leaks), "utf-8")
-    for leak in leaks:
-        print(f"left out: {store.name(leak.clip)} sounds like {leak.known} ({leak.votes} votes)")
-    print(f"{len(leaks)} of {len(store)} clips are left out of training: {store.folder}/left-out.tsv")
-    return 0
+    skipped: list[str] = []
+    if args.audio:
+        info = build_store(args.store, tqdm(audio_clips(args.audio), unit=" clips"), args.workers, terms)
+        for row in info["sources"]:
+            print(f"{row['clips']:8,} clips {row['hours']:8.2f} h  {row['name']}  {row.get('licence', '')}")
+        print(f"{info['clips']:8,} clips {info['samples'] / RATE / 3600:8.2f} h  in {args.store}")
+        print(f"dropped: {info['short']} under 25 ms, {info['silent']} silent, {info['repeated']} that repeat another")
+        skipped = info["skipped"]
+        for reason in skipped:
+            print(f"skipped {reason}", file=sys.stderr)
+    if args.check_against:  # training leaves out what is named here
+        store, known = open_store(args.store), tqdm(audio_clips(args.check_against), unit=" clips")
+        leaks = find_leaks(store, known, workers=args.workers)
+        with atomic_write(store.folder / "left-out.tsv") as path:
+            path.write_text("".join(f"{x.clip}\t{store.name(x.clip)}\t{x.known}\t{x.votes}\n" for x in leaks), "utf-8")
+        for leak in leaks:
+            print(f"left out: {store.name(leak.clip)} sounds like {leak.known} ({leak.votes} votes)")
+        print(f"{len(leaks)} of {len(store)} clips are left out of training: {store.folder}/left-out.tsv")
+    return 1 if skipped else 0
 
 
 def run_pretrain(args: argparse.Namespace) -> int:
@@ -175,8 +164,6 @@ def run_pretrain(args: argparse.Namespace) -> int:
 
 def run_codes(args: argparse.Namespace) -> int:
     """`hear-ssam codes`."""
-    from tqdm import tqdm
-
     from .pretraining.codes import build_codes, encoder_features, module_features
     from .pretraining.store import open_store
 
@@ -189,8 +176,6 @@ def run_codes(args: argparse.Namespace) -> int:
         config, features, teacher = encoder_features(store, args.checkpoint, args.block, args.device)
     else:
         features, teacher = module_features(store, args.module, args.path, config)
-    info = build_codes(
-        store, args.name, config, features, teacher, args.clusters, args.seed, lambda r: iter(tqdm(r, unit=" clips"))
-    )
+    info = build_codes(store, args.name, config, features, teacher, args.clusters, args.seed)
     print(f"wrote {store.folder / args.name}.npy: {info['used']} of {info['clusters']} codes are used")
     return 0

@@ -352,7 +352,7 @@ def test_a_process_that_died_and_a_full_disk_are_named(store, tmp_path, monkeypa
     with pytest.raises(
         HearSsamError, match=r"another process .* ended \(Connection closed by peer\); the same command"
     ):
-        loop._Ranks(0, 2, CPU).add([torch.zeros(2)], torch.zeros(1))
+        loop._Ranks(0, 2, CPU).add([torch.zeros(2)], False)
     monkeypatch.setattr("torch.save", broken)
     with pytest.raises(HearSsamError, match=r"state\.pt: cannot be written: Connection.*; make room"):
         pretrain(store, tmp_path / "run", VISIBLE)

@@ -8,9 +8,10 @@ patch) or any HEAR module (timestamp embeddings, a code per time slot).
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..config import EncoderConfig
 from ..errors import HearSsamError
@@ -27,7 +29,7 @@ from ..paths import atomic_write, sha256
 from .store import Frames, Store
 
 NONE = 65535  # no code: beyond the last whole time slot that the teacher saw
-SAMPLE = 250_000  # rows, at least, that k-means sees
+SAMPLE = 50_000  # time slots, at least, that k-means sees
 ROUNDS = 25  # of k-means
 TOGETHER = 1 << 15  # time slots of the clips that are given to a teacher at once
 # Clips of the store, each with one of its windows, None: all → (slots, bands or 1, D) float32 of each
@@ -77,7 +79,6 @@ def build_codes(
     teacher: dict[str, Any],
     clusters: int = 500,
     seed: int = 0,
-    progress: Callable[[range], Iterator[int]] = iter,
 ) -> dict[str, Any]:
     """Cluster a sample of `features` (drawn as training draws clips), then write the cluster of every patch.
 
@@ -99,19 +100,15 @@ def build_codes(
     shift = _place_in_window(every, place, window)
     centres = k_means((every - shift[place][:, None]).flatten(0, 1), clusters, seed)
     codes = np.full((int(slots.sum()), every.shape[1]), NONE, np.uint16)
-    first = np.concatenate([[0], np.cumsum(slots)])
-    together: list[int] = []
-    for clip in progress(range(len(store))):
-        together.append(clip)
-        if slots[together].sum() < TOGETHER and clip + 1 < len(store):
-            continue
-        rows = [x[: slots[i]] for i, x in zip(together, features([(i, None) for i in together]), strict=True)]
-        place = torch.cat([torch.arange(len(x)) for x in rows]) % window
-        x = torch.cat(rows) - shift[place.to(shift.device)][:, None]
-        found = nearest(x.flatten(0, 1), centres).view(x.shape[:2]).cpu().split([len(x) for x in rows])
-        for i, part in zip(together, found, strict=True):
-            codes[first[i] : first[i] + len(part)] = part.numpy().astype(np.uint16)
-        together = []
+    first = slots.cumsum() - slots
+    clip = tqdm(range(len(store)), unit=" clips")
+    for _, group in itertools.groupby(clip, lambda i: first[i] // TOGETHER):
+        clips = list(group)
+        rows = [x[: slots[i]] for i, x in zip(clips, features([(i, None) for i in clips]), strict=True)]
+        place = torch.cat([torch.arange(len(x)) for x in rows])
+        x = torch.cat(rows) - shift[place.to(shift.device) % window][:, None]
+        at = np.repeat(first[clips], [len(x) for x in rows]) + place.numpy()
+        codes[at] = nearest(x.flatten(0, 1), centres).view(x.shape[:2]).cpu().numpy()
     info = {
         "clusters": clusters, "bands": config.grid[1], "grid": _grid(config), "store": store.digest, "seed": seed,
         "teacher": teacher, "used": len(np.unique(codes[codes != NONE])),
@@ -171,9 +168,7 @@ def encoder_features(
     return config, features, {"checkpoint": Path(path).name, "sha256": model.checkpoint_sha256, "block": block}
 
 
-def module_features(
-    store: Store, name: str, model_path: str, config: EncoderConfig, options: dict[str, Any] | None = None
-) -> tuple[Features, dict[str, Any]]:
+def module_features(store: Store, name: str, model_path: str, config: EncoderConfig) -> tuple[Features, dict[str, Any]]:
     """The timestamp embeddings of any HEAR module, the one nearest to the centre of each time slot of `config`."""
     if not store.holds_audio:
         raise HearSsamError(f"{store.folder}: holds log-mel frames, and {name} reads audio; build the store again.")
@@ -181,31 +176,25 @@ def module_features(
         module = importlib.import_module(name)
     except ImportError as error:
         raise HearSsamError(f"{name}: cannot be imported ({error}); install it or name another module.") from error
-    model = module.load_model(model_path, **(options or {}))
+    model = module.load_model(model_path)
     if model.sample_rate != SAMPLE_RATE:
         raise HearSsamError(f"{name}: wants audio at {model.sample_rate} Hz; a store holds {SAMPLE_RATE} Hz.")
-    hop = 1000 * config.patch_frames * HOP / SAMPLE_RATE  # milliseconds
+    hop, size = config.patch_frames * HOP, config.grid[0]  # samples of a time slot, slots of a window
 
-    samples = config.patch_frames * HOP  # of a time slot
-
-    def of(clip: int, window: int | None) -> Tensor:
-        # of a long recording only what is near the window is worth the time of somebody's model
-        size = config.grid[0]
-        first, stop = (0, None) if window is None else (max(0, (window - 1) * size), (window + 2) * size * samples)
-        audio = torch.from_numpy(np.array(store[clip][first * samples : stop], np.float32) / 32768)[None]
-        with torch.inference_mode():
-            rows, times = module.get_timestamp_embeddings(audio, model)
-        rows, times = rows[0].float().cpu(), times[0].double().cpu()
-        centre = hop * (torch.arange(int(audio.shape[1] // samples) + 1, dtype=torch.float64) + 0.5)
-        nearest_row = (times[None] - centre[:, None]).abs().argmin(1)
-        moments: Tensor = rows[nearest_row][:, None]
-        return moments if window is None else moments[window * size - first :][:size]
-
-    digest = sha256(Path(model_path)) if model_path and Path(model_path).is_file() else ""
-
+    @torch.inference_mode()
     def features(asked: Sequence[tuple[int, int | None]]) -> list[Tensor]:
-        return [of(clip, window) for clip, window in asked]
+        found = []
+        for clip, window in asked:
+            # of a long recording only what is near the window is worth the time of somebody's model
+            first, stop = (0, None) if window is None else (max(0, (window - 1) * size), (window + 2) * size * hop)
+            audio = torch.from_numpy(np.array(store[clip][first * hop : stop], np.float32) / 32768)[None]
+            rows, times = (x[0].cpu() for x in module.get_timestamp_embeddings(audio, model))
+            centre = (torch.arange(audio.shape[1] // hop + 1, dtype=torch.float64) + 0.5) * hop * 1000 / SAMPLE_RATE
+            moments = rows.float()[(times.double()[None] - centre[:, None]).abs().argmin(1)][:, None]
+            found.append(moments if window is None else moments[window * size - first :][:size])
+        return found
 
+    digest = sha256(Path(model_path)) if Path(model_path).is_file() else ""
     return features, {"module": name, "model": Path(model_path).name, "sha256": digest}
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from .. import __version__
@@ -34,7 +36,7 @@ from .learner import Learner
 from .recipe import Codes, Recipe
 from .store import Store, open_store
 from .watch import draw
-from .windows import Batch, WindowSampler
+from .windows import WindowSampler
 
 _Unread = tuple[Tensor, Tensor, int]  # losses (B,) of clips (B,), at a step
 PARTS = ("data", "wait", "forward", "backward", "optimiser")  # of the time that a step takes
@@ -68,27 +70,24 @@ def pretrain(
             encoder = Encoder(config)
             earlier = _start_from(recipe, encoder) if recipe.init else {}
             learner = Learner(encoder, recipe, codes.clusters if codes else 0).to(ranks.device)
-        run = _Run(folder, recipe, learner, keep, codes.info if codes else {}, earlier, probe, probe_minutes)
+        run = _Run(folder, recipe, store, learner, keep, codes.info if codes else {}, earlier, probe, probe_minutes)
         sampler = WindowSampler(store, recipe, config, ranks.device, codes=codes)
         held_out = WindowSampler(store, recipe, config, ranks.device, True, codes, sampler.frames)
-        _loop(run, ranks, store, sampler, held_out, save_minutes)
+        _loop(run, ranks, sampler, held_out, save_minutes)
         if ranks.rank == 0:
-            _publish(run, store)
+            _publish(run)
         return folder / f"{recipe.model}.safetensors"
 
 
-def _loop(
-    run: _Run, ranks: _Ranks, store: Store, sampler: WindowSampler, held_out: WindowSampler, save_minutes: float
-) -> None:
+def _loop(run: _Run, ranks: _Ranks, sampler: WindowSampler, held_out: WindowSampler, save_minutes: float) -> None:
     recipe, learner, optimizer = run.recipe, run.learner, run.optimizer
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     mine = ranks.share(recipe.batch_size, recipe.accumulate)
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
-    clock, sums = _Clock(), torch.zeros(0)
+    clock, sums = _Clock(), torch.zeros(1 + len(learner.objectives), device=ranks.device)
     unread: list[_Unread] = []  # what the device may still be working on
     bar = tqdm(total=recipe.steps, initial=run.step, unit="step", desc=recipe.model, disable=ranks.rank > 0)
-    began = time.monotonic()
-    since = run.step
+    began, since = time.monotonic(), run.step
     shown: dict[str, float | str] = {}
     with contextlib.closing(bar), noted_signals() as noted:
         stop = False
@@ -96,13 +95,13 @@ def _loop(
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * _schedule(run.step / recipe.steps, recipe.warmup)
             optimizer.zero_grad(set_to_none=True)
-            told = torch.zeros(2 + len(learner.objectives), device=ranks.device)
+            told = torch.zeros_like(sums)
             before = run.generator.get_state()
             for rows in mine:
                 run.generator.set_state(before)  # every part draws the same batch and takes its own rows
                 batch = sampler.draw(recipe.batch_size, run.generator, rows)
                 clock("data")
-                run.require_finite(unread, store)
+                run.require_finite(unread)
                 clock("wait")
                 with autocast:
                     losses = learner(batch)
@@ -110,34 +109,38 @@ def _loop(
                 clock("forward")
                 (total.sum() / recipe.batch_size).backward()
                 unread.append((total.detach(), batch.clip, run.step))
-                told[1:] += torch.stack([total.detach(), *losses.values()]).detach().sum(1) / recipe.batch_size
+                told += torch.stack([total.detach(), *losses.values()]).detach().sum(1) / recipe.batch_size
                 clock("backward")
-            told[0] = bool(noted)
-            ranks.add([p.grad for p in trained if p.grad is not None], told)
+            due = ranks.rank == 0 and time.monotonic() - began > 60 * save_minutes
+            gradients = [p.grad for p in trained if p.grad is not None]
+            stop, due = ranks.add([*gradients, told], bool(noted), due)
             if recipe.clip_norm:
                 torch.nn.utils.clip_grad_norm_(trained, recipe.clip_norm)
             optimizer.step()
             learner.after_step()
             run.step += 1
             clock("optimiser")
-            sums = told if not len(sums) else sums + told
+            sums += told
             bar.update()
-            stop = bool(noted if ranks.world == 1 else told[0])  # looked at here, where nothing is half done
-            now = time.monotonic()
-            if run.step == recipe.steps or stop or ranks.agree(now - began > 60 * save_minutes):
-                run.require_finite(unread, store)
+            stop = stop or (ranks.world == 1 and bool(noted))  # looked at here, where nothing is half done
+            if run.step == recipe.steps or stop or due:
+                now = time.monotonic()
+                run.require_finite(unread)
                 run.seconds += now - began
-                mean = (sums / (run.step - since))[1:].tolist()
+                mean = (sums / (run.step - since)).tolist()
                 if not all(map(math.isfinite, mean)):
                     raise HearSsamError(f"{run.folder}: the loss of another process is not finite; see what it says.")
                 row = {"loss": mean[0], **dict(zip(learner.objectives, mean[1:], strict=True))}
                 rate = (run.step - since) * recipe.batch_size / (now - began)
                 row |= {"windows_per_second": round(rate, 1), **clock.shares((run.step - since) * recipe.batch_size)}
-                since, sums = run.step, torch.zeros(0)
+                since, sums = run.step, torch.zeros_like(sums)
                 if ranks.rank == 0:
                     batch = held_out.draw(recipe.batch_size, torch.Generator().manual_seed(1))  # the same at every call
-                    run.save({**row, "held_out_loss": _held_out_loss(run, batch, store, autocast)})
-                    path = _publish(run, store)
+                    with torch.no_grad(), autocast:
+                        loss = learner.total(learner(batch))
+                    run.require_finite([(loss, batch.clip, run.step)])
+                    run.save({**row, "held_out_loss": float(loss.mean())})
+                    path = _publish(run)
                     draw(run.folder / "picture.png", learner, batch)
                     if not stop:
                         shown |= run.judge(path)
@@ -148,31 +151,23 @@ def _loop(
                 clock("save")
 
 
-@torch.no_grad()
-def _held_out_loss(run: _Run, batch: Batch, store: Store, autocast: Any) -> float:
-    with autocast:
-        loss = run.learner.total(run.learner(batch))
-    run.require_finite([(loss, batch.clip, run.step)], store)
-    return float(loss.mean())
-
-
 class _Clock:
     """Time of this process by part: `clock(part)` ends a part. A GPU works on while its process goes ahead: there the
     time of a part is what the process needs to ask for it, and waiting for the GPU counts as `wait`."""
 
     def __init__(self) -> None:
-        self.spent: dict[str, float] = {}
+        self.spent = Counter[str]()
         self.last = time.perf_counter()
 
     def __call__(self, part: str) -> None:
         now = time.perf_counter()
-        self.spent[part] = self.spent.get(part, 0.0) + now - self.last
+        self.spent[part] += now - self.last
         self.last = now
 
     def shares(self, windows: int) -> dict[str, float]:
         """Milliseconds a window of each part since the last call."""
-        spent, self.spent = self.spent, {}
-        return {f"ms_{part}": round(1000 * spent[part] / windows, 2) for part in PARTS if part in spent}
+        spent, self.spent = self.spent, Counter()
+        return {f"ms_{part}": round(1000 * spent[part] / windows, 2) for part in PARTS}
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
@@ -195,29 +190,20 @@ class _Ranks:
         edges = [batch * i // (self.world * parts) for i in range(self.world * parts + 1)]
         return [slice(edges[i], edges[i + 1]) for i in range(self.rank * parts, (self.rank + 1) * parts)]
 
-    def add(self, gradients: list[Tensor], told: Tensor) -> None:
-        """Sum gradients and what is told over the processes, in place."""
+    def add(self, tensors: list[Tensor], *flags: bool) -> tuple[bool, ...]:
+        """Sum tensors over the processes, in place; returns which flags any process has raised."""
         if self.world == 1:
-            return
-        flat = torch.cat([g.flatten() for g in gradients] + [told])
+            return flags
+        tensors = [*tensors, torch.tensor(flags, dtype=torch.float32, device=self.device)]
+        together = parameters_to_vector(tensors)
         try:
-            dist.all_reduce(flat)
+            dist.all_reduce(together)
         except RuntimeError as error:
             raise HearSsamError(
                 f"another process of this run has ended ({str(error).splitlines()[0]}); the same command resumes it."
             ) from error
-        parts = flat.split([g.numel() for g in gradients] + [len(told)])
-        for gradient, part in zip(gradients, parts[:-1], strict=True):
-            gradient.copy_(part.view_as(gradient))
-        told.copy_(parts[-1])
-
-    def agree(self, value: bool) -> bool:
-        """What the first process says."""
-        if self.world == 1:
-            return value
-        said = torch.tensor([int(value)], device=self.device)
-        dist.broadcast(said, 0)
-        return bool(said)
+        vector_to_parameters(together, tensors)
+        return tuple(tensors[-1].bool().tolist())
 
 
 @contextlib.contextmanager
@@ -247,6 +233,7 @@ class _Run:
 
     folder: Path
     recipe: Recipe
+    store: Store
     learner: Learner
     keep: int
     codes: dict[str, Any]
@@ -282,18 +269,15 @@ class _Run:
                 f"{path}: holds a run with {told}; repeat its recipe to resume it, or choose another folder."
             )
 
-    def require_finite(self, unread: list[_Unread], store: Store) -> None:
+    def require_finite(self, unread: list[_Unread]) -> None:
         """Look at losses and empty the list."""
         for loss, clip, step in unread:
-            if bool(loss.isfinite().all()):
-                continue
-            broken = (~loss.isfinite()).nonzero()[:, 0].tolist()
-            names = ", ".join(store.name(int(clip[i])) for i in broken[:3]) + (", ..." if len(broken) > 3 else "")
-            raise HearSsamError(
-                f"{self.folder}: the loss became {float(loss[broken[0]])} at step {step} on {names}; the state "
-                f"of step {self.saved} is kept. Start again in another folder with a lower learning_rate or precision "
-                "fp32."
-            )
+            if broken := (~loss.isfinite()).nonzero()[:, 0].tolist():
+                names = ", ".join(self.store.name(int(clip[i])) for i in broken[:3]) + ", ..." * (len(broken) > 3)
+                raise HearSsamError(
+                    f"{self.folder}: the loss became {float(loss[broken[0]])} at step {step} on {names}; the state of "
+                    f"step {self.saved} is kept. Start again in another folder with a lower learning_rate or fp32."
+                )
         unread.clear()
 
     def save(self, row: dict[str, float]) -> None:
@@ -360,9 +344,9 @@ def _schedule(done: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
-def _publish(run: _Run, store: Store) -> Path:
+def _publish(run: _Run) -> Path:
     """Write the encoder of now, without what only pre-training needs, and its card; returns its path."""
-    recipe, encoder = run.recipe, run.learner.encoder
+    recipe, store, encoder = run.recipe, run.store, run.learner.encoder
     config, device = encoder.config, next(encoder.parameters()).device
     seen = run.step * recipe.batch_size
     facts = {

@@ -19,9 +19,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal
 
-from ..config import CONFIGS, EncoderConfig, check_fields
+from ..config import CONFIGS, EncoderConfig, check_fields, from_plain
 from ..errors import HearSsamError, unknown_name
 from ..paths import read_toml
 
@@ -155,19 +155,8 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
     for name, fields in table.items():
         if name not in OBJECTIVES:
             raise unknown_name("recipe field objective:", name, OBJECTIVES)
-        objective[name] = _made(OBJECTIVES[name], fields, f"recipe field of objective.{name}:")
-    return _made(Recipe, {**values, "objective": objective}, "recipe field")
-
-
-Made = TypeVar("Made")
-
-
-def _made(kind: type[Made], values: Mapping[str, Any], what: str) -> Made:
-    names = get_type_hints(kind)
-    for name in values:
-        if name not in names:
-            raise unknown_name(what, name, names)
-    return kind(**values)
+        objective[name] = from_plain(OBJECTIVES[name], fields, f"recipe field of objective.{name}:")
+    return from_plain(Recipe, {**values, "objective": objective}, "recipe field")
 
 
 def read_recipe(path: str | os.PathLike[str], **options: Any) -> Recipe:

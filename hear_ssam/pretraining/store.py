@@ -114,6 +114,10 @@ def build_store(
     written, or no clip was left.
     """
     folder = Path(folder)
+
+    def pcm16(clip: Clip) -> Any:
+        return np.clip(np.rint(clip.decode() * 32768), -32768, 32767).astype("<i2")
+
     if (folder / "store.json").exists():
         raise HearSsamError(f"{folder}: holds a store already; name another folder or delete this one.")
     offsets, source, names, skipped = [0], [], [], []
@@ -123,7 +127,7 @@ def build_store(
     with (
         atomic_write(folder / "audio.s16") as path,
         open(path, "wb") as file,
-        contextlib.closing(work_ahead(lambda clip: _pcm16(clip.decode()), clips, workers, 4 * workers)) as ahead,
+        contextlib.closing(work_ahead(pcm16, clips, workers, 4 * workers)) as ahead,
     ):
         for clip, result in ahead:
             try:
@@ -159,11 +163,6 @@ def build_store(
     with atomic_write(folder / "store.json") as path:
         path.write_text(json.dumps(info, indent=1, ensure_ascii=False), "utf-8")
     return info
-
-
-def _pcm16(audio: np.ndarray) -> np.ndarray:
-    samples: np.ndarray = np.clip(np.rint(audio * 32768), -32768, 32767).astype("<i2")
-    return samples
 
 
 class Frames:

@@ -92,12 +92,12 @@ class WindowSampler:
         need = torch.unique(torch.cat([mine, partner[mixed[mine]]]))
         position = start[need] + torch.arange(count)  # (N, slots), beyond the end in short clips
         spec = self._spectrogram(clip[need], position, slots[need], pad[need])
-        place = torch.full((batch,), -1).scatter_(0, need, torch.arange(len(need)))
-        own = spec[place[mine].to(self.device)]
+        own_row, other_row = torch.searchsorted(need, torch.stack([mine, partner])).to(self.device)
+        own = spec[own_row]
         level = spec.flatten(1).logsumexp(dim=1)  # of the whole crop
         with_other = mixed[mine].nonzero()[:, 0].to(self.device)
         if len(with_other):
-            a, b = place[mine].to(self.device)[with_other], place[partner].to(self.device)[with_other]
+            a, b = own_row[with_other], other_row[with_other]
             shift = level[a] - level[b] + over[mine].to(self.device)[with_other] * DECIBEL
             own[with_other] = torch.logaddexp(spec[a], spec[b] + shift[:, None, None])
         own = own + (gain[mine] * DECIBEL).to(self.device)[:, None, None]
