@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ class _Clock:
     time of a part is what the process needs to ask for it, and waiting for the GPU counts as `wait`."""
 
     def __init__(self) -> None:
-        self.spent = Counter[str]()
+        self.spent = defaultdict[str, float](float)
         self.last = time.perf_counter()
 
     def __call__(self, part: str) -> None:
@@ -166,7 +166,7 @@ class _Clock:
 
     def shares(self, windows: int) -> dict[str, float]:
         """Milliseconds a window of each part since the last call."""
-        spent, self.spent = self.spent, Counter()
+        spent, self.spent = self.spent, defaultdict(float)
         return {f"ms_{part}": round(1000 * spent[part] / windows, 2) for part in PARTS}
 
 
