@@ -120,9 +120,8 @@ def embed_files(
     part, parts = shard
     if parts > 1 and Path(output).suffix == ".parquet":
         raise HearSsamError(f"{output}: is one file, and --shard jobs write to a folder; name one (without .parquet).")
-    schema = options.schema(model)
     group = min(ROW_GROUP, 1 + ROW_BYTES // (4 * model.scene_embedding_size))
-    target = Output(output, schema, "part" if parts == 1 else f"part-{part}-of-{parts}", group)
+    target = Output(output, options.schema(model), "part" if parts == 1 else f"part-{part}-of-{parts}", group)
     skipped: list[str] = []
     embedded = there = 0
 
@@ -137,7 +136,7 @@ def embed_files(
 
     with target.opened():
         todo = list(wanted()) if isinstance(files, list) else wanted()
-        worker = Worker(model, options, schema, target.folder)
+        worker = Worker(model, options, target.folder)
         found = embed_all(todo, worker, workers, skipped, lambda: target.close_if(SAFE), cluster)
         with contextlib.closing(found) as results:
             for tables in results:

@@ -337,7 +337,7 @@ def test_the_one_file_is_made_piece_by_piece(tmp_path: Path) -> None:
 def test_rows_that_nobody_wants_are_not_kept(weights: Path, tmp_path: Path) -> None:
     """Of an hour in windows they would be gigabytes."""
     model, options = hear_ssam.load_model(weights), work.Options("scene", 1.0, 1.0)
-    worker = work.Worker(model, options, options.schema(model), tmp_path)
+    worker = work.Worker(model, options, tmp_path)
     ((scene, rows),) = worker._embed([torch.zeros(RATE)])
     assert len(scene) == model.scene_embedding_size and rows.untyped_storage().nbytes() == 0
 

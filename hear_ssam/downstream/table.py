@@ -69,11 +69,10 @@ def model_of(made: dict[str, Any], place: object, name: str, device: str) -> Hea
         model = load_model(name or made["model"], **{**options, "device": device})
     except HearSsamError as error:
         raise HearSsamError(f"{place}: needs the model {made['model']}: {error} Or name it with --model.") from error
-    if model.checkpoint_sha256 != made["checkpoint_sha256"]:
-        raise HearSsamError(
-            f"{place}: was made with weights {made['checkpoint_sha256'][:12] or '(none)'} of {made['model']}, not "
-            f"{model.checkpoint_sha256[:12] or '(none)'} of {model.name}; say where those are with --model."
-        )
+    wanted, found = made["checkpoint_sha256"] or "(none)", model.checkpoint_sha256 or "(none)"
+    if wanted != found:
+        text = f"was made with weights {wanted[:12]} of {made['model']}, not {found[:12]} of {model.name}"
+        raise HearSsamError(f"{place}: {text}; say where those are with --model.")
     return model
 
 
@@ -81,7 +80,6 @@ def compute(
     recordings: list[Recording], model: HearModel, options: Options, skipped: list[str]
 ) -> Generator[Embeddings, None, None]:
     """Embeddings of each recording; those that cannot be read are named on stderr and added to `skipped`."""
-    made, schema = options.made(model), options.schema(model)
     with tempfile.TemporaryDirectory() as scratch:
-        for tables in embed_all(recordings, Worker(model, options, schema, scratch), share_cpus(recordings), skipped):
-            yield as_embeddings(tables, made)
+        for tables in embed_all(recordings, Worker(model, options, scratch), share_cpus(recordings), skipped):
+            yield as_embeddings(tables, options.made(model))

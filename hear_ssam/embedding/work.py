@@ -85,8 +85,9 @@ class Worker:
     `scratch` is a folder for the rows of long recordings: their scene stands first, and is known last.
     """
 
-    def __init__(self, model: HearModel, options: Options, schema: pa.Schema, scratch: str | os.PathLike[str]) -> None:
-        self.model, self.options, self.schema, self.scratch = model, options, schema, scratch
+    def __init__(self, model: HearModel, options: Options, scratch: str | os.PathLike[str]) -> None:
+        self.model, self.options, self.scratch = model, options, scratch
+        self.schema = options.schema(model)
         self.parts = ("scene",) if options.window else KINDS[options.kind]
         self.most = clips.LONG * model.sample_rate
         # On a GPU one batch at a time: it fills the device, while the other threads decode the next ones.
@@ -234,7 +235,7 @@ def embed_all(
     most = min(most, -(-total // workers)) if total else most
     batches = clips.grouped(recordings, lambda recording: recording.bytes, size, most)
     if cluster:
-        build = functools.partial(_far_worker, worker.model, worker.options, worker.schema)
+        build = functools.partial(_far_worker, worker.model, worker.options)
         outcomes = cluster.work(build, batches, device, 1 if device == "cpu" else 4, tick)
     else:
         outcomes = work_ahead(worker, batches, workers, workers + 1)
@@ -258,11 +259,9 @@ def embed_all(
                 tick()
 
 
-def _far_worker(
-    model: HearModel, options: Options, schema: pa.Schema, device: str
-) -> Callable[[Sequence[Recording]], list[Result]]:
+def _far_worker(model: HearModel, options: Options, device: str) -> Callable[[Sequence[Recording]], list[Result]]:
     """A `Worker` in a process of a cluster, whose results travel."""
-    worker = Worker(model.to(pick_device(device)), options, schema, tempfile.gettempdir())
+    worker = Worker(model.to(pick_device(device)), options, tempfile.gettempdir())
 
     def work(batch: Sequence[Recording]) -> list[Result]:
         return [
