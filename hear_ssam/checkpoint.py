@@ -113,15 +113,14 @@ def _read_safetensors(file: Path) -> tuple[EncoderConfig, dict[str, Tensor], dic
         config, state, info = _read_weights(state, file)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # transformers keeps the config beside
             config = EncoderConfig.from_dict(json.loads(file.with_name("config.json").read_text("utf-8"))["encoder"])
-        _match_keys(config, state)
-        return config, state, info
-    try:
-        stored = json.loads(metadata[METADATA])
-        config, info = EncoderConfig.from_dict(dict(stored["config"])), dict(stored["info"])
-    except HearSsamError as error:
-        raise HearSsamError(f"{error} Fetch the file again, or the version of hear_ssam that wrote it.") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise HearSsamError(f"damaged metadata entry {METADATA!r} ({error!r}); fetch the file again.") from error
+    else:
+        try:
+            stored = json.loads(metadata[METADATA])
+            config, info = EncoderConfig.from_dict(dict(stored["config"])), dict(stored["info"])
+        except HearSsamError as error:
+            raise HearSsamError(f"{error} Fetch the file again, or the version of hear_ssam that wrote it.") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise HearSsamError(f"damaged metadata entry {METADATA!r} ({error!r}); fetch the file again.") from error
     _match_keys(config, state)
     return config, state, info
 
@@ -187,9 +186,6 @@ def _read_weights(payload: Any, file: Path) -> tuple[EncoderConfig, dict[str, Te
     """The config, weights and facts of a state dict somewhere in `payload`, under official names or ours."""
     if not isinstance(payload, dict):
         raise HearSsamError(f"holds a {type(payload).__name__}, not a dictionary of weights; {_PASS}")
-    weights = payload.get("model", payload)
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise HearSsamError(f"its entry 'model' is not a dictionary of named weights; {_PASS}")
     found = _weights_in(payload)
     if len(found) > 1:  # the weights themselves, not an average of them
         found = {place: state for place, state in found.items() if not _AVERAGE.search(place)} or found
@@ -199,7 +195,8 @@ def _read_weights(payload: Any, file: Path) -> tuple[EncoderConfig, dict[str, Te
     state = found.get(place, {})
     system = next((system for system, mark in _MARKS.items() if any(mark.search(name) for name in state)), None)
     if system is None:
-        held = _some(state) or (f"{_some(weights)}, but no cls_token" if weights else "no weights at all")
+        weights = payload["model"] if isinstance(payload.get("model"), dict) else payload
+        held = _some(state) or (f"{_some(map(str, weights))}, but no cls_token" if weights else "no weights at all")
         raise HearSsamError(f"not a checkpoint of {', '.join(sorted(_MARKS))}: it holds {held}; {_PASS}")
     dropped = [name for name in _UNUSED if state.pop(name, None) is not None]
     for name, tensor in state.items():

@@ -29,8 +29,8 @@ def check_fields(values: Any, kind: str, limits: Mapping[str, tuple[float, float
                 raise unknown_name(f"{kind} {name}:", value, get_args(wanted))
         elif type(value) is not (get_origin(wanted) or wanted) and (wanted is not float or type(value) is not int):
             raise HearSsamError(f"{kind} {name} must be of type {wanted.__name__}, not {value!r}.")
-        lowest, highest = limits.get(name, (None, None))
-        if lowest is not None and highest is not None and not lowest <= value <= highest:
+        lowest, highest = limits.get(name, (0, 0))
+        if name in limits and not lowest <= value <= highest:
             between = f"at least {lowest}" if highest == math.inf else f"between {lowest} and {highest}"
             raise HearSsamError(f"{kind} {name} must be {between}, not {value!r}.")
 

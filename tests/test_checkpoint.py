@@ -455,8 +455,8 @@ def test_payloads_that_hold_no_weights(tmp_path: Path) -> None:
     for payload, reason in (
         ([1, 2], "holds a list"),
         ({}, "not a checkpoint of .*no weights"),
-        ({"model": [1]}, "'model' is not a dictionary"),
-        ({"model": {1: torch.zeros(2)}}, "'model' is not a dictionary"),
+        ({"model": [1]}, "not a checkpoint of .*it holds model, but no cls_token"),
+        ({"model": {1: torch.zeros(2)}}, "not a checkpoint of .*it holds 1, but no cls_token"),
         ({"model": {"encoder.weight": torch.zeros(2)}}, r"not a checkpoint of .*encoder\.weight"),
         (state | {"norm": 3}, "'norm' is not a dense floating-point tensor"),
         (state | {"norm": torch.zeros(2, dtype=torch.int64)}, "'norm' is not a dense floating-point tensor"),

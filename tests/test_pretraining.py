@@ -203,7 +203,11 @@ def test_codes_of_a_checkpoint_train_an_encoder(store, teacher, tmp_path, capsys
     )
     opened, model = open_store(store), config.CONFIGS["ssam_tiny"]
     table = codes.open_codes(opened, "c", model)
-    assert table.clusters == 8 and table.info["teacher"]["block"] == 2 and len(table.info["teacher"]["sha256"]) == 64
+    assert (
+        table.info["clusters"] == 8
+        and table.info["teacher"]["block"] == 2
+        and len(table.info["teacher"]["sha256"]) == 64
+    )
     recipe = dataclasses.replace(VISIBLE, pad=0.0, mix=1.0, objective={"codes": Codes(file="c")})
     sampler = WindowSampler(opened, recipe, model, CPU, codes=table)
     drawn = sampler.draw(6, torch.Generator().manual_seed(0))

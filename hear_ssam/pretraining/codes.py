@@ -44,10 +44,6 @@ class CodeTable:
     first: Tensor  # (clips,) int64: where a clip begins
     info: dict[str, Any]
 
-    @property
-    def clusters(self) -> int:
-        return int(self.info["clusters"])
-
     def of(self, clip: Tensor, slot: Tensor) -> Tensor:
         """Codes (B, S, bands) int64 of the time slots `slot` (B, S) of clips (B,)."""
         index = (self.first[clip][:, None] + slot).numpy()

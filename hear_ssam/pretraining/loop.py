@@ -69,7 +69,7 @@ def pretrain(
             torch.manual_seed(recipe.seed)
             encoder = Encoder(config)
             earlier = _start_from(recipe, encoder) if recipe.init else {}
-            learner = Learner(encoder, recipe, codes.clusters if codes else 0).to(ranks.device)
+            learner = Learner(encoder, recipe, codes.info["clusters"] if codes else 0).to(ranks.device)
         run = _Run(folder, recipe, store, learner, keep, codes.info if codes else {}, earlier, probe, probe_minutes)
         sampler = WindowSampler(store, recipe, config, ranks.device, codes=codes)
         held_out = WindowSampler(store, recipe, config, ranks.device, True, codes, sampler.frames)

@@ -109,10 +109,6 @@ def scan_backward(
     return ScanInputs(*as_given(grads, inputs))
 
 
-def self_check() -> None:
-    """Raise where the backend cannot run: never."""
-
-
 def conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool, reverse: bool
 ) -> Tensor:
