@@ -23,6 +23,7 @@ import math
 import os
 import re
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -207,6 +208,19 @@ class EncoderModel(HearModel):
         rows = [self.encode(part) for part in parts if part.numel()]  # (B * full, slots, E) and (B, slots, E)
         del spec, parts  # an hour of rows needs the memory
         return join([part.reshape(clips, -1, part.shape[2]) for part in rows], dim=1)
+
+    def rows_of_each(self, specs: Sequence[Tensor], layers: Sequence[int] | None = None) -> list[Tensor]:
+        """Rows (T', E) of each spectrogram (frames, mels): windows of one length are encoded together, whosever."""
+        windows = [spec.split(self.config.window_frames) for spec in specs]
+        together: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for number, parts in enumerate(windows):
+            for index, part in enumerate(parts):
+                together[len(part)].append((number, index))
+        encoded: dict[tuple[int, int], Tensor] = {}
+        for places in together.values():
+            rows = self.encode(torch.stack([windows[number][index] for number, index in places]), layers)
+            encoded.update(zip(places, rows, strict=True))
+        return [torch.cat([encoded[number, i] for i in range(len(parts))]) for number, parts in enumerate(windows)]
 
     def spectrogram(self, audio: Tensor) -> Tensor:
         """What is encoded of clips (B, samples): their normalised spectrograms (B, frames, mels), cut or padded with

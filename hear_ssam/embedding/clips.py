@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -147,20 +146,11 @@ def embed_clips(
     The clips are on the model's device, and such as `model.check` lets pass."""
     if not isinstance(model, EncoderModel):
         return [(model.scene(rows, rows, pooling)[0], rows[0]) for rows in (model(clip[None]) for clip in clips)]
-    windows = [model.spectrogram(clip[None])[0].split(model.config.window_frames) for clip in clips]
-    together: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for number, parts in enumerate(windows):
-        for index, part in enumerate(parts):
-            together[len(part)].append((number, index))
-    encoded: dict[tuple[int, int], Tensor] = {}
-    for places in together.values():
-        rows = model.encode(torch.stack([windows[number][index] for number, index in places]), layers)
-        encoded.update(zip(places, rows, strict=True))
     results = []
-    for number, (clip, parts) in enumerate(zip(clips, windows, strict=True)):
-        computed = torch.cat([encoded[number, index] for index in range(len(parts))])[None]
-        kept = computed[:, : len(model.timestamps(len(clip)))]
-        results.append((model.scene(kept, computed, pooling)[0], kept[0]))
+    every = model.rows_of_each([model.spectrogram(clip[None])[0] for clip in clips], layers)
+    for clip, computed in zip(clips, every, strict=True):
+        kept = computed[None, : len(model.timestamps(len(clip)))]
+        results.append((model.scene(kept, computed[None], pooling)[0], kept[0]))
     return results
 
 

@@ -145,21 +145,15 @@ def encoder_features(
 
     @torch.inference_mode()
     def features(asked: Sequence[tuple[int, int | None]]) -> list[Tensor]:
-        pieces: list[list[Tensor]] = []  # windows (F, mels) of each clip
+        specs = []
         for clip, window in asked:
             length = int(frames.lengths[clip])
             spec = normalize(frames(torch.tensor([clip]), torch.arange(length)[None]), config)[0]
-            parts = spec[: length // patch * patch].split(size)
-            pieces.append([part for part in parts[slice(window, None if window is None else window + 1)] if len(part)])
-        every = [piece for parts in pieces for piece in parts]
-        rows: dict[int, Tensor] = {}
-        for length in {len(piece) for piece in every}:  # passes over windows of one length
-            same = [i for i, piece in enumerate(every) if len(piece) == length]
-            found = model.encode(torch.stack([every[i] for i in same]), [block]).unflatten(2, (bands, -1))
-            rows |= zip(same, found, strict=True)
-        each = iter([rows[i] for i in range(len(every))])
-        nothing = torch.zeros(0, bands, config.embed_dim, device=model.device)
-        return [torch.cat([nothing, *(next(each) for _ in parts)]) for parts in pieces]
+            spec = spec[: length // patch * patch]
+            specs.append(spec if window is None else spec[window * size : (window + 1) * size])
+        rows = iter(model.rows_of_each([spec for spec in specs if len(spec)], [block]))
+        nothing = torch.zeros(0, config.embedding_dim, device=model.device)
+        return [(next(rows) if len(spec) else nothing).unflatten(1, (bands, -1)) for spec in specs]
 
     return config, features, {"checkpoint": Path(path).name, "sha256": model.checkpoint_sha256, "block": block}
 
