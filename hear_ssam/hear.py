@@ -335,6 +335,8 @@ def load_model(
                 torch.default_generator.manual_seed(seed)
                 encoder = Encoder(config)
         else:
+            if not pretrained and (named(name) or Path(name).exists() or "/" in name):
+                raise HearSsamError(f"{name}: has its own weights; pass the name of a model with pretrained=False.")
             if not pretrained:
                 raise unknown_name("model", name, [*CONFIGS, BASELINE])
             file, name = find_weights(name, cache)
