@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import importlib.util
 import platform
 import statistics
 import sys
@@ -82,7 +81,8 @@ def facts() -> list[Row]:
         f"triton {triton.__version__}",
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
     }
-    found["backend triton"] = available_backends()["triton"] or "runs"
+    for name in ("triton", "mamba_ssm"):
+        found[f"backend {name}"] = available_backends()[name] or "runs"
     return [{"what": k, "value": v} for k, v in found.items()]
 
 
@@ -238,7 +238,7 @@ def verdict(kernel: str, shape: tuple, dtype: torch.dtype, reverse: bool, tolera
 
 def time_scan(args: argparse.Namespace, ceilings: dict[str, float]) -> list[Row]:
     rows = []
-    peer = importlib.util.find_spec("mamba_ssm") is not None
+    peer = available_backends()["mamba_ssm"] is None
     for size, channels in WIDTHS.items():
         for batch in args.batches:
             if batch * channels > 1024 * 576:

@@ -138,7 +138,7 @@ def kernel(form: str, device: str, act: Callable[[], None]) -> str:
 
     if form != "sdpa":
         act()
-        wanted = ("triton", "torch") if device == "cuda" else ("cpu", "torch")
+        wanted = ("triton", "mamba_ssm", "torch") if device == "cuda" else ("cpu", "torch")
         return next(name for name in wanted if available_backends()[name] is None) if form == "scan" else ""
     with torch.profiler.profile() as profile:
         act()

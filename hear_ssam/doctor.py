@@ -13,7 +13,7 @@ from . import __version__
 from .machine import FEATURES, cpu
 
 NEEDED = ("numpy", "scipy", "scikit-learn", "soundfile", "soxr", "safetensors", "pyarrow")
-OPTIONAL = ("llvmlite", "triton", "torchaudio")
+OPTIONAL = ("llvmlite", "triton", "mamba-ssm", "causal-conv1d", "torchaudio")
 
 EXAMPLES = """examples:
   hear-ssam doctor

@@ -289,16 +289,27 @@ def test_explicit_choice_runs_or_raises(monkeypatch):
     values = make(length=3)
     with pytest.raises(HearSsamError, match="Did you mean 'triton'"):
         selective_scan(**values, backend="tritn")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(HearSsamError, match=r"triton.*does not run here|computes CUDA"):
-        selective_scan(**values, backend="triton")
-    with use_backend("triton"), pytest.raises(HearSsamError):
+    with pytest.raises(HearSsamError, match=r"mamba_ssm.*does not run here|computes CUDA"):
+        selective_scan(**values, backend="mamba_ssm")
+    with use_backend("mamba_ssm"), pytest.raises(HearSsamError):
         selective_scan(**values)
     monkeypatch.setenv("HEAR_SSAM_BACKEND", "nonsense")
     with pytest.raises(HearSsamError, match="nonsense"):
         selective_scan(**values)
     with use_backend("reference"):  # the context wins over the environment
         selective_scan(**values)
+
+
+def test_mamba_ssm_gives_no_gradient_of_the_last_state(monkeypatch):
+    """Its own documentation says so: who asks for it is told instead of training on nothing."""
+    monkeypatch.setattr(scan, "_choose", lambda *_: "mamba_ssm")
+    monkeypatch.setattr(scan, "_mamba_ssm_scan", lambda inputs, *_: (inputs.u, inputs.u[:, 0, :, None]))
+    values = make(length=3)
+    selective_scan(**values, return_last_state=True)
+    values["u"].requires_grad_()
+    selective_scan(**values)
+    with pytest.raises(HearSsamError, match="'mamba_ssm' gives no gradient of the last state; use backend='triton'"):
+        selective_scan(**values, return_last_state=True)
 
 
 def test_auto_warns_once_when_it_falls_back(monkeypatch):

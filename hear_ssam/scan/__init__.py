@@ -2,9 +2,10 @@
 
     from hear_ssam.scan import selective_scan, use_backend, available_backends
 
-Backends: `reference` (the plain loop), `torch` (always there), `cpu` (jitted with llvmlite), `triton` (GPU, no nvcc).
-`auto` takes the first that runs on the tensor's device; an explicit choice runs or raises. The choice comes, in this
-order, from the `backend` argument, `use_backend`, the environment variable HEAR_SSAM_BACKEND.
+Backends: `reference` (the plain loop), `torch` (always there), `cpu` (jitted with llvmlite), `triton`
+(GPU, no nvcc), `mamba_ssm` (the official CUDA kernel, where its extension imports). `auto` takes the first that
+runs on the tensor's device; an explicit choice runs or raises. The choice comes, in this order, from the `backend`
+argument, `use_backend`, the environment variable HEAR_SSAM_BACKEND.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from .reference import SAVE_EVERY, ScanInputs, as_given
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("reference", "torch", "cpu", "triton")
+BACKENDS = ("reference", "torch", "cpu", "triton", "mamba_ssm")
 MOST = 1024  # states of a channel, or taps of a convolution: CPU kernels keep them on the stack, some 1.2 kB for each
-_PREFERRED = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
+_PREFERRED = {"cpu": ("cpu", "torch"), "cuda": ("triton", "mamba_ssm", "torch")}
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("hear_ssam_backend", default=None)
 
 
@@ -52,8 +53,12 @@ def selective_scan(
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
     _check_scan(inputs)
     name = _choose(backend, u.device.type, u.dtype, _beyond(A.shape[1]))
-    if name == "reference":
-        out, last = reference.selective_scan(inputs, delta_softplus, reverse)
+    if name == "mamba_ssm" and return_last_state and _needs_grad(inputs):
+        what = "selective_scan: scan backend 'mamba_ssm' gives no gradient of the last state"
+        raise HearSsamError(f"{what}; use backend='triton' or 'torch', or torch.no_grad().")
+    if name in ("reference", "mamba_ssm"):
+        function = reference.selective_scan if name == "reference" else _mamba_ssm_scan
+        out, last = function(inputs, delta_softplus, reverse)
     elif (save := _needs_grad(inputs)) or torch.compiler.is_compiling():
         out, last, _ = _scan_op(*inputs, delta_softplus, reverse, save, name)
     else:  # the kernel itself: a registered op would cost as much as a small layer's scan
@@ -78,7 +83,8 @@ def causal_conv1d(
     before = (x.shape[0], weight.shape[1] - 1, x.shape[2])
     if initial_state is not None and tuple(initial_state.shape) != before:
         raise HearSsamError(f"causal_conv1d: initial_state must have shape {before}, not {tuple(initial_state.shape)}.")
-    name = _choose(backend, x.device.type, x.dtype, _beyond(weight.shape[1]))
+    name = _choose("torch" if backend == "mamba_ssm" else backend, x.device.type, x.dtype, _beyond(weight.shape[1]))
+    name = "torch" if name == "mamba_ssm" else name  # the adapter has no convolution
     tensors = (x, weight, bias, initial_state)
     if name == "reference":
         out = reference.causal_conv1d(*tensors, activation, reverse)
@@ -141,14 +147,15 @@ def _auto(device: str, dtype: torch.dtype, size: int) -> str:
         if why is None:
             logger.info("scan backend for %s on %s: %s", dtype, device, name)
             return name
-        mend = "`hear-ssam doctor` tells more; an explicit backend or HEAR_SSAM_BACKEND=torch silences this."
-        text = f"hear_ssam: scan backend {name!r} {why}; taking a slower one. {mend}"
-        warnings.warn(text, RuntimeWarning, stacklevel=4)
+        if name != "mamba_ssm":  # nobody misses an optional package behind our own kernel
+            mend = "`hear-ssam doctor` tells more; an explicit backend or HEAR_SSAM_BACKEND=torch silences this."
+            text = f"hear_ssam: scan backend {name!r} {why}; taking a slower one. {mend}"
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
     return "torch"
 
 
 def _refuses(name: str, device: str, dtype: torch.dtype) -> str | None:
-    wanted = {"cpu": "cpu", "triton": "cuda"}
+    wanted = {"cpu": "cpu", "triton": "cuda", "mamba_ssm": "cuda"}
     if name not in wanted:
         return None
     if device == wanted[name] or (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
@@ -172,7 +179,10 @@ def _overflows(name: str, size: int) -> str | None:
 def _probe(name: str) -> Exception | None:
     """Import the backend and let it check itself; the exception that says why it cannot run, or None."""
     try:
-        if name not in ("reference", "torch"):
+        if name == "mamba_ssm":
+            importlib.import_module("selective_scan_cuda")
+            importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+        elif name not in ("reference", "torch"):
             _kernels(name).self_check()
     except Exception as error:  # whatever a foreign package raises at import is a reason, not a crash
         return error
@@ -296,6 +306,24 @@ _conv_op.register_autograd(_conv_autograd, setup_context=_conv_setup)
 
 def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+# --- the official CUDA kernel ---------------------------------------------------------------------------------------
+
+
+def _mamba_ssm_scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> tuple[Tensor, Tensor]:
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
+    if initial_state is not None:
+        raise HearSsamError("scan backend 'mamba_ssm' takes no initial_state; use backend='triton' or 'torch'.")
+    function = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+
+    def channel_first(x: Tensor | None) -> Tensor | None:
+        return None if x is None else (x.flip(1) if reverse else x).to(u.dtype).transpose(1, 2).contiguous()
+
+    A_, D_, bias_ = (None if x is None else x.float() for x in (A, D, delta_bias))
+    u_, delta_, B_, C_, z_ = (channel_first(x) for x in (u, delta, B, C, z))
+    out, last = function(u_, delta_, A_, B_, C_, D_, z_, bias_, delta_softplus, return_last_state=True)
+    return (out.flip(2) if reverse else out).transpose(1, 2), last
 
 
 def _check_scan(inputs: ScanInputs) -> None:
