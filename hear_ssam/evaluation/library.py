@@ -181,7 +181,8 @@ def _folds(classes: list[str], groups: list[str], folds: int, seed: int) -> list
         divided = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(classes, classes, groups)
         for number, (_, test) in enumerate(divided):
             fold[test] = number
-    return fold.tolist()  # type: ignore[no-any-return]
+    numbers: list[int] = fold.tolist()
+    return numbers
 
 
 def _names(paths: list[str]) -> list[str]:
