@@ -87,6 +87,7 @@ class EncoderConfig:
     mask_ratio: float = 0.5
     # default order of embedding rows: time (ours) or official (for compatibility with published probes)
     token_order: Literal["time", "official"] = "time"
+    readout_block: int = 0  # whose tokens are the embeddings, counted from 1; 0: the last, after the final norm
     # scene embeddings: the mean over time (as published), or mean and standard deviation side by side
     pooling: Literal["mean", "mean_std"] = "mean"
 
@@ -109,6 +110,8 @@ class EncoderConfig:
             ("paired", self.paired and (block != "bimamba" or self.depth % 2),
              "needs block='bimamba' and an even depth"),
             ("flip_odd", self.flip_odd and block != "mlstm", "needs block='mlstm'"),
+            ("readout_block", not 0 <= self.readout_block <= self.depth or (self.paired and self.readout_block % 2),
+             f"is none of {self.depth} blocks, or the first half of a pair"),
             ("mask_ratio", not 0 < self.mask_ratio < 1, "must lie between 0 and 1"),
         ):  # fmt: skip
             if wrong:

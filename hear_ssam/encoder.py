@@ -142,12 +142,15 @@ class Encoder(nn.Module):
     def hidden(self, spec: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
         """The tokens (B, 1 + n, D) after each of these blocks, counted from 1, in the order asked for.
 
-        The last block's are those of `tokens`, with the final norm; the others have none. None: the last one only.
+        The last block's are those of `tokens`, with the final norm; the others have none. None: the config's
+        `readout_block`, beyond which nothing is computed.
         Raises HearSsamError for a block that is not there, or is the first half of a pair (SSAMBA).
         """
         last, step = len(self.blocks), 1 + self.config.paired
         if layers is None:
-            return [self.tokens(spec)]
+            if not self.config.readout_block:
+                return [self.tokens(spec)]
+            layers = [self.config.readout_block]
         for layer in layers:
             if layer not in range(step, last + 1, step):
                 known = f"{step}, {2 * step}, ... {last}" if last > 2 * step else f"{step} to {last}"

@@ -50,6 +50,25 @@ def mask_for(config: EncoderConfig, batch: int, seed: int = 2) -> Tensor:
 # ------------------------------------------------------------------------------------------------ configs
 
 
+@pytest.mark.parametrize(("system", "block"), [("ssam", 1), ("axlstm", 1), ("ssamba", 2)])
+@torch.no_grad()
+def test_the_readout_block_gives_the_embeddings_and_what_follows_does_not_matter(system: str, block: int) -> None:
+    encoder = build(mini(system, readout_block=block))
+    spec = spectrogram(encoder.config, 2, 8)
+    (found,), (asked,), (last,) = (encoder.hidden(spec, layers) for layers in (None, [block], [len(encoder.blocks)]))
+    assert torch.equal(found, asked) and torch.equal(last, encoder.tokens(spec)) and not torch.allclose(found, last)
+    for parameter in encoder.blocks[block:].parameters():
+        parameter.fill_(torch.nan)
+    assert torch.equal(encoder.hidden(spec)[0], found)
+    assert EncoderConfig.from_dict(encoder.config.to_dict()).readout_block == block
+
+
+@pytest.mark.parametrize(("system", "block"), [("ssam", 3), ("ssam", -1), ("ssamba", 3)])
+def test_a_readout_block_that_is_not_there(system: str, block: int) -> None:
+    with pytest.raises(HearSsamError, match=f"config field readout_block={block} is none of"):
+        mini(system, readout_block=block)
+
+
 @torch.no_grad()
 def test_ssamba_as_its_rmsnorm_users_run_it() -> None:
     encoder = build(mini("ssamba", norm="rmsnorm", paired=False))
