@@ -75,9 +75,9 @@ _SHORT = {  # trained alike, to be compared: sha256, bytes
     "axlstm": ("a53691172547e9ccc065e4a29e8b62292375f6deb4c2bd17fe2040a266d6fa1c", 6_199_184),
 }
 _SIZES = ("tiny", "small", "base")
-_SHA256 = "4cd2c8ecc99b07c89ff1ea17bbb35932b4eb266f5330522919a6fbe799ba88b6"
+_SHA256 = "f690a80ac8cd2689bf59418ef49206d8d4a160324fee5fa44c6823bcc3fe431c"
 PUBLISHED = [  # the first of a name is what the name alone means
-    Weights("ssam_tiny", "open", OURS, "ssam_tiny.safetensors", sha256=_SHA256, size=10_124_848),
+    Weights("ssam_tiny", "open", OURS, "ssam_tiny.safetensors", sha256=_SHA256, size=10_128_016),
     *(Weights(f"{system}_{size}", "r1", OFFICIAL[system]) for system in ("ssam", "ssast", "axlstm") for size in _SIZES),
     *(
         Weights(f"ssamba_{size}", hidden, OFFICIAL["ssamba"], f"ssamba_{size}_{hidden}.pth", hub=_SSAMBA)
