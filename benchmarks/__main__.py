@@ -12,7 +12,7 @@ NAMES = {
     "cpu": "speed and error of the encoder against other implementations and the machine's limit",
     "gpu": "correctness and speed of the GPU kernels, the encoder and a training step",
     "probes": "the scores of both probes over many seeds",
-    "collections": "hear-ssam embed on an hour-long file and on thousands of short ones",
+    "collections": "hear-ssam embed on an hour-long file, on thousands of short ones, on recordings",
     "heareval": "heareval itself and our probes on the same embeddings: time, memory, score",
     "fsd50k": "time and memory of a task of FSD50K's size, in two parts",
     "onnx": "the file of `hear-ssam export` in onnxruntime, beside the model itself",

@@ -30,13 +30,6 @@ from hear_ssam.paths import shipped
 
 from .cpu import facts, heading
 
-MEASURE = """
-import resource, sys, time
-begin = time.perf_counter()
-{work}
-used = resource.getrusage(resource.RUSAGE_SELF)
-print("\\n", time.perf_counter() - begin, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
-"""
 EMBED = "from hear_ssam import cli; code = cli.main(['embed', *sys.argv[1:]]); assert code == 0"
 WHOLE = """import numpy, torch, hear_ssam; from hear_ssam.audio import read_audio
 audio = torch.from_numpy(read_audio(sys.argv[1], 16000))[None]
@@ -65,10 +58,20 @@ class Measured(NamedTuple):
 
 
 def measure(work: str, *arguments: str | Path) -> Measured:
-    """What a process takes."""
-    command = [sys.executable, "-c", MEASURE.format(work=work), *map(str, arguments)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return Measured(*map(float, done.stdout.split()[-3:]))
+    """What a Python process with the program `work` takes."""
+    return measure_command(sys.executable, "-c", f"import sys\n{work}", *arguments)
+
+
+def measure_command(*command: str | Path, environment: dict[str, str] | None = None) -> Measured:
+    """What a command takes, with the processes that it starts; peak is that of the largest one."""
+    begin = time.perf_counter()
+    words = [*map(str, command)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, words)
+    return Measured(time.perf_counter() - begin, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
 
 
 def noise(file: Path, seconds: float, rate: int, channels: int, seed: int) -> None:

@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +22,8 @@ from hear_ssam.evaluation import records
 from hear_ssam.evaluation.jobs import HEADS
 from hear_ssam.machine import usable_cpus
 
-from .collections import Measured
+from .collections import Measured, measure_command
 from .cpu import facts, heading
-
-MEASURE = """
-import resource, subprocess, sys
-code = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
-used = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(code, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
-"""
-
-
-def measure(command: list[str | Path], threads: int) -> Measured:
-    """What a command takes, its children included; peak is that of the largest process."""
-    begin = time.perf_counter()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, command)], env=environment, check=True, capture_output=True, text=True
-    )
-    code, cpu, peak = done.stdout.split()
-    if code != "0":
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
-    return Measured(time.perf_counter() - begin, float(cpu), float(peak))
 
 
 def copied(source: Path, folder: Path, epochs: int | None) -> Path:
@@ -69,6 +46,13 @@ def heareval_score(folder: Path) -> float:
     return float(folds["test_score_mean"] if folds else found["test"]["test_score"])
 
 
+def our_score(results: Path) -> float:
+    """The first score as `hear-ssam evaluate` wrote it: of the test split, or the mean over folds."""
+    kept = records.read(results / "records.jsonl")
+    (score,) = (record["score"] for record in kept if record["primary"] and record["fold"] is None)
+    return float(score)
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks heareval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -84,19 +68,17 @@ def main(arguments: list[str]) -> int:
     print("|---|---|---|---|---|---|---|---|")
     for source in args.tasks:
         with tempfile.TemporaryDirectory() as temporary:
-            first = Measured(0, 0, 0)
+            first: Measured | None = None
             for probe in ("heareval", *args.probes):
-                folder = copied(source, Path(temporary) / probe, args.epochs)
+                folder, results = copied(source, Path(temporary) / probe, args.epochs), Path(temporary) / f"{probe}-out"
+                ours = "--embeddings-dir", folder.parent, "--results-dir", results, "--probe", probe
+                command = [sys.executable, "-m", "hear_ssam", "evaluate", *ours]
                 if probe == "heareval":
                     command = [args.python.absolute(), "-m", "hear_ssam", "heareval", "predictions", folder]
-                    found = first = measure(command, cores)
-                    score = heareval_score(folder)
-                else:
-                    results = Path(temporary) / f"{probe}-results"
-                    place = "--embeddings-dir", folder.parent, "--results-dir", results, "--probe", probe
-                    found = measure([sys.executable, "-m", "hear_ssam", "evaluate", *place], 1)
-                    kept = records.read(results / "records.jsonl")
-                    (score,) = (record["score"] for record in kept if record["primary"] and record["fold"] is None)
+                threads = cores if probe == "heareval" else 1
+                found = measure_command(*command, environment={"OMP_NUM_THREADS": str(threads)})
+                first = first or found
+                score = heareval_score(folder) if probe == "heareval" else our_score(results)
                 ratios = first.seconds / found.seconds, first.cpu / found.cpu
                 times = f"{found.seconds:.1f} | {ratios[0]:.2f} | {found.cpu:.1f} | {ratios[1]:.2f} | {found.peak:.0f}"
                 print(f"| {source.name} | {probe} | {times} | {100 * score:.3f} |", flush=True)
