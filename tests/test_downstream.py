@@ -160,6 +160,27 @@ def test_from_embeddings_with_labels_splits_and_groups(
     assert "2 folds" in capsys.readouterr().out
 
 
+def test_labels_of_embeddings_whose_audio_is_elsewhere(
+    sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "far").symlink_to(sounds)
+    monkeypatch.chdir(tmp_path)
+    assert run("embed", "far/low", "far/high", "-o", "here/e.parquet", "--model", "logmel", "--kind", "scene") == 0
+    (tmp_path / "far").unlink()
+    names = [f"far/{label}/{seed}.wav" for label in ("low", "high") for seed in range(7)]
+    Path("here/list.csv").write_text("path,label\n" + "\n".join(f"{name},{name[4:-6]}" for name in names))
+    capsys.readouterr()
+    assert run("classify", "train", "here/e.parquet", "--labels", "here/list.csv", "-o", "c.json") == 0
+    said = capsys.readouterr()
+    assert "2 classes, 12 clips" in said.out
+    text = "2 of 14 recordings have no embeddings and are left out"
+    assert said.err == f"here/list.csv: {text}, here/far/low/6.wav first\n"
+    assert run("map", "here/e.parquet", "--labels", "here/list.csv", "-o", "map.html") == 0
+    Path("list.csv").write_text("path,label\nother.wav,a\n")
+    assert run("map", "here/e.parquet", "--labels", "list.csv", "-o", "map.html") == 2
+    assert "--labels list.csv: names none of the clips" in capsys.readouterr().err
+
+
 def test_groups_stay_on_one_side() -> None:
     """A class that is told only by its group scores no better than chance."""
     from hear_ssam.downstream.labels import Labelled
@@ -206,17 +227,21 @@ def folders(*names: str) -> Any:
         (csv_of("path,label\na.wav,x\n"), "list.csv: 1 of 1 files are not there"),
         (csv_of("path,kind\nz.wav,x\n"), "list.csv: has no column label (path, kind)"),
         (csv_of("path,label\nz.wav,\n"), "list.csv: {}/z.wav has no label"),
-        (csv_of("path,label,split\nz.wav,a,train\nz.wav,b,dev\n"), "unknown split in"),
-        (csv_of("path,label,split\nz.wav,a,train\nz.wav,b,\n"), "list.csv: give every row a split"),
-        (csv_of("path,label,split\nz.wav,a,train\nz.wav,b,train\n"), "list.csv: give every row a split"),
+        (csv_of("path,label,split\n1.wav,a,train\n2.wav,b,dev\n"), "unknown split in"),
+        (csv_of("path,label,split\n1.wav,a,train\n2.wav,b,\n"), "list.csv: give every row a split"),
+        (csv_of("path,label,split\n1.wav,a,train\n2.wav,b,train\n"), "list.csv: give every row a split"),
         (
-            csv_of("path,label,group\nz.wav,a,1\nz.wav,a,1\nz.wav,b,2\nz.wav,b,3\n"),
+            csv_of("path,label,group\n1.wav,a,1\n2.wav,a,1\n3.wav,b,2\nz.wav,b,3\n"),
             "class 'a' has 1 groups to train on",
         ),
+        (csv_of("path,label\n1.wav,a\n2.wav,b\n./1.wav,b\n"), "1.wav stands in it twice, as a and b; keep one"),
+        (csv_of("path,label,split\n1.wav,a,train\n1.wav,a,test\n"), "twice, as a train and a test; keep one"),
+        (folders("caf\u00e9/a.wav", "cafe\u0301/a.wav"), "are the same but for case or Unicode form"),
     ],
 )
 def test_labels_that_are_no_use(tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Any, message: str) -> None:
-    soundfile.write(tmp_path / "z.wav", np.zeros(4000), RATE)
+    for name in "123z":
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(4000), RATE)
     assert run("classify", "train", make(tmp_path), "-o", tmp_path / "out.json", "--model", "logmel") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("hear-ssam: error: ") and message.replace("{}", str(tmp_path)) in line
@@ -322,6 +347,15 @@ def test_the_map_is_one_page_that_loads_nothing(sounds: Path, embeddings: Path, 
     for label, points in spread.items():
         nearest = [min(centres, key=lambda c: np.linalg.norm(point - centres[c])) for point in points]
         assert nearest.count(label) >= 5
+
+
+def test_clips_that_are_all_alike_have_a_map_too(sounds: Path, tmp_path: Path) -> None:
+    for seed in range(4):
+        (tmp_path / f"{seed}.wav").hardlink_to(sounds / "low" / "0.wav")
+    assert run("embed", tmp_path, "-o", tmp_path / "e.parquet", "--model", "logmel", "--kind", "scene") == 0
+    command = [sys.executable, "-m", "hear_ssam", "map", tmp_path / "e.parquet", "-o", tmp_path / "map.html"]
+    done = subprocess.run([*command, "--method", "tsne"], capture_output=True, text=True)  # it crashed Python
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_names_cannot_break_the_page() -> None:

@@ -22,6 +22,7 @@ from hear_ssam.download import fetch
 from hear_ssam.encoder import Encoder
 from hear_ssam.errors import HearSsamError
 from hear_ssam.hear import EncoderModel
+from hear_ssam.hub import weights as hub_weights
 from hear_ssam.hub.weights import OFFICIAL, PUBLISHED, here
 from hear_ssam.paths import sha256, shipped
 from tests.test_checkpoint import official_weights
@@ -329,6 +330,21 @@ def test_the_table_knows_every_model_and_the_shipped_file() -> None:
     assert sum(file.stat().st_size for file in shipped("checkpoints").glob("*.safetensors")) < 40e6
 
 
+def test_outside_a_checkout_ours_are_taken_from_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = shipped("checkpoints")
+    monkeypatch.setattr(hub_weights, "shipped", lambda _: tmp_path)
+    message = r"axlstm_tiny_equal\.safetensors lies in checkpoints/.* fetch axlstm_tiny\.equal --from PATH"
+    with pytest.raises(HearSsamError, match=message):
+        load_model("axlstm_tiny.equal", cache=tmp_path)
+    fetch = ["models", "fetch", "axlstm_tiny.equal", "--cache", str(tmp_path), "--from"]
+    assert cli.main([*fetch, str(ours / "ssam_tiny.safetensors")]) == 2
+    assert "ssam_tiny.safetensors: its SHA-256" in capsys.readouterr().err
+    assert cli.main([*fetch, str(ours / "axlstm_tiny_equal.safetensors")]) == 0
+    assert load_model("axlstm_tiny.equal", cache=tmp_path).config.system == "axlstm"
+
+
 @pytest.fixture
 def published(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Random weights as SSAMBA publishes them, on the server that plays the hub; the hub's client is not installed."""
@@ -395,6 +411,8 @@ def test_the_commands(
         (["ssamba_small"], "ssamba_small_400.pth: is not here"),
         (["ssamba_small", "--from", str(published)], "holds ssamba of width 192 and depth 24, not ssamba_small"),
         (["ssamba_small", "ssam_base", "--from", "x"], "--from: holds the weights of one model"),
+        (["ssam_tiny.r1"], "hear-ssam models fetch ssam_tiny.r1 --from PATH"),
+        (["ssam_tiny", "--from", str(published)], f"--from {published}: ssam_tiny.open is here already, in "),
     ):
         assert cli.main(["models", "fetch", *words]) == 2
         assert message in capsys.readouterr().err

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,10 +76,15 @@ def _train(args: argparse.Namespace) -> int:
         raise HearSsamError(f"{args.input}: embeddings have no labels; give them with --labels CSV.")
     if args.labels and not embedded:
         raise HearSsamError(f"--labels {args.labels}: is for embeddings; a folder or CSV has its own labels.")
-    labels = read_labels(args.labels or args.input)
     if embedded:
         table = [read_embeddings(args.input)]
+        labels = read_labels(args.labels, set(table[0].paths))
+        there = set(map(os.path.abspath, table[0].paths))
+        if lacking := [row.path for row in labels if os.path.abspath(row.path) not in there]:
+            text = f"{len(lacking)} of {len(labels)} recordings have no embeddings and are left out"
+            print(f"{args.labels}: {text}, {lacking[0]} first", file=sys.stderr)
     else:
+        labels = read_labels(args.input)
         options = parse_options(args.model_options)
         model = load_model(args.model, **{"device": args.device, **options})
         recordings = [of_file(path) for path in dict.fromkeys(row.path for row in labels)]

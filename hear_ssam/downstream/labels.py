@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +25,12 @@ class Labelled(NamedTuple):
     group: str = ""  # of its own where empty
 
 
-def read_labels(place: str | os.PathLike[str]) -> list[Labelled]:
+def read_labels(place: str | os.PathLike[str], known: Collection[str] | None = None) -> list[Labelled]:
     """The recordings of a folder with a subfolder per class, or of a CSV: `path`, `label`, optional `split`, `group`.
 
-    Raises HearSsamError for a folder or CSV without classes, labels that are empty or differ only by case or spaces,
-    a class with a single recording or group, and splits that are not all given or of no use.
+    `known`: the paths of embeddings that a CSV tells the labels of, as for `read_manifest`.
+    Raises HearSsamError for a folder or CSV without classes, labels that are empty or differ only by case or spaces, a
+    recording with two, a class with a single recording or group, and splits that are not all given or of no use.
     """
     place = Path(place)
     if place.is_dir():
@@ -36,7 +39,7 @@ def read_labels(place: str | os.PathLike[str]) -> list[Labelled]:
             raise HearSsamError(f"{place}: has no subfolders; put the recordings of each class in one of its name.")
         found = [Labelled(str(file), folder.name) for folder in classes for file in find_audio([folder])]
     else:
-        rows = read_manifest(place, "label")
+        rows = read_manifest(place, "label", known=known)
         found = [Labelled(r["path"], r["label"], r.get("split", ""), r.get("group", "")) for r in rows]
     _check(place, found)
     return found
@@ -44,11 +47,17 @@ def read_labels(place: str | os.PathLike[str]) -> list[Labelled]:
 
 def _check(place: Path, found: list[Labelled]) -> None:
     alike: dict[str, str] = {}
+    by_path: dict[str, Labelled] = {}
     for row in found:
+        if (first := by_path.setdefault(os.path.abspath(row.path), row))[1:] != row[1:]:
+            both = " and ".join(" ".join(filter(None, each[1:])) for each in (first, row))
+            raise HearSsamError(f"{place}: {row.path} stands in it twice, as {both}; keep one.")
         if not row.label:
             raise HearSsamError(f"{place}: {row.path} has no label; give it one, or leave it out.")
-        if (other := alike.setdefault(" ".join(row.label.casefold().split()), row.label)) != row.label:
-            raise HearSsamError(f"{place}: the labels {other!r} and {row.label!r} are the same but for case; mend one.")
+        plain = " ".join(unicodedata.normalize("NFKC", row.label).casefold().split())
+        if (other := alike.setdefault(plain, row.label)) != row.label:
+            same = "are the same but for case or Unicode form"
+            raise HearSsamError(f"{place}: the labels {other!r} and {row.label!r} {same}; mend one.")
         if row.split not in ("", *SPLITS):
             raise unknown_name(f"split in {place}:", row.split, SPLITS)
     if len(alike) < 2:
@@ -56,7 +65,7 @@ def _check(place: Path, found: list[Labelled]) -> None:
     split = {row.split for row in found} - {""}
     if split and (len({row.split for row in found}) > len(split) or not {"train", "test"} <= split):
         raise HearSsamError(f"{place}: give every row a split, train or test (or valid), or none.")
-    groups = {(row.label, row.group or row.path) for row in found if row.split in ("", "train")}
+    groups = {(row.label, row.group or row.path) for row in by_path.values() if row.split in ("", "train")}
     counts = Counter(label for label, _ in groups)
     for label in sorted(alike.values()):
         if counts[label] < 2:

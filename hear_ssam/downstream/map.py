@@ -42,7 +42,10 @@ def run(args: argparse.Namespace) -> int:
     table = read_embeddings(args.embeddings)
     labels = {}
     if args.labels:
-        labels = {os.path.abspath(row["path"]): row["label"] for row in read_manifest(args.labels, "label")}
+        rows = read_manifest(args.labels, "label", known=set(table.paths))
+        labels = {os.path.abspath(row["path"]): row["label"] for row in rows}
+        if labels.keys().isdisjoint(map(os.path.abspath, table.paths)):
+            raise HearSsamError(f"--labels {args.labels}: names none of the clips; its column path is to be theirs.")
     chosen = np.sort(np.random.default_rng(0).permutation(len(table.x))[:MOST])
     if len(chosen) < 3:
         raise HearSsamError(f"{args.embeddings}: {len(chosen)} rows make no map; embed at least three clips.")
@@ -69,6 +72,8 @@ def _places(x: np.ndarray, method: str) -> np.ndarray:
     from sklearn.manifold import TSNE
     from sklearn.preprocessing import StandardScaler
 
+    if not np.ptp(x, axis=0).any():
+        return np.full((len(x), 2), 0.5)  # all alike: scikit-learn would divide by their spread
     x = StandardScaler().fit_transform(x)
     x = PCA(min(2 if method == "pca" else 50, *x.shape), random_state=0).fit_transform(x)
     if method == "tsne":

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..embedding.inputs import Recording
 from ..embedding.shards import parquet_files, provenance, row_groups, same_provenance
@@ -44,7 +45,7 @@ def read_embeddings(place: str | os.PathLike[str]) -> Embeddings:
         raise HearSsamError(f"{place}: holds timestamp embeddings only; use `hear-ssam embed --kind scene`.")
     tables = (table for file in files for table in row_groups(file))
     if not made["window"]:  # of an hour of timestamps only the scene is kept
-        tables = (table.filter(pa.compute.is_null(table["start_ms"])) for table in tables)
+        tables = (table.filter(pc.is_null(table["start_ms"])) for table in tables)
     return as_embeddings(tables, made)
 
 

@@ -6,7 +6,7 @@ import csv
 import glob
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,9 +73,12 @@ def _all(inputs: Iterable[str | os.PathLike[str]]) -> Iterator[Recording]:
             yield from map(of_file, find_audio([given]))
 
 
-def read_manifest(file: str | os.PathLike[str], *needed: str) -> list[dict[str, str]]:
+def read_manifest(
+    file: str | os.PathLike[str], *needed: str, known: Collection[str] | None = None
+) -> list[dict[str, str]]:
     """The rows of a CSV file with a header, a column `path` and those `needed`; relative paths start at its folder.
 
+    With `known`, the paths of embeddings, no file need be there, and a path that is among them is taken as it stands.
     Raises HearSsamError where it cannot be read, lacks a column or has no row, or names files that are not there.
     """
     try:
@@ -91,8 +94,8 @@ def read_manifest(file: str | os.PathLike[str], *needed: str) -> list[dict[str, 
             raise HearSsamError(f"{file}: has no column {column} ({columns}); name it in the first line.")
     folder = os.path.dirname(os.fspath(file))
     for row in rows:
-        row["path"] = os.path.join(folder, row["path"])
-    if missing := [row["path"] for row in rows if not os.path.isfile(row["path"])]:
+        row["path"] = row["path"] if row["path"] in (known or ()) else os.path.join(folder, row["path"])
+    if missing := [row["path"] for row in rows if known is None and not os.path.isfile(row["path"])]:
         count = f"{len(missing)} of {len(rows)}"
         raise HearSsamError(f"{file}: {count} files are not there, {missing[0]} first; correct them.")
     return rows

@@ -115,16 +115,23 @@ def obtain(
     `convert(published, ours, model)` writes the file. `source`: a published file or folder that is on this machine.
     Raises HearSsamError as `download.fetch` does, and with the place where weights on a web drive are.
     """
-    if not source and (file := here(weights, cache)):
+    file, target = here(weights, cache), _converted(weights, cache)
+    if file and not source:
         return file
-    target = _converted(weights, cache)
+    if file not in (None, target):
+        raise HearSsamError(f"--from {source}: {weights.label} is here already, in {file}; name other weights.")
     if not source and not weights.downloadable:
+        lie = f"no program can fetch these weights from {weights.origin.page}; use a browser"
+        if weights.file:
+            lie = f"{weights.file} lies in {weights.origin.page}, not in the package; get it there"
         raise HearSsamError(
-            f"{weights.label}: no program can fetch these weights from {weights.origin.page}; use a browser and "
-            f"pass the file or folder, or keep them for good: hear-ssam models fetch {weights.name} --from FOLDER."
+            f"{weights.label}: {lie} and pass the file or folder, or keep it for good: "
+            f"hear-ssam models fetch {weights.label} --from PATH."
         )
     with locked(target):
         if source:
+            if weights.sha256 and os.path.isfile(source):
+                check_hash(Path(source), source, weights.sha256, target)
             convert(Path(source), target, weights.name)
         elif not target.is_file():  # another process may have made it meanwhile
             memory = target.with_name(weights.file or "")  # where a plain download lies, and what its hash is noted for
