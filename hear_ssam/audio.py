@@ -33,6 +33,7 @@ SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd 
 UNREAD = frozenset(  # what it does not, and FFmpeg does
     ".m4a .mp4 .m4b .aac .wma .webm .mka .amr .ac3 .ape .wv .mp2 .3gp .dsf .mkv .mov .avi".split()
 )
+GUESSED = ("aac", "ac3", "amr", "mp3")  # bare streams, whose length FFmpeg guesses from their first bits per second
 CLIP_RATE = 16_000  # Hz: what encoders read, and stores of audio hold
 BLOCK = 1 << 18  # samples decoded at once: an hour of 96 kHz surround needs no more memory than its mono result
 INSTALL_AV = "pip install 'hear-ssam[av]'"
@@ -55,8 +56,7 @@ def _audio_below(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise HearSsamError(f"{error.filename}: cannot be listed: {error.strerror}; mend its permissions.") from error
 
-    readable = SUFFIXES | UNREAD if importlib.util.find_spec("av") else SUFFIXES
-    files: list[Path] = []
+    readable, files = _readable(), list[Path]()
     left_out: Counter[str] = Counter()
     for parent, folders, names in os.walk(folder, onerror=refuse):  # unlike Path.rglob it reports unreadable folders
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -76,6 +76,11 @@ def _audio_below(folder: Path) -> list[Path]:
         )
     tell_left_out(folder, left_out)
     return sorted(files)
+
+
+def _readable() -> frozenset[str]:
+    """Which suffixes are those of audio that can be read here."""
+    return SUFFIXES | UNREAD if importlib.util.find_spec("av") else SUFFIXES
 
 
 def _counts(kinds: Counter[str]) -> str:
@@ -204,6 +209,9 @@ def _decode_av(handle: BinaryIO, name: str | os.PathLike[str], sample_rate: int)
                     seconds += part.samples / rate
                     yield resampler.resample_chunk(part.to_ndarray().mean(axis=0))
             promised = float(track.duration * track.time_base) if track.duration and track.time_base else 0.0
+            if not promised and len(container.streams) == 1:  # Matroska tells only how long all tracks are together
+                promised = (container.duration or 0) / 1e6
+            promised *= container.format.name not in GUESSED
     except av.FFmpegError as error:
         raise HearSsamError(
             f"{name}: is damaged or no audio, after {seconds:.2f} s: {error.strerror}; {MEND}."
@@ -260,7 +268,7 @@ def is_tar(path: Path) -> bool:
 
 
 def _tar_clips(path: Path) -> Iterator[Clip]:
-    problem, left_out = "holds no audio", Counter[str]()
+    problem, left_out, readable = "holds no audio", Counter[str](), _readable()
     try:
         with tarfile.open(path) as tar:
             for member in tar:
@@ -268,11 +276,11 @@ def _tar_clips(path: Path) -> Iterator[Clip]:
                 suffix = inside.suffix.lower()
                 if not member.isfile() or any(part.startswith(".") for part in inside.parts):
                     continue
-                if suffix in SUFFIXES:
+                if suffix in readable:
                     name, data = f"{path}:{member.name}", io.BytesIO(cast(IO[bytes], tar.extractfile(member)).read())
                     yield Clip(_source(path, inside), name, functools.partial(decode_audio, data, name, CLIP_RATE))
                     problem = ""
-                left_out[suffix] += suffix in UNREAD  # beside audio, a shard is full of other files
+                left_out[suffix] += suffix in UNREAD - readable  # beside audio, a shard is full of other files
             problem = problem or _problem_at_end(tar)
         tell_left_out(path, left_out)
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:

@@ -151,7 +151,7 @@ class Encoder(nn.Module):
             if not self.config.readout_block:
                 return [self.tokens(spec)]
             layers = [self.config.readout_block]
-        for layer in layers:
+        for layer in [*layers] or [0]:
             if layer not in range(step, last + 1, step):
                 known = f"{step}, {2 * step}, ... {last}" if last > 2 * step else f"{step} to {last}"
                 what = f"layers={list(layers)}: this encoder has no tokens of block {layer!r}"

@@ -25,6 +25,7 @@ import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -312,6 +313,13 @@ def load_model(
     """
     for option in unknown:
         raise unknown_name("option of load_model", option, load_model.__kwdefaults__ or ())
+    kinds: dict[str, tuple[Any, Any]] = {
+        "model": (model, str), "pretrained": (pretrained, bool), "seed": (seed, Integral),
+        "cache": (cache, (str, os.PathLike, type(None))),
+    }  # fmt: skip
+    for option, (value, kind) in kinds.items():
+        if not isinstance(value, kind):
+            raise HearSsamError(f"{option}={value!r}: has a wrong type, {type(value).__name__}; see help(load_model).")
     if backend not in (None, "auto"):
         backends = available_backends()
         if backend not in backends:
@@ -341,7 +349,7 @@ def load_model(
                 raise unknown_name("model", name, [*CONFIGS, BASELINE])
             file, name = find_weights(name, cache)
             stored, state, info = load_checkpoint(file)
-            card = file.with_suffix(".md")
+            card = file.with_suffix(".md") if file.is_file() else card
             config, digest = _with_options(stored, options), info["sha256"]
             if config.window_frames != stored.window_frames:
                 state["pos_embed"] = resize_positions(state["pos_embed"], stored, config.grid[0])
@@ -417,7 +425,7 @@ def find_weights(name: str, cache: str | os.PathLike[str] | None = None) -> tupl
         return obtain(published, convert, cache), name
     path = Path(name)
     if path.exists():
-        return path, path.stem if path.is_file() else path.name
+        return path, path.stem if path.is_file() else os.path.basename(os.path.abspath(path))
     if path.name == name and path.suffix not in (".pth", ".pt", ".safetensors"):
         raise unknown_name("model", name, [*(entry.label for entry in PUBLISHED), *CONFIGS, BASELINE])
     repository = re.fullmatch(r"([\w.-]+/([\w.-]+))(?:@([\w./-]+))?", name)

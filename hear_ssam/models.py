@@ -92,7 +92,7 @@ def _fetch(args: argparse.Namespace) -> int:
     from .config import CONFIGS
     from .hub.weights import PUBLISHED, here, named, obtain
 
-    every = args.names == ["all"]
+    every = "all" in args.names
     names = list(CONFIGS) if every else args.names
     if args.source and len(names) > 1:
         raise HearSsamError("--from: holds the weights of one model; give one NAME.")
@@ -120,8 +120,8 @@ def _convert(args: argparse.Namespace) -> int:
 
     config, info = convert(args.input, args.output)
     print(f"{args.output}: {config.system}, width {config.embed_dim}, depth {config.depth}")
-    print(f"  token order  {config.token_order} (load_model(..., token_order=...) overrides)")
+    print(f"  token order   {config.token_order} (load_model(..., token_order=...) overrides)")
     for key, value in info.items():
-        print(f"  {key.replace('_', ' '):<13}{', '.join(value) or 'nothing' if isinstance(value, list) else value}")
-    print(f"  sha256       {sha256(args.output)}")
+        print(f"  {key.replace('_', ' '):<14}{', '.join(value) or 'nothing' if isinstance(value, list) else value}")
+    print(f"  sha256        {sha256(args.output)}")
     return 0

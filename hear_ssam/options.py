@@ -59,6 +59,8 @@ def parse_options(text: str) -> dict[str, Any]:
         raise HearSsamError(f"model options must be a JSON object, not {text!r}: {error}.") from error
     if not isinstance(options, dict):
         raise HearSsamError(f"model options must be a JSON object, not {text!r}.")
+    if "model_file_path" in options:
+        raise HearSsamError(f"model options: name {options['model_file_path']!r} by --model, not as model_file_path.")
     return options
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 
 import hear_ssam
 from hear_ssam import HearSsamError, load_model
-from hear_ssam.audio import read_audio
+from hear_ssam.audio import audio_clips, read_audio
 from hear_ssam.checkpoint import save_checkpoint
 from hear_ssam.config import build_config
 from hear_ssam.embedding import clips
@@ -98,6 +100,18 @@ def test_kinds_of_input(mini: HearModel, tmp_path: Path) -> None:
     mixed = hear_ssam.embed([tmp_path / "a.wav", clip], mini)
     np.testing.assert_allclose(mixed, [from_file, expected], atol=1e-6)
     assert hear_ssam.embed([], mini).shape == (0, mini.scene_embedding_size)
+    assert hear_ssam.embed([], mini, layers=[1, 2], pooling="mean_std").shape == (0, 4 * mini.timestamp_embedding_size)
+    half = torch.from_numpy(clip).bfloat16()
+    np.testing.assert_array_equal(hear_ssam.embed(half, mini), hear_ssam.embed([half.float()], mini))
+    clip.flags.writeable = False
+    np.testing.assert_allclose(hear_ssam.embed(clip, mini), [expected], atol=1e-6)  # and nothing warns
+
+
+def test_a_file_that_is_written_anew_is_another_model(files: dict[str, Path], tmp_path: Path) -> None:
+    for system in ("ssam", "ssast"):
+        shutil.copy(files[system], tmp_path / "own.safetensors")
+        found = hear_ssam.embed(noise(8_000), tmp_path / "own.safetensors")
+        np.testing.assert_array_equal(found, hear_ssam.embed(noise(8_000), load_model(files[system])))
 
 
 def test_the_shipped_model_is_the_default() -> None:
@@ -158,7 +172,9 @@ def test_long_files_in_pieces(mini: HearModel, tmp_path: Path, monkeypatch: pyte
     [
         ("absent.wav", {}, r"^absent.wav: cannot be read: No such file"),
         ([np.zeros(16_000), np.zeros(100)], {}, r"^clip 1: audio has 100 samples; .* needs at least 201"),
-        (np.zeros((16_000, 2)), {}, r"^clip 0: audio has 2 samples"),
+        (np.zeros((16_000, 2)), {}, r"^x: has the shape \(16000, 2\), .*x\.mean\(1\)"),
+        (None, {}, r"^x: 'NoneType' object is not iterable; give paths or arrays"),
+        (torch.tensor(1.0), {}, r"^x: iteration over a 0-d array"),
         ([np.zeros((2, 16_000))], {}, r"^clip 0: is float64 of shape \(2, 16000\); .*average its channels"),
         ([0.1, 0.2], {}, r"^clip 0: is float64 of shape \(\)"),
         (np.full(16_000, np.nan), {}, r"^clip 0: audio has NaN"),
@@ -170,6 +186,7 @@ def test_long_files_in_pieces(mini: HearModel, tmp_path: Path, monkeypatch: pyte
         (np.zeros(16_000), {"rate": 0}, r"^rate=0: no sample rate"),
         (np.zeros(16_000), {"pooling": "max"}, r"^unknown pooling 'max'"),
         (np.zeros(16_000), {"layers": [3]}, r"^layers=\[3\]: this encoder has no tokens of block 3; take 1 to 2"),
+        (np.zeros(16_000), {"layers": []}, r"^layers=\[\]: this encoder has no tokens of block 0; take"),
         (np.zeros(16_000), {"layers": [0]}, r"^layers=\[0\]: this encoder has no tokens of block 0"),
         (np.zeros(16_000), {"model": "logmel", "layers": [1]}, r"^layers=\[1\]: logmel has no blocks"),
         (np.zeros(16_000), {"model": "ssam_tny"}, r"Did you mean 'ssam_tiny'"),
@@ -185,15 +202,19 @@ def test_pairs_have_even_layers(files: dict[str, Path]) -> None:
         hear_ssam.embed(np.zeros(16_000), load_model(files["ssamba"]), layers=[3])
 
 
-def test_what_only_ffmpeg_reads(mini: HearModel, tmp_path: Path) -> None:
+def write_aac(file: Path, clip: np.ndarray) -> None:
     av = pytest.importorskip("av")
-    clip = np.sin(2 * np.pi * 440 / RATE * np.arange(80_000)).astype(np.float32)
-    with av.open(str(tmp_path / "a.m4a"), "w") as container:
-        stream = container.add_stream("aac", rate=48_000)
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("aac", rate=48_000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.repeat(clip, 3)[None], format="fltp", layout="mono")
         frame.sample_rate = 48_000
         for packet in [*stream.encode(frame), *stream.encode(None)]:
             container.mux(packet)
+
+
+def test_what_only_ffmpeg_reads(mini: HearModel, tmp_path: Path) -> None:
+    clip = np.sin(2 * np.pi * 440 / RATE * np.arange(80_000)).astype(np.float32)
+    write_aac(tmp_path / "a.m4a", clip)
     audio = read_audio(tmp_path / "a.m4a", RATE)
     assert abs(len(audio) - len(clip)) < 2000  # AAC pads
     assert np.abs(np.fft.rfft(audio[4_000:36_000])).argmax() == 880 and audio[4_000:36_000].std() > 0.4
@@ -201,6 +222,21 @@ def test_what_only_ffmpeg_reads(mini: HearModel, tmp_path: Path) -> None:
     (tmp_path / "cut.m4a").write_bytes((tmp_path / "a.m4a").read_bytes()[:10_000])
     with pytest.raises(HearSsamError, match=r"cut.m4a: is damaged"):
         hear_ssam.embed(tmp_path / "cut.m4a", mini)
+
+
+def test_how_long_a_file_is_meant_to_be(tmp_path: Path) -> None:
+    """FFmpeg guesses what a bare stream does not say, and knows of Matroska what its tracks do not say."""
+    noise = 0.3 * np.random.default_rng(0).standard_normal(80_000).astype(np.float32)
+    write_aac(tmp_path / "a.aac", np.concatenate([np.zeros(320_000, np.float32), noise]))
+    assert abs(len(read_audio(tmp_path / "a.aac", RATE)) - 400_000) < 2000
+    write_aac(tmp_path / "a.mka", noise)
+    (tmp_path / "cut.mka").write_bytes((tmp_path / "a.mka").read_bytes()[:20_000])
+    with pytest.raises(HearSsamError, match=r"cut.mka: is cut off: \d\.\d\d of 5\.\d\d s are there"):
+        read_audio(tmp_path / "cut.mka", RATE)
+    with tarfile.open(tmp_path / "some.tar", "w") as tar:
+        tar.add(tmp_path / "a.mka", "a.mka")
+    (member,) = audio_clips([tmp_path / "some.tar"])
+    np.testing.assert_array_equal(member.decode(), read_audio(tmp_path / "a.mka", RATE))
 
 
 def test_without_pyav_the_file_is_named_with_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

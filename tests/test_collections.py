@@ -234,13 +234,17 @@ def test_kinds_of_lists(recordings: Path, tmp_path: Path, monkeypatch: pytest.Mo
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{recordings / '07.wav'}\n\n{recordings / '00.wav'}\n"))
-    inputs = recordings / "0[01].wav", "a.csv", "b.tar", "-"
+    Path("deep/empty").mkdir(parents=True)
+    Path("deep/notes.csv").write_text("of something else")
+    Path("deep/08.wav").write_bytes((recordings / "08.wav").read_bytes())
+    inputs = recordings / "0[01].wav", "a.csv", "b.tar", "-", "deep/**"
     assert embed(*inputs, "-o", "out.parquet", "--model", "logmel", "--kind", "scene") == 0
     found = columns(Path("out.parquet"))
     own = [str(recordings / f"{number:02}.wav") for number in (0, 1, 3)]
-    assert found["path"] == [*own, "local.wav", "b.tar:x/05.wav", "b.tar:x/06.wav", str(recordings / "07.wav")]
+    others = ["local.wav", "b.tar:x/05.wav", "b.tar:x/06.wav", str(recordings / "07.wav"), "deep/08.wav"]
+    assert found["path"] == own + others
     model = hear_ssam.load_model("logmel")
-    for row, number in enumerate((0, 1, 3, 4, 5, 6, 7)):
+    for row, number in enumerate((0, 1, 3, 4, 5, 6, 7, 8)):
         np.testing.assert_allclose(found["embedding"][row], scene(recordings / f"{number:02}.wav", model), atol=1e-5)
 
 

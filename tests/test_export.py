@@ -63,4 +63,6 @@ def test_what_cannot_be_exported_says_why(tmp_path: Path, capsys: pytest.Capture
         assert f"{' '.join(wrong)}" in (said := capsys.readouterr().err) and "take one clip or more" in said
     assert cli.main(["export", "ssam_tinny", "-o", str(tmp_path / "a.onnx")]) == 2
     assert "Did you mean 'ssam_tiny'" in capsys.readouterr().err
+    assert cli.main(["export", "-o", str(tmp_path / "a.onnx"), "--model-options", '{"precision": "bf16"}']) == 2
+    assert "onnxruntime runs ssam_tiny in float32 only" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

@@ -50,6 +50,8 @@ def test_all_commands_describe_options_alike() -> None:
 
 def test_model_options_are_a_json_object() -> None:
     assert parse_options('{"precision": "bf16"}') == {"precision": "bf16"}
+    with pytest.raises(HearSsamError, match="model options: name 'x' by --model, not as"):
+        parse_options('{"model_file_path": "x"}')
     for text in ("[1]", "{", "1"):
         with pytest.raises(HearSsamError, match="model options must be a JSON object"):
             parse_options(text)

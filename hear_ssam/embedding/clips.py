@@ -82,11 +82,19 @@ def embed(
     for batch in grouped(short(), lambda pair: len(pair[1]), most * (1 if model.device.type == "cpu" else 32)):
         found = embed_clips(model, [clip for _, clip in batch], layers, pooling)
         rows |= {index: scene.cpu().numpy() for (index, _), (scene, _) in zip(batch, found, strict=True)}
-    return np.stack([rows[i] for i in sorted(rows)]) if rows else np.zeros((0, model.scene_embedding_size), np.float32)
+    if not rows:  # as wide as those of any clip
+        return embed(np.zeros(model.sample_rate), model, pooling=pooling, layers=layers)[:0]
+    return np.stack([rows[i] for i in sorted(rows)])
+
+
+def _load(name: str) -> HearModel:
+    file = os.stat(name) if os.path.exists(name) else None
+    return _loaded(name, file and (file.st_dev, file.st_ino, file.st_mtime_ns))
 
 
 @functools.lru_cache(1)
-def _load(name: str) -> HearModel:
+def _loaded(name: str, file: object) -> HearModel:
+    """Once for the same file; one that was written anew is another."""
     return load_model(name)
 
 
@@ -95,11 +103,16 @@ def _items(x: Any, lengths: Sequence[int] | None) -> list[Any]:
     if isinstance(x, (str, os.PathLike)):
         x = [x]
     if isinstance(x, Tensor):
-        x = x.detach().cpu().numpy()
+        x = _array(x)
     if isinstance(x, np.ndarray) and x.ndim == 1 and x.dtype.kind in "fiu":
         x = x[None]
+    if isinstance(x, np.ndarray) and x.ndim == 2 and x.shape[1] < 32 < len(x):
+        raise HearSsamError(f"x: has the shape {x.shape}, meant as (clips, samples); of channels take x.mean(1).")
     if lengths is None:
-        return list(x)
+        try:
+            return list(x)
+        except TypeError as error:
+            raise HearSsamError(f"x: {error}; give paths or arrays of audio.") from error
     if not isinstance(x, np.ndarray) or x.ndim != 2 or len(lengths) != len(x):
         raise HearSsamError("lengths: has one number per row of a two-dimensional x, and no meaning for others.")
     for index, length in enumerate(lengths):
@@ -110,12 +123,17 @@ def _items(x: Any, lengths: Sequence[int] | None) -> list[Any]:
     return [row[:length] for row, length in zip(x, lengths, strict=True)]
 
 
+def _array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return np.asarray(tensor.float() if tensor.dtype == torch.bfloat16 else tensor)  # which NumPy lacks
+
+
 def _as_float(item: Any) -> np.ndarray:
-    clip = item.detach().cpu().numpy() if isinstance(item, Tensor) else np.asarray(item)
+    clip = _array(item) if isinstance(item, Tensor) else np.asarray(item)
     if clip.ndim != 1 or clip.dtype.kind not in "fiu":
         raise HearSsamError(f"is {clip.dtype} of shape {clip.shape}; a clip is mono, (samples,): average its channels.")
     if clip.dtype.kind == "f":
-        return np.ascontiguousarray(clip, np.float32)
+        return np.array(clip, np.float32, order="C")  # of its own: torch warns of arrays that are read-only
     if clip.dtype.name not in SCALES:
         raise HearSsamError(f"is {clip.dtype}; give floats in [-1, 1], or one of {', '.join(SCALES)}.")
     return (clip / SCALES[clip.dtype.name] - (clip.dtype.kind == "u")).astype(np.float32)

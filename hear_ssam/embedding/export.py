@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -72,6 +73,8 @@ def export_onnx(
         raise HearSsamError(f"export: needs {error.name}; pip install 'hear-ssam[onnx]'.") from error
     if not isinstance(model, EncoderModel):
         raise HearSsamError(f"export: {model.name} has no encoder; name another model.")
+    if any(getattr(module, "bf16", False) for module in model.encoder.modules()):
+        raise HearSsamError(f"export: onnxruntime runs {model.name} in float32 only; leave away precision bf16.")
 
     class Scenes(torch.nn.Module):
         def __init__(self, model: EncoderModel) -> None:
@@ -95,6 +98,7 @@ def export_onnx(
     }
     with torch.no_grad(), warnings.catch_warnings(), atomic_write(output) as temporary:
         warnings.simplefilter("ignore")  # of torch's exporter, about itself
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             torch.export.export(Scenes(model), (example,), strict=False),
             dynamo=True,

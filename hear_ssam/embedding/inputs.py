@@ -66,7 +66,10 @@ def _all(inputs: Iterable[str | os.PathLike[str]]) -> Iterator[Recording]:
         elif os.path.isfile(given) and is_tar(Path(given)):
             yield from (Recording(clip.name, 1 << 18, clip.decode) for clip in audio_clips([given]))
         elif not os.path.lexists(given) and glob.has_magic(given):
-            if not (found := sorted(glob.glob(given, recursive=True))):
+            found = sorted(glob.glob(given, recursive=True))
+            if "**" in given:  # which finds what is in folders itself, empty ones and lists among it
+                found = [path for path in found if not (os.path.isdir(path) or path.lower().endswith(".csv"))]
+            if not found:
                 raise HearSsamError(f"{given}: no file is called like that; correct the pattern.")
             yield from _all(found)
         else:
