@@ -239,6 +239,7 @@ class Clip(NamedTuple):
     source: str
     name: str
     decode: Callable[[], np.ndarray]
+    bytes: int = 0  # that it holds in memory
 
 
 def audio_clips(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Clip]:
@@ -278,7 +279,8 @@ def _tar_clips(path: Path) -> Iterator[Clip]:
                     continue
                 if suffix in readable:
                     name, data = f"{path}:{member.name}", io.BytesIO(cast(IO[bytes], tar.extractfile(member)).read())
-                    yield Clip(_source(path, inside), name, functools.partial(decode_audio, data, name, CLIP_RATE))
+                    decode = functools.partial(decode_audio, data, name, CLIP_RATE)
+                    yield Clip(_source(path, inside), name, decode, member.size)
                     problem = ""
                 left_out[suffix] += suffix in UNREAD - readable  # beside audio, a shard is full of other files
             problem = problem or _problem_at_end(tar)

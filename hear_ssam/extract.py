@@ -74,7 +74,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """`hear-ssam embed`; exit code 1 if a file was skipped."""
-    from .audio import is_tar
     from .embedding.inputs import find_recordings
     from .embedding.work import Options, share_cpus
     from .hear import load_model
@@ -90,9 +89,7 @@ def run(args: argparse.Namespace) -> int:
     kind, load = "scene" if window else args.kind or "both", parse_options(args.model_options)
     options = Options(kind, window, hop, args.dtype, {"precision": args.precision, **load})
     shard = parse_shard(args.shard)
-    recordings: Iterable[Recording] = find_recordings(args.inputs)
-    if not any(os.path.isfile(given) and is_tar(Path(given)) for given in args.inputs):  # tars are long to list
-        recordings = list(recordings)
+    recordings = find_recordings(args.inputs)
     with engine_named(args.engine, args.device, args.workers) as cluster:
         model = load_model(args.model, **{"device": "cpu" if cluster else args.device, **options.model_options})
         workers = share_cpus(recordings, args.workers)

@@ -24,6 +24,7 @@ import hear_ssam
 from hear_ssam import cli, extract
 from hear_ssam.audio import read_audio
 from hear_ssam.embedding import clips, shards, work
+from hear_ssam.embedding.inputs import find_recordings
 from hear_ssam.embedding.shards import Output
 from hear_ssam.embedding.work import cut_windows
 from hear_ssam.errors import HearSsamError
@@ -243,6 +244,9 @@ def test_kinds_of_lists(recordings: Path, tmp_path: Path, monkeypatch: pytest.Mo
     own = [str(recordings / f"{number:02}.wav") for number in (0, 1, 3)]
     others = ["local.wav", "b.tar:x/05.wav", "b.tar:x/06.wav", str(recordings / "07.wav"), "deep/08.wav"]
     assert found["path"] == own + others
+    members = find_recordings(["b.tar"])
+    assert not isinstance(members, list)  # all of them are never held at once
+    assert [member.bytes for member in members] == [(recordings / name).stat().st_size for name in ("05.wav", "06.wav")]
     model = hear_ssam.load_model("logmel")
     for row, number in enumerate((0, 1, 3, 4, 5, 6, 7, 8)):
         np.testing.assert_allclose(found["embedding"][row], scene(recordings / f"{number:02}.wav", model), atol=1e-5)

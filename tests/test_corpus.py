@@ -188,7 +188,8 @@ def test_tars_that_end_where_they_should_not(tmp_path: Path) -> None:
         ], where
 
 
-def test_what_a_tar_holds_besides_audio(tmp_path: Path) -> None:
+def test_what_a_tar_holds_besides_audio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
     members = dict.fromkeys(["s/._a.wav", "s/b.m4a", "s/b.json", ".git/c.wav"], b"")
     members |= {"./s/a.wav": wav(noise(1, 0)), "/t/d.wav": wav(noise(1, 1))}
     tar = write_tar(tmp_path / "pack.tar", members)

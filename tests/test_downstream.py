@@ -394,6 +394,7 @@ def test_a_step_of_a_pipeline(sounds: Path) -> None:
     assert list(embedder.get_feature_names_out()[:2]) == ["hear0", "hear1"] and found.shape == (18, 160)
     arrays = [read_audio(file, RATE) for file in files]
     np.testing.assert_allclose(embedder.transform(arrays), found, atol=1e-6)
+    assert embedder.set_params(model="ssam_tiny").transform(files[:1]).shape == (1, 1920)
 
 
 def test_scikit_learns_own_checks() -> None:

@@ -111,6 +111,7 @@ def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> di
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+    from tqdm import tqdm
 
     by_path = {os.path.abspath(row.path): row for row in labels}
     known = [by_path.get(os.path.abspath(path)) for table in tables for path in table.paths]
@@ -136,7 +137,8 @@ def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> di
             return pipeline(strength).fit(x[split == "train"], y[split == "train"]).predict_proba(x[valid])
         return cross_val_predict(pipeline(strength), x[fitted], y[fitted], cv=cv, method="predict_proba")
 
-    tried = {strength: attempt(strength) for strength in STRENGTHS}
+    bar = tqdm(STRENGTHS, desc="strengths", leave=False, disable=None)
+    tried = {strength: attempt(strength) for strength in bar}
     strength = min(STRENGTHS, key=lambda c: log_loss(y[chooses], tried[c], labels=range(len(classes))))
     final = pipeline(strength).fit(x[fitted], y[fitted])
     scaler, regression = final[0], final[1]
@@ -214,8 +216,7 @@ def _predict(args: argparse.Namespace) -> int:
     classifier = read_classifier(args.classifier)
     model = model_of(classifier["made"], args.classifier, args.model or classifier["model"], args.device)
     how = Options("scene", args.window, args.window if args.hop is None else args.hop)
-    recordings, count = list(find_recordings(args.inputs)), 0
-    skipped: list[str] = []
+    recordings, count, skipped = find_recordings(args.inputs), 0, list[str]()
     columns = ("path", "start_ms", "end_ms", "label") if args.window else ("path", "label")
     with atomic_write(args.output) as path, open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -229,5 +230,5 @@ def _predict(args: argparse.Namespace) -> int:
             count += 1
         if not count:
             raise HearSsamError(f"{args.output}: not written: none of {len(skipped)} recordings could be read.")
-    print(f"{args.output}: {count} of {len(recordings)} recordings")
+    print(f"{args.output}: {count} of {count + len(skipped)} recordings")
     return 1 if skipped else 0

@@ -33,12 +33,14 @@ class HearEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def fit(self, X: Any, y: Any = None) -> HearEmbedder:
         """Load the model."""
         self.model_ = self.model if isinstance(self.model, HearModel) else load_model(self.model, device=self.device)
+        self._fitted = self.model, self.device
         return self
 
     def transform(self, X: Any) -> np.ndarray:
         """What `embed` gives for X, a list of paths or clips, or an array (clips, samples)."""
-        model = self.model_ if hasattr(self, "model_") else self.fit(X).model_
-        found = embed(X, model, rate=self.rate, pooling=self.pooling, layers=self.layers)
+        if getattr(self, "_fitted", None) != (self.model, self.device):  # never, or before `set_params`
+            self.fit(X)
+        found = embed(X, self.model_, rate=self.rate, pooling=self.pooling, layers=self.layers)
         self._n_features_out = found.shape[1]
         return found
 

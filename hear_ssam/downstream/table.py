@@ -78,7 +78,7 @@ def model_of(made: dict[str, Any], place: object, name: str, device: str) -> Hea
 
 
 def compute(
-    recordings: list[Recording], model: HearModel, options: Options, skipped: list[str]
+    recordings: Iterable[Recording], model: HearModel, options: Options, skipped: list[str]
 ) -> Generator[Embeddings, None, None]:
     """Embeddings of each recording; those that cannot be read are named on stderr and added to `skipped`."""
     with tempfile.TemporaryDirectory() as scratch:

@@ -6,7 +6,7 @@ import csv
 import glob
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,14 +42,19 @@ def of_file(path: str | os.PathLike[str]) -> Recording:
     return Recording(os.fspath(path), os.path.getsize(path) if os.path.isfile(path) else 0)
 
 
-def find_recordings(inputs: Iterable[str | os.PathLike[str]]) -> Iterator[Recording]:
-    """The recordings of all inputs in their order, each once.
+def find_recordings(inputs: Sequence[str | os.PathLike[str]]) -> Iterable[Recording]:
+    """The recordings of all inputs in their order, each once; a list, but for tars, which are read on the way.
 
     A folder is searched; a pattern (`**` crosses folders) is one that no file is called; a `.csv` names files in its
     column `path`; `-` reads one path a line from stdin. Raises HearSsamError where an input holds nothing.
     """
+    found = _once(_all(inputs))
+    return found if any(os.path.isfile(given) and is_tar(Path(given)) for given in inputs) else list(found)
+
+
+def _once(recordings: Iterable[Recording]) -> Iterator[Recording]:
     seen: set[str] = set()
-    for recording in _all(inputs):
+    for recording in recordings:
         if recording.name not in seen:
             seen.add(recording.name)
             yield recording
@@ -64,7 +69,7 @@ def _all(inputs: Iterable[str | os.PathLike[str]]) -> Iterator[Recording]:
         elif given.lower().endswith(".csv"):
             yield from (of_file(row["path"]) for row in read_manifest(given))
         elif os.path.isfile(given) and is_tar(Path(given)):
-            yield from (Recording(clip.name, 1 << 18, clip.decode) for clip in audio_clips([given]))
+            yield from (Recording(clip.name, clip.bytes, clip.decode) for clip in audio_clips([given]))
         elif not os.path.lexists(given) and glob.has_magic(given):
             found = sorted(glob.glob(given, recursive=True))
             if "**" in given:  # which finds what is in folders itself, empty ones and lists among it
