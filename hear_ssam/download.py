@@ -45,7 +45,7 @@ def fetch(url: str, path: str | os.PathLike[str], pinned: str | None = None, *, 
     folder that cannot be written.
     """
     target = Path(path)
-    with locked(target):
+    with contextlib.nullcontext() if target.is_file() else locked(target):  # what is there may lie on a read-only disk
         if target.is_file():
             return check_hash(target, target, pinned, target)
         if offline():

@@ -176,6 +176,11 @@ def test_labels_of_embeddings_whose_audio_is_elsewhere(
     text = "2 of 14 recordings have no embeddings and are left out"
     assert said.err == f"here/list.csv: {text}, here/far/low/6.wav first\n"
     assert run("map", "here/e.parquet", "--labels", "here/list.csv", "-o", "map.html") == 0
+    assert "map.html: 12 clips, 12 of them silent: no files of these names" in capsys.readouterr().out
+    assert run("classify", "train", "here/e.parquet", "-o", "d.json") == 2
+    assert "here/e.parquet: embeddings have no labels; give them with --labels CSV" in capsys.readouterr().err
+    assert run("classify", "train", "here/list.csv", "--labels", "here/list.csv", "-o", "d.json") == 2
+    assert "here/list.csv: holds no embeddings" in capsys.readouterr().err
     Path("list.csv").write_text("path,label\nother.wav,a\n")
     assert run("map", "here/e.parquet", "--labels", "list.csv", "-o", "map.html") == 2
     assert "--labels list.csv: names none of the clips" in capsys.readouterr().err

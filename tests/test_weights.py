@@ -121,8 +121,11 @@ def test_a_file_is_fetched_once_and_its_hash_remembered(server: Server, tmp_path
     assert digest == hashlib.sha256(DATA).hexdigest()
     assert (tmp_path / "deep/a.bin").read_bytes() == DATA
     assert (tmp_path / "deep/a.bin.sha256").read_text() == f"{digest}  a.bin\n"
+    (tmp_path / "deep/.a.bin.lock").unlink()
+    (tmp_path / "deep/.a.bin.lock").mkdir()  # as where nothing can be written
     assert fetch(f"{server.url}/a.bin", tmp_path / "deep/a.bin") == digest
     assert len(server.seen) == 1
+    (tmp_path / "deep/.a.bin.lock").rmdir()
     (tmp_path / "deep/a.bin").unlink()
     server.files["/a.bin"] = DATA[:-1]
     with pytest.raises(HearSsamError, match=r"a\.bin: its SHA-256 \w+ is not that of the first download.*delete"):

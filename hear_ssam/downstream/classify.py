@@ -64,36 +64,34 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _train(args: argparse.Namespace) -> int:
     from ..embedding.inputs import of_file
-    from ..embedding.shards import parquet_files
+    from ..embedding.shards import parquet_files, provenance
     from ..embedding.work import Options
     from ..hear import load_model
     from .labels import read_labels
     from .table import compute, read_embeddings
 
     skipped: list[str] = []
-    embedded = parquet_files(args.input) and not args.input.endswith(".csv")
-    if embedded and not args.labels:
-        raise HearSsamError(f"{args.input}: embeddings have no labels; give them with --labels CSV.")
-    if args.labels and not embedded:
-        raise HearSsamError(f"--labels {args.labels}: is for embeddings; a folder or CSV has its own labels.")
-    if embedded:
+    if args.labels:
         table = [read_embeddings(args.input)]
         labels = read_labels(args.labels, set(table[0].paths))
         there = set(map(os.path.abspath, table[0].paths))
         if lacking := [row.path for row in labels if os.path.abspath(row.path) not in there]:
             text = f"{len(lacking)} of {len(labels)} recordings have no embeddings and are left out"
             print(f"{args.labels}: {text}, {lacking[0]} first", file=sys.stderr)
+    elif any(map(provenance, parquet_files(args.input))) and not any(map(Path.is_dir, Path(args.input).glob("[!.]*"))):
+        raise HearSsamError(f"{args.input}: embeddings have no labels; give them with --labels CSV.")
     else:
         labels = read_labels(args.input)
         options = parse_options(args.model_options)
         model = load_model(args.model, **{"device": args.device, **options})
         recordings = [of_file(path) for path in dict.fromkeys(row.path for row in labels)]
-        table = list(compute(recordings, model, Options("scene", model_options=options), skipped))
-    if not table:
-        raise HearSsamError(f"{args.input}: none of {len(skipped)} recordings could be read.")
-    classifier = train(table, labels, args.labels or args.input)
-    classifier["model"] = args.model or classifier["made"]["model"]
-    with atomic_write(args.output) as path:
+    with atomic_write(args.output) as path:  # asked for before the work
+        if not args.labels:
+            table = list(compute(recordings, model, Options("scene", model_options=options), skipped))
+        if not table:
+            raise HearSsamError(f"{args.input}: none of {len(skipped)} recordings could be read.")
+        classifier = train(table, labels, args.labels or args.input)
+        classifier["model"] = args.model or classifier["made"]["model"]
         path.write_text(json.dumps(classifier) + "\n", "utf-8")
     print(describe(classifier))
     return 1 if skipped else 0

@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
     words += f", embedded by {table.made['model']}; {args.method.upper()}"
     with atomic_write(args.output) as temporary:
         temporary.write_text(page(points, words), "utf-8")
-    print(f"{args.output}: {len(points):,} clips")
+    silent = sum(not point[4] for point in points)
+    note = f", {silent:,} of them silent: no files of these names are found from this folder" if silent else ""
+    print(f"{args.output}: {len(points):,} clips{note}")
     return 0
 
 
