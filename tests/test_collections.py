@@ -189,6 +189,10 @@ def test_jobs_of_an_array_share_a_folder(recordings: Path, weights: Path, tmp_pa
         assert embed(*arguments) == 0
         assert len(columns(tmp_path / "out")["path"]) == 4 * number
     assert sorted(names(tmp_path / "out")) == [f"{number:02}.wav" for number in range(12)]
+    under_way = tmp_path / "out" / ".part-1-of-3-00001.tmp"
+    under_way.touch()
+    assert embed(recordings, "-o", tmp_path / "out", "--model", weights, "--kind", "scene") == 0  # all are there
+    under_way.unlink()  # it is another job's
     assert {file.name for file in (tmp_path / "out").iterdir()} == {f"part-{i}-of-3-00000.parquet" for i in (1, 2, 3)}
 
 

@@ -87,6 +87,14 @@ def test_transformers_gives_the_same_embeddings(
     torch.testing.assert_close(scene, get_scene_embeddings(clips[0][None], model), rtol=0, atol=1e-6)
 
 
+def test_transformers_alone_loads_the_folder(folder: Path, tmp_path: Path) -> None:
+    """In a process that has imported nothing of ours."""
+    pytest.importorskip("transformers", reason="pip install transformers")
+    code = "from transformers import AutoModel as A; A.from_pretrained('.', trust_remote_code=True)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
+
+
 class Hub(BaseHTTPRequestHandler):
     """What of the hub's interface a push needs."""
 

@@ -169,7 +169,7 @@ class Output:
         if self.writer is not None:
             with contextlib.suppress(OSError):
                 self.writer.close()
-        for leftover in self.folder.glob(f".{self.prefix}-*.tmp"):
+        for leftover in self.folder.glob(f".{self.prefix}-?????.tmp"):
             leftover.unlink()
 
     def finish(self) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import BatchFeature, PretrainedConfig, PreTrainedModel, SequenceFeatureExtractor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-import hear_ssam
+from hear_ssam.hear import untrained
 
 
 class HearSsamConfig(PretrainedConfig):
@@ -51,7 +51,7 @@ class HearSsamModel(PreTrainedModel):
 
     def __init__(self, config: HearSsamConfig) -> None:
         super().__init__(config)
-        hear = hear_ssam.hear.untrained(config.name, config.encoder)
+        hear = untrained(config.name, config.encoder)
         self.encoder = hear.encoder
         self.__dict__["hear"] = hear  # no child: its encoder is ours already, and its front end has no weights
         self.post_init()
