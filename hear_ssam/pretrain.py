@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .config import CONFIGS
 from .errors import HearSsamError, unknown_name
 from .machine import usable_cpus
 from .options import add_device
-from .paths import atomic_write, shipped
+from .paths import shipped
 from .pretraining.corpus import missing, recipe, terms
 from .pretraining.recipe import RECIPES, Recipe, read_recipe
 
@@ -94,10 +95,10 @@ recipes that ship: {recipes}""",
     parser.add_argument("store", metavar="STORE", help="folder that `hear-ssam corpus` wrote")
     parser.add_argument("--name", default="codes", help="of the files beside the store (default codes)")
     parser.add_argument("--checkpoint", default="", metavar="NAME|FILE", help="a model of ours as the teacher")
-    parser.add_argument("--block", type=int, default=8, help="after which its tokens are taken (default 8)")
-    parser.add_argument("--module", default="", help="a HEAR module as the teacher")
-    parser.add_argument("--path", default="", help="its model_file_path")
-    parser.add_argument("--student", default="ssam_tiny", metavar="MODEL", help="whose patches get a module's codes")
+    parser.add_argument("--block", type=int, help="after which its tokens are taken (default 8)")
+    parser.add_argument("--module", default="", help="a HEAR module as the teacher, or what else `evaluate` takes")
+    parser.add_argument("--path", help="its model_file_path")
+    parser.add_argument("--student", metavar="MODEL", help="whose patches get a module's codes (default ssam_tiny)")
     parser.add_argument("--clusters", type=int, default=500, metavar="K", help="default 500")
     parser.add_argument("--seed", type=int, default=0)
     add_device(parser)
@@ -114,6 +115,8 @@ def run_corpus(args: argparse.Namespace) -> int:
 
     if args.workers < 1:
         raise HearSsamError(f"--workers {args.workers}: needs at least one.")
+    if args.missing and (args.audio or args.check_against):
+        raise HearSsamError(f"--missing {args.missing}: only prints; use --audio and --check-against without it.")
     if args.missing:
         table = recipe()
         lines = missing(args.missing, [*table["package"], *table["source"]])
@@ -126,22 +129,24 @@ def run_corpus(args: argparse.Namespace) -> int:
         raise HearSsamError(f"{args.store}: name what to do: --audio, --check-against or --missing.")
     skipped: list[str] = []
     if args.audio:
-        info = build_store(args.store, tqdm(audio_clips(args.audio), unit=" clips"), args.workers, terms)
+        with tqdm(audio_clips(args.audio), unit=" clips") as clips:
+            info = build_store(args.store, clips, args.workers, terms)
         for row in info["sources"]:
             print(f"{row['clips']:8,} clips {row['hours']:8.2f} h  {row['name']}  {row.get('licence', '')}")
         print(f"{info['clips']:8,} clips {info['samples'] / RATE / 3600:8.2f} h  in {args.store}")
-        print(f"dropped: {info['short']} under 25 ms, {info['silent']} silent, {info['repeated']} that repeat another")
         skipped = info["skipped"]
+        dropped = f"{info['short']} under 25 ms, {info['silent']} silent, {info['repeated']} that repeat another"
+        print(f"dropped: {dropped}, {len(skipped)} that cannot be read")
         for reason in skipped:
             print(f"skipped {reason}", file=sys.stderr)
     if args.check_against:  # training leaves out what is named here
-        store, known = open_store(args.store), tqdm(audio_clips(args.check_against), unit=" clips")
-        leaks = find_leaks(store, known, workers=args.workers)
-        with atomic_write(store.folder / "left-out.tsv") as path:
-            path.write_text("".join(f"{x.clip}\t{store.name(x.clip)}\t{x.known}\t{x.votes}\n" for x in leaks), "utf-8")
+        store = open_store(args.store)
+        with tqdm(audio_clips(args.check_against), unit=" clips") as known:
+            leaks = find_leaks(store, known, workers=args.workers)
+        store.leave_out(leaks)
         for leak in leaks:
             print(f"left out: {store.name(leak.clip)} sounds like {leak.known} ({leak.votes} votes)")
-        print(f"{len(leaks)} of {len(store)} clips are left out of training: {store.folder}/left-out.tsv")
+        print(f"{len(store.left_out)} of {len(store)} clips are left out of training: {store.folder}/left-out.tsv")
     return 1 if skipped else 0
 
 
@@ -164,18 +169,27 @@ def run_pretrain(args: argparse.Namespace) -> int:
 
 def run_codes(args: argparse.Namespace) -> int:
     """`hear-ssam codes`."""
+    from .evaluation.module import load_hear_model, weights_sha256
     from .pretraining.codes import build_codes, encoder_features, module_features
     from .pretraining.store import open_store
 
     if bool(args.checkpoint) == bool(args.module):
         raise HearSsamError("codes: name one teacher, --checkpoint FILE or --module NAME.")
-    if args.student not in CONFIGS:
-        raise unknown_name("--student", args.student, CONFIGS)
-    store, config = open_store(args.store), CONFIGS[args.student]
+    idle = ("path", "student") if args.checkpoint else ("block",)
+    if words := [f"--{name} {getattr(args, name)}" for name in idle if getattr(args, name) is not None]:
+        kind = "--checkpoint" if args.checkpoint else "--module"
+        raise HearSsamError(f"{' '.join(words)}: of no use with {kind}; leave it out.")
+    if (student := args.student or "ssam_tiny") not in CONFIGS:
+        raise unknown_name("--student", student, CONFIGS)
+    store, config = open_store(args.store), CONFIGS[student]
     if args.checkpoint:
-        config, features, teacher = encoder_features(store, args.checkpoint, args.block, args.device)
+        block = 8 if args.block is None else args.block
+        config, features, teacher = encoder_features(store, args.checkpoint, block, args.device)
     else:
-        features, teacher = module_features(store, args.module, args.path, config)
+        hear = load_hear_model(args.module, args.path or "", device=args.device)
+        features = module_features(store, functools.partial(hear.embed, "timestamp"), hear.sample_rate, config)
+        digest = hear.checkpoint_sha256 or weights_sha256(hear.model)
+        teacher = {**hear.source, "model": Path(args.path or "").name, "sha256": digest}
     info = build_codes(store, args.name, config, features, teacher, args.clusters, args.seed)
     print(f"wrote {store.folder / args.name}.npy: {info['used']} of {info['clusters']} codes are used")
     return 0

@@ -121,6 +121,17 @@ def test_a_store_is_neither_overwritten_nor_read_damaged(tmp_path: Path) -> None
     build_store(tmp_path / "store", audio_clips([tar]))
     with pytest.raises(HearSsamError, match="holds a store already"):
         build_store(tmp_path / "store", audio_clips([tar]))
+    for name, content in (
+        ("clips.npz", b""),
+        ("clips.npz", b"PK\3\4 cut"),
+        ("store.json", b"[1]"),
+        ("store.json", b"{}"),
+    ):
+        whole = (tmp_path / "store" / name).read_bytes()
+        (tmp_path / "store" / name).write_bytes(content)
+        with pytest.raises(HearSsamError, match=r"no finished store here"):
+            open_store(tmp_path / "store")
+        (tmp_path / "store" / name).write_bytes(whole)
     audio = tmp_path / "store" / "audio.s16"
     audio.write_bytes(audio.read_bytes()[:-160])
     with pytest.raises(HearSsamError, match=r"audio\.s16 and clips\.npz do not belong together"):
@@ -288,6 +299,7 @@ def test_what_is_missing_is_said_with_the_commands_that_get_it(tmp_path: Path, m
     )
     (tmp_path / "my sources" / "deb").mkdir(parents=True)
     command = ["corpus", "store", "--missing", str(tmp_path / "my sources")]
+    assert main([*command, "--audio", "x"]) == 2 and "--missing" in capsys.readouterr().err
     assert main(command) == 1
     lines = capsys.readouterr().out
     subprocess.run(["bash", "-e", "-c", lines], check=True)
@@ -347,7 +359,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((tmp_path / "one" / "store.json").read_text())["clips"] == 2
     (tmp_path / "bad.wav").write_bytes(b"")
     assert main(["corpus", str(tmp_path / "two"), "--audio", str(tar), str(tmp_path / "bad.wav")]) == 1
-    assert "skipped" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "skipped" in told.err and "1 that cannot be read" in told.out
 
 
 def test_decoded_packages_make_the_store_of_their_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

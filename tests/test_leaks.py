@@ -118,18 +118,29 @@ def test_memory_is_bounded_by_blocks_that_change_nothing(tmp_path, monkeypatch):
 
 
 def test_the_command_leaves_them_out_of_training(tmp_path, capsys):
-    for name, seed in (("train/a", 1), ("train/b", 2), ("tasks/x", 2)):
+    names = ("train/a", 1), ("train/b\nc", 2), ("train/d", 3), ("tasks/x\n", 2), ("other/y", 3)
+    for name, seed in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        soundfile.write(tmp_path / f"{name}.wav", sound(seed), RATE)
+        with open(tmp_path / f"{name}.wav", "wb") as file:
+            soundfile.write(file, sound(seed), RATE, format="WAV")
     store, tasks = tmp_path / "store", tmp_path / "tasks"
     assert main(["corpus", str(store), "--audio", str(tmp_path / "train")]) == 0
     assert main(["corpus", str(store), "--check-against", str(tasks)]) == 0
-    assert "b.wav sounds like" in capsys.readouterr().out
+    assert "sounds like" in capsys.readouterr().out
     opened = open_store(store)
-    assert opened.left_out == [1] and "b.wav" in opened.name(1)
+    assert list(opened.left_out) == [1] and "b" in opened.name(1)
+    assert main(["corpus", str(store), "--check-against", str(tmp_path / "other")]) == 0  # what was found before stays
+    assert "2 of 3 clips are left out" in capsys.readouterr().out
+    assert list(opened.left_out) == [1, 2]
+    opened.leave_out([(2, "a name that is no UTF-8: \udce9", 9)])
+    assert r"\udce9" in opened.left_out[2]
     with pytest.raises(HearSsamError, match="too few"):  # a is held out, b left out
         WindowSampler(opened, Recipe(), CONFIGS["ssam_tiny"], torch.device("cpu"))
     assert main(["corpus", str(store)]) == 2 and "--check-against" in capsys.readouterr().err
+    for lines in ("clip name", "0\n7\tof another store"):
+        (store / "left-out.tsv").write_text(lines)
+        with pytest.raises(HearSsamError, match=r"left-out\.tsv: not the clips of this store; delete it"):
+            WindowSampler(opened, Recipe(), CONFIGS["ssam_tiny"], torch.device("cpu"))
 
 
 def test_what_cannot_be_checked_is_said(tmp_path, known):

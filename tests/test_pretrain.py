@@ -138,8 +138,16 @@ def test_a_run_stopped_anywhere_ends_with_the_same_weights(store, tmp_path, monk
     _, want, _ = checkpoint.load_checkpoint(whole)
     _, got, _ = checkpoint.load_checkpoint(tmp_path / "run" / "ssam_tiny.safetensors")
     assert all(torch.equal(got[name], want[name]) for name in want)
-    with pytest.raises(HearSsamError, match=r"state\.pt: holds a run with steps=6"):
+    with pytest.raises(HearSsamError, match=r"state\.pt: holds a run with steps=6, not 7; repeat"):
         pretrain(store, tmp_path / "run", dataclasses.replace(recipe, steps=7))
+    (store / "left-out.tsv").write_text("3\n")  # other data than the run began with
+    with pytest.raises(HearSsamError, match=r"holds a run with store\.clips_left_out=0, not 1; repeat"):
+        pretrain(store, tmp_path / "run", recipe)
+    (store / "left-out.tsv").unlink()
+    (store / "other").write_bytes((store / "frames.f16").read_bytes()[:-2] + b"00")
+    (store / "other").replace(store / "frames.f16")  # the old one is mapped
+    with pytest.raises(HearSsamError, match=r"holds a run with store\.sha256="):
+        pretrain(store, tmp_path / "run", recipe)
 
 
 def test_a_second_signal_ends_the_run_at_once(store, tmp_path, monkeypatch):
@@ -289,6 +297,10 @@ def options(recipe: Recipe) -> list[str]:
         ('model = "ssam_tyni"', "Did you mean 'ssam_tiny'"),
         ('model = "ssamba_tiny"', "min_frames=200 is below the window of ssamba_tiny; set at least 1024"),
         ("stepz = 3", "Did you mean 'steps'"),
+        ("mask_ratio = 0.001", "mask_ratio=0.001 hides 0 of 250; hide some, not all"),
+        ("mask_ratio = 1", "mask_ratio=1 hides 250 of 250"),
+        ('mask_ratio = 0.009\nmask = "time"', "hides 0 of 50"),
+        ("decoder_depth = 3", "without visible_only there is no decoder"),
         ("steps: 3", "cannot be read as TOML"),
     ],
 )
@@ -311,6 +323,15 @@ def test_a_recipe_file_and_options_are_checked_together(tmp_path):
     recipe.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(HearSsamError, match=r"recipe\.toml: cannot be read"):
         read_recipe(recipe)
+
+
+def test_what_would_fail_later_is_refused_at_once(store, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    command = ["pretrain", str(store), str(tmp_path / "file"), *options(SMALL)]
+    assert main(command) == 2 and "file: no folder can be written here" in capsys.readouterr().err
+    for option, value in (("--keep", "0"), ("--save-minutes", "nan"), ("--probe-minutes", "-1")):
+        assert main([*command, option, value]) == 2 and f"{option[2:6]}" in capsys.readouterr().err.split("=")[0]
+    assert main([*command, "--recipe", "code"]) == 2 and "Did you mean 'codes'" in capsys.readouterr().err
 
 
 def test_a_missing_or_small_store_is_named(store, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from hear_ssam.checkpoint import load_checkpoint, save_checkpoint
 from hear_ssam.cli import main
 from hear_ssam.encoder import Encoder
 from hear_ssam.errors import HearSsamError
+from hear_ssam.evaluation.module import load_hear_model
 from hear_ssam.evaluation.preview import logistic_scores, named_tasks
 from hear_ssam.evaluation.tasks import read_task
 from hear_ssam.frontend import LogMel, normalize
@@ -79,6 +81,11 @@ def teacher(tmp_path):
     return tmp_path / "teacher.safetensors"
 
 
+def module_features(store, module, model):
+    hear = load_hear_model(module)
+    return codes.module_features(store, functools.partial(hear.embed, "timestamp"), hear.sample_rate, model)
+
+
 def batch_of(model, clips=3, hidden=0.6, seed=0):
     g = torch.Generator().manual_seed(seed)
     spec = torch.randn(clips, model.window_frames, model.n_mels, generator=g)
@@ -123,6 +130,11 @@ def test_masks(system):
         mask = random_mask(50, model, torch.Generator().manual_seed(0), kind, 0.3)
         assert (mask.sum(1) == round(0.3 * model.num_patches)).all()
     assert not mask[:, 0].any()  # clusters leave the first patch
+    few = random_mask(50, model, torch.Generator().manual_seed(0), "cluster", 9 / model.num_patches)
+    grid = few.view(50, slots, bands) if system == "ssam" else few.view(50, bands, slots).mT
+    near = grid.float()[:, None]  # every hidden patch has others beside it
+    near = F.conv2d(near, torch.ones(1, 1, 3, 3), padding=1)[:, 0]
+    assert (near[grid] >= 3).float().mean() > 0.9
 
 
 # ------------------------------------------------------------------------------------------------------- the objectives
@@ -224,13 +236,20 @@ def test_codes_of_a_checkpoint_train_an_encoder(store, teacher, tmp_path, capsys
     (tmp_path / "run40" / "state.pt").write_bytes((tmp_path / "run1" / "state.pt").read_bytes())
     again = dataclasses.replace(recipe, steps=1, batch_size=8, learning_rate=3e-3)
     (store / "c.json").write_text(json.dumps({**table.info, "teacher": {"sha256": "another"}}))
-    with pytest.raises(HearSsamError, match=r"state\.pt: holds a run with codes=.*another"):
+    with pytest.raises(HearSsamError, match=r"state\.pt: holds a run with codes\.teacher.*, not 'another'"):
         pretrain(store, tmp_path / "run40", again)
     with pytest.raises(HearSsamError, match=r"c\.json: codes of another grid"):
         codes.open_codes(opened, "c", config.CONFIGS["ssamba_tiny"])
     (store / "c.json").write_text(json.dumps({**table.info, "store": "another"}))
     with pytest.raises(HearSsamError, match=r"^.*c\.json: codes of another store"):
         pretrain(store, tmp_path / "other", recipe)
+    np.save(store / "d.npy", table.codes[:-1])
+    (store / "d.json").write_text(json.dumps(table.info))
+    with pytest.raises(HearSsamError, match=r"d\.json: codes of another length"):
+        codes.open_codes(opened, "d", model)
+    (store / "d.npy").write_bytes(b"")
+    with pytest.raises(HearSsamError, match=r"d\.json: no finished codes here"):
+        codes.open_codes(opened, "d", model)
     with pytest.raises(HearSsamError, match=r"no finished codes here .*hear-ssam codes"):
         codes.open_codes(opened, "none", model)
 
@@ -262,20 +281,50 @@ def test_features_are_tokens_of_whole_clips_and_centres_the_means_of_their_rows(
 def test_a_module_reads_only_what_is_near_a_window_that_is_drawn():
     class Long(list):
         holds_audio = True
+        name = staticmethod(str)
 
     sound = np.random.default_rng(0).normal(0, 3000, 9 * 16000).astype(np.int16)
-    features, _ = codes.module_features(Long([sound]), "tests.tiny_hear", "", config.CONFIGS["ssam_tiny"])
+    features = module_features(Long([sound]), "tests.tiny_hear", config.CONFIGS["ssam_tiny"])
     whole, *windows = features([(0, None), *((0, window) for window in range(5))])
     for window, part in enumerate(windows):  # frames of tiny_hear hear 50 ms and no more
         torch.testing.assert_close(part, whole[50 * window : 50 * (window + 1)])
 
 
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [("rate", ""), ("numpy", ""), ("bfloat16", ""), ("exit", "SystemExit: 3"), ("exit at once", "load_model failed"),
+     ("empty", "no frames for clip"), ("silence", "has embeddings that are not finite"), ("tolist", "returned a list")],
+)  # fmt: skip
+def test_a_teacher_returns_what_real_modules_do_or_is_named(store, monkeypatch, capsys, broken, message):
+    """Of any sample rate (12,345 Hz here)."""
+    monkeypatch.setattr(codes, "SAMPLE", 300)
+    if broken == "silence":
+        monkeypatch.setattr(type(open_store(store)), "__getitem__", lambda self, i: np.zeros(20_000, np.int16))
+    module = f"tests.tiny_hear:{json.dumps({'broken': broken})}"
+    assert main(["codes", str(store), "--name", "b", "--module", module, "--clusters", "4"]) == (2 if message else 0)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--checkpoint", "x", "--path", "y"], "--path y: of no use with --checkpoint"),
+        (["--module", "tests.tiny_hear", "--block", "3"], "--block 3: of no use with --module"),
+        (["--module", "tests.tiny_hear", "--device", "cuda:7"], "device 'cuda:7' cannot be used"),
+        (["--module", "tests.tiny_hear", "--name", "store"], "codes cannot be named 'store'"),
+        (["--module", "tests.tiny_hear", "--seed", "-1"], "seed -1 cannot be"),
+    ],
+)
+def test_codes_that_cannot_be_are_refused(store, capsys, options, message):
+    assert main(["codes", str(store), *options]) == 2 and message in capsys.readouterr().err
+    assert open_store(store).holds_audio
+
+
 def test_any_hear_module_is_a_teacher(store, tmp_path):
     opened, model = open_store(store), config.CONFIGS["ssam_tiny"]
-    features, told = codes.module_features(opened, "tests.tiny_hear", "", model)
-    info = codes.build_codes(opened, "foreign", model, features, told, clusters=12)
+    codes.build_codes(opened, "foreign", model, module_features(opened, "tests.tiny_hear", model), {}, clusters=12)
     table = codes.open_codes(opened, "foreign", model)
-    assert info["teacher"]["module"] == "tests.tiny_hear" and table.codes.shape[1] == 1
+    assert table.codes.shape[1] == 1
     heard = [set(table.of(torch.tensor([i]), torch.arange(6)[None]).flatten().tolist()) for i in range(16)]
     pitches = [set().union(*heard[i::4]) for i in range(4)]
     assert not any(pitches[i] & pitches[j] for i in range(4) for j in range(i))  # each pitch has codes of its own
@@ -316,15 +365,21 @@ def test_the_recipe_codes_from_nothing_by_the_public_commands(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("more", [{}, {"objective": {"pixels": Pixels()}, "accumulate": 1}])
-def test_parts_of_a_batch_give_the_step_of_the_whole(store, tmp_path, more):
+def test_parts_of_a_batch_give_the_step_of_the_whole(store, tmp_path, monkeypatch, more):
     recipe = dataclasses.replace(VISIBLE, batch_size=5, mix=1.0)
     states = []
+    forward, sizes = Learner.forward, []
+    monkeypatch.setattr(Learner, "forward", lambda self, batch: sizes.append(len(batch.clip)) or forward(self, batch))
     for accumulate in (1, 3):
         folder = tmp_path / f"parts{accumulate}"
+        sizes.clear()
         pretrain(store, folder, dataclasses.replace(recipe, accumulate=accumulate))
+        assert max(sizes) == -(-5 // accumulate)  # held-out windows, too
         states.append(torch.load(folder / "state.pt", weights_only=True))
     for name, whole in states[0]["learner"].items():
         torch.testing.assert_close(states[1]["learner"][name], whole, rtol=1e-4, atol=1e-5)
+    held = [state["log"][-1]["held_out_loss"] for state in states]
+    assert held[0] == pytest.approx(held[1], rel=1e-4)
     with pytest.raises(HearSsamError, match="batch_size=5 is below 1 processes x 6 parts"):
         pretrain(store, tmp_path / "many", dataclasses.replace(recipe, accumulate=6))
 
@@ -444,6 +499,7 @@ def test_recipes_that_ship(monkeypatch):
         ("objective = 'codes'", "objective must hold tables"),
         ("[objective.codes]", "mix_high=10.0 adds clips that are louder .*; set at most 0"),
         ("[objective.latents]\nblock = 13", "block=13, but ssam_tiny has 2"),
+        ('model = "ssamba_tiny"\n[objective.latents]\nblock = 1', "block=1, but ssamba_tiny has 2, in pairs"),
         ("[objective.contrast]", "ssam_tiny has no contrastive head; set visible_only"),
         ("[objective.pixels]\nweight = 0", "every weight is 0"),
         ("mix_low = 11.0", "mix_high=10.0 is below mix_low=11.0"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..config import CONFIGS
 from .recipe import RECIPES, Recipe, read_recipe
 
 
@@ -40,9 +41,11 @@ def _course(training: dict[str, Any]) -> list[str]:
         lines = [*_course(before["training"]), ""] if before.get("training") else []
         lines += [f"Then, from those weights (sha256 `{before['sha256']}`):", ""]
     recipe = training["recipe"]
+    seconds = CONFIGS[recipe["model"]].window_frames / 100
     return [
         *lines,
-        f"- {training['clips_seen']:,} windows of 2 s, {training['epochs']} epochs of {training['hours_of_audio']} h",
+        f"- {training['clips_seen']:,} windows of {seconds:g} s, {training['epochs']} epochs of "
+        f"{training['hours_of_audio']} h",
         f"- loss {training['loss']} (on held-out clips {training['held_out_loss']})",
         f"- {training['wall_minutes']} minutes on {training['device']}, torch {training['versions']['torch']}",
         f"- recipe: `{json.dumps(recipe)}`",

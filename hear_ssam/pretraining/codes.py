@@ -7,7 +7,6 @@ patch) or any HEAR module (timestamp embeddings, a code per time slot).
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import os
@@ -21,11 +20,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..audio import resample
 from ..config import EncoderConfig
 from ..errors import HearSsamError
 from ..frontend import HOP, SAMPLE_RATE, normalize
 from ..hear import EncoderModel, load_model
-from ..paths import atomic_write, sha256
+from ..paths import atomic_write
 from .store import Frames, Store
 
 NONE = 65535  # no code: beyond the last whole time slot that the teacher saw
@@ -56,14 +56,15 @@ def open_codes(store: Store, name: str, config: EncoderConfig) -> CodeTable:
     try:
         info = json.loads(path.read_text("utf-8"))
         codes = np.load(path.with_suffix(".npy"), mmap_mode="r")
-    except (OSError, ValueError) as error:
+        of = {"store": info["store"], "grid": info["grid"], "length": len(codes)}
+    except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
         raise HearSsamError(
             f"{path}: no finished codes here ({error}); make them with `hear-ssam codes {store.folder} --name {name}`."
         ) from error
-    for what, want in (("store", store.digest), ("grid", _grid(config))):
-        if info.get(what) != want:
-            raise HearSsamError(f"{path}: codes of another {what} ({info.get(what)}, not {want}); make them again.")
     slots = _slots(store, config)
+    for what, want in {"store": store.digest, "grid": _grid(config), "length": slots.sum()}.items():
+        if of[what] != want:
+            raise HearSsamError(f"{path}: codes of another {what} ({of[what]}, not {want}); make them again.")
     return CodeTable(codes, torch.from_numpy(slots.cumsum() - slots), info)
 
 
@@ -83,21 +84,27 @@ def build_codes(
     """
     if not 1 < clusters < NONE:
         raise HearSsamError(f"codes: {clusters} clusters cannot be; choose between 2 and {NONE - 1}.")
+    if not 0 <= seed < 2**32:
+        raise HearSsamError(f"codes: seed {seed} cannot be; choose between 0 and {2**32 - 1}.")
+    if f"{name}.json" in ("store.json", ".json"):
+        raise HearSsamError(f"{store.folder}: codes cannot be named {name!r}; choose another name.")
     slots = _slots(store, config)
     weights = slots / np.sqrt(np.maximum(np.bincount(store.source, weights=slots), 1))[store.source]
     rng = np.random.default_rng(seed)
     window = config.grid[0]
     rows: list[Tensor] = []
-    while sum(map(len, rows)) < SAMPLE and len(rows) < 8 * len(store):
-        clips = rng.choice(len(store), 64, p=weights / weights.sum()).tolist()
-        rows += features([(clip, int(rng.integers(0, max(1, slots[clip] // window)))) for clip in clips])
+    with tqdm(total=SAMPLE, unit=" slots", desc="sample") as bar:
+        while bar.n < SAMPLE and len(rows) < 8 * len(store):
+            clips = rng.choice(len(store), 64, p=weights / weights.sum()).tolist()
+            rows += features([(clip, int(rng.integers(0, max(1, slots[clip] // window)))) for clip in clips])
+            bar.update(sum(map(len, rows[-64:])))
     place, every = torch.cat([torch.arange(len(x)) for x in rows]), torch.cat(rows)
     place = place.to(every.device)
     shift = _place_in_window(every, place, window)
     centres = k_means((every - shift[place][:, None]).flatten(0, 1), clusters, seed)
     codes = np.full((int(slots.sum()), every.shape[1]), NONE, np.uint16)
     first = slots.cumsum() - slots
-    clip = tqdm(range(len(store)), unit=" clips")
+    clip = tqdm(range(len(store)), unit=" clips", desc="codes")
     for _, group in itertools.groupby(clip, lambda i: first[i] // TOGETHER):
         clips = list(group)
         rows = [x[: slots[i]] for i, x in zip(clips, features([(i, None) for i in clips]), strict=True)]
@@ -158,34 +165,31 @@ def encoder_features(
     return config, features, {"checkpoint": Path(path).name, "sha256": model.checkpoint_sha256, "block": block}
 
 
-def module_features(store: Store, name: str, model_path: str, config: EncoderConfig) -> tuple[Features, dict[str, Any]]:
-    """The timestamp embeddings of any HEAR module, the one nearest to the centre of each time slot of `config`."""
+def module_features(
+    store: Store, embed: Callable[[np.ndarray, str], tuple[np.ndarray, np.ndarray]], rate: int, config: EncoderConfig
+) -> Features:
+    """The timestamp embedding nearest to the centre of each time slot of `config`. `embed` gives those of clips
+    (1, samples) at `rate` Hz, (1, T, D) and ms (1, T), and is told what to call them in errors."""
     if not store.holds_audio:
-        raise HearSsamError(f"{store.folder}: holds log-mel frames, and {name} reads audio; build the store again.")
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        raise HearSsamError(f"{name}: cannot be imported ({error}); install it or name another module.") from error
-    model = module.load_model(model_path)
-    if model.sample_rate != SAMPLE_RATE:
-        raise HearSsamError(f"{name}: wants audio at {model.sample_rate} Hz; a store holds {SAMPLE_RATE} Hz.")
+        raise HearSsamError(f"{store.folder}: holds log-mel frames, and a module reads audio; build the store again.")
     hop, size = config.patch_frames * HOP, config.grid[0]  # samples of a time slot, slots of a window
 
-    @torch.inference_mode()
     def features(asked: Sequence[tuple[int, int | None]]) -> list[Tensor]:
         found = []
         for clip, window in asked:
             # of a long recording only what is near the window is worth the time of somebody's model
             first, stop = (0, None) if window is None else (max(0, (window - 1) * size), (window + 2) * size * hop)
-            audio = torch.from_numpy(np.array(store[clip][first * hop : stop], np.float32) / 32768)[None]
-            rows, times = (x[0].cpu() for x in module.get_timestamp_embeddings(audio, model))
-            centre = (torch.arange(audio.shape[1] // hop + 1, dtype=torch.float64) + 0.5) * hop * 1000 / SAMPLE_RATE
-            moments = rows.float()[(times.double()[None] - centre[:, None]).abs().argmin(1)][:, None]
+            audio = np.array(store[clip][first * hop : stop], np.float32) / 32768
+            rows, times = (x[0] for x in embed(resample(audio, SAMPLE_RATE, rate)[None], store.name(clip)))
+            if not np.isfinite(rows).all():
+                raise HearSsamError(f"{store.name(clip)}: has embeddings that are not finite; take another teacher.")
+            centre = (np.arange(len(audio) // hop + 1) + 0.5) * hop * 1000 / SAMPLE_RATE
+            near = np.abs(times.astype(np.float64) - centre[:, None]).argmin(1)
+            moments = torch.from_numpy(rows[near])[:, None]
             found.append(moments if window is None else moments[window * size - first :][:size])
         return found
 
-    digest = sha256(Path(model_path)) if Path(model_path).is_file() else ""
-    return features, {"module": name, "model": Path(model_path).name, "sha256": digest}
+    return features
 
 
 # ------------------------------------------------------------------------------------------------------------- k-means

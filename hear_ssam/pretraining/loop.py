@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
 import math
 import os
 import platform
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -60,9 +62,15 @@ def pretrain(
     windows each time. Every `probe_minutes`, and at the end, `probe` judges the checkpoint of then; its scores go into
     the log. A loss that is not finite raises HearSsamError and keeps the state saved last.
     """
+    for name, value, least in ("save_minutes", save_minutes, 0), ("probe_minutes", probe_minutes, 0), ("keep", keep, 1):
+        if not value >= least:  # not a number, either
+            raise HearSsamError(f"{name}={value}: must be at least {least}.")
     with _ranks(device) as ranks:
         config = CONFIGS[recipe.model]
         store, folder = open_store(store_path), Path(out)
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK)):  # or the first state would tell, after minutes
+            raise HearSsamError(f"{folder}: no folder can be written here; choose another one.")
         asked = recipe.objectives(config).get("codes")
         codes = open_codes(store, asked.file, config) if isinstance(asked, Codes) else None
         with torch.random.fork_rng(devices=[]):
@@ -82,7 +90,8 @@ def pretrain(
 def _loop(run: _Run, ranks: _Ranks, sampler: WindowSampler, held_out: WindowSampler, save_minutes: float) -> None:
     recipe, learner, optimizer = run.recipe, run.learner, run.optimizer
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    mine = ranks.share(recipe.batch_size, recipe.accumulate)
+    parts = ranks.parts(recipe.batch_size, recipe.accumulate)  # what fits into memory at once
+    mine = parts[ranks.rank * recipe.accumulate :][: recipe.accumulate]
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
     clock, sums = _Clock(), torch.zeros(1 + len(learner.objectives), device=ranks.device)
     unread: list[_Unread] = []  # what the device may still be working on
@@ -135,11 +144,14 @@ def _loop(run: _Run, ranks: _Ranks, sampler: WindowSampler, held_out: WindowSamp
                 row |= {"windows_per_second": round(rate, 1), **clock.shares((run.step - since) * recipe.batch_size)}
                 since, sums = run.step, torch.zeros_like(sums)
                 if ranks.rank == 0:
-                    batch = held_out.draw(recipe.batch_size, torch.Generator().manual_seed(1))  # the same at every call
-                    with torch.no_grad(), autocast:
-                        loss = learner.total(learner(batch))
-                    run.require_finite([(loss, batch.clip, run.step)])
-                    run.save({**row, "held_out_loss": float(loss.mean())})
+                    held: list[_Unread] = []
+                    for rows in reversed(parts):  # of the same batch at every call; its first windows are drawn
+                        batch = held_out.draw(recipe.batch_size, torch.Generator().manual_seed(1), rows)
+                        with torch.no_grad(), autocast:
+                            held.append((learner.total(learner(batch)), batch.clip, run.step))
+                    loss = float(torch.cat([part[0] for part in held]).mean())
+                    run.require_finite(held)
+                    run.save({**row, "held_out_loss": loss})
                     path = _publish(run)
                     draw(run.folder / "picture.png", learner, batch)
                     if not stop:
@@ -181,14 +193,14 @@ class _Ranks:
     world: int
     device: torch.device
 
-    def share(self, batch: int, parts: int) -> list[slice]:
-        """The rows of a batch that are this process's, in parts."""
+    def parts(self, batch: int, parts: int) -> list[slice]:
+        """The rows of a batch, `parts` parts for each process."""
         if batch < self.world * parts:
             raise HearSsamError(
                 f"recipe field batch_size={batch} is below {self.world} processes x {parts} parts; raise it."
             )
         edges = [batch * i // (self.world * parts) for i in range(self.world * parts + 1)]
-        return [slice(edges[i], edges[i + 1]) for i in range(self.rank * parts, (self.rank + 1) * parts)]
+        return [slice(*edge) for edge in itertools.pairwise(edges)]
 
     def add(self, tensors: list[Tensor], *flags: bool) -> tuple[bool, ...]:
         """Sum tensors over the processes, in place; returns which flags any process has raised."""
@@ -248,7 +260,8 @@ class _Run:
         self.log: list[dict[str, float]] = []
         self.saved = 0  # the step of the state on disk
         self.probed = time.monotonic()
-        self.told = self.recipe.to_dict() | {"codes": self.codes}  # what a resumed run must repeat
+        data = {"sha256": self.store.digest, "clips_left_out": len(self.store.left_out)}
+        self.told = self.recipe.to_dict() | {"codes": self.codes, "store": data}  # what a resumed run must repeat
         path = self.folder / "state.pt"
         if not path.exists():
             return
@@ -264,9 +277,11 @@ class _Run:
         except Exception as error:  # torch raises many kinds for a damaged file
             raise HearSsamError(f"{path}: cannot be resumed ({error}); delete it to start anew.") from error
         if differing:
-            told = ", ".join(f"{name}={value!r}, not {self.told.get(name)!r}" for name, value in differing.items())
+            here, now = _leaves(differing), _leaves({name: self.told.get(name) for name in differing})
+            names = [name for name in {**here, **now} if here.get(name) != now.get(name)]
+            told = ", ".join(f"{name}={here.get(name)!r}, not {now.get(name)!r}" for name in names)
             raise HearSsamError(
-                f"{path}: holds a run with {told}; repeat its recipe to resume it, or choose another folder."
+                f"{path}: holds a run with {told}; repeat these to resume it, or choose another folder."
             )
 
     def require_finite(self, unread: list[_Unread]) -> None:
@@ -274,9 +289,10 @@ class _Run:
         for loss, clip, step in unread:
             if broken := (~loss.isfinite()).nonzero()[:, 0].tolist():
                 names = ", ".join(self.store.name(int(clip[i])) for i in broken[:3]) + ", ..." * (len(broken) > 3)
+                kept = f"the state of step {self.saved} is kept" if self.saved else "no state was saved yet"
                 raise HearSsamError(
-                    f"{self.folder}: the loss became {float(loss[broken[0]])} at step {step} on {names}; the state of "
-                    f"step {self.saved} is kept. Start again in another folder with a lower learning_rate or fp32."
+                    f"{self.folder}: the loss became {float(loss[broken[0]])} at step {step} on {names}; {kept}. "
+                    "Start again in another folder with a lower learning_rate or fp32."
                 )
         unread.clear()
 
@@ -291,9 +307,8 @@ class _Run:
         with atomic_write(path, RuntimeError) as temporary:
             torch.save(state, temporary)
         if self.keep > 1:
-            copy = self.folder / f"state-{self.step:09}.pt"
-            copy.unlink(missing_ok=True)
-            os.link(path, copy)
+            with atomic_write(self.folder / f"state-{self.step:09}.pt") as temporary:
+                shutil.copyfile(path, temporary)  # not every file system has links
             for old in sorted(self.folder.glob("state-*.pt"))[: -self.keep]:
                 old.unlink()
         self.write_log()
@@ -313,6 +328,14 @@ class _Run:
     def write_log(self) -> None:
         with atomic_write(self.folder / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.log))
+
+
+def _leaves(values: dict[str, Any], of: str = "") -> dict[str, Any]:
+    """Values in tables of tables by their dotted names."""
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        leaves |= _leaves(value, f"{of}{name}.") if isinstance(value, dict) else {of + name: value}
+    return leaves
 
 
 def _start_from(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:

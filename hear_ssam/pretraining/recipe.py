@@ -117,16 +117,24 @@ class Recipe:
             check_fields(objective, f"recipe field objective.{name}:", _OBJECTIVE_LIMITS)
         config, asked = CONFIGS[self.model], self.objective
         window, low, high = config.window_frames, self.min_frames, self.max_frames
-        block = max((o.block for o in asked.values() if isinstance(o, Latents)), default=1)
+        block = max((o.block for o in asked.values() if isinstance(o, Latents)), default=0)
         louder = "adds clips that are louder than the one whose codes are asked; set at most 0."
         no_head = "no contrastive head; set visible_only, whose heads are the recipe's, or name a model of SSAMBA."
         lacks_head = "contrast" in asked and not self.visible_only and config.objective != "joint"
+        blocks = f"{config.depth}{', in pairs' * config.paired}"
+        no_block = block > config.depth or (config.paired and block % 2)
+        patches = config.grid[0] if self.mask == "time" else config.num_patches
+        hidden = round(patches * (self.mask_ratio or config.mask_ratio))
+        decoder = self.decoder_depth, self.decoder_expand
+        light = Recipe.decoder_depth, Recipe.decoder_expand
         for message, wrong in {
             f"min_frames={low} is below the window of {self.model}; set at least {window}.": low < window,
             f"max_frames={high} is below min_frames={low}; raise it.": high < low,
             f"mix_high={self.mix_high} is below mix_low={self.mix_low}; raise it.": self.mix_high < self.mix_low,
             f"mix_high={self.mix_high} {louder}": "codes" in asked and self.mix and self.mix_high > 0,
-            f"objective.latents: block={block}, but {self.model} has {config.depth}.": block > config.depth,
+            f"mask_ratio={self.mask_ratio} hides {hidden} of {patches}; hide some, not all.": not 0 < hidden < patches,
+            "decoder_*: without visible_only there is no decoder; set it.": decoder != light and not self.visible_only,
+            f"objective.latents: block={block}, but {self.model} has {blocks}.": no_block,
             f"objective.contrast: {self.model} has {no_head}": lacks_head,
             "objective: every weight is 0; nothing would be learned.": asked
             and not any(o.weight for o in asked.values()),
@@ -161,8 +169,10 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
 
 def read_recipe(path: str | os.PathLike[str], **options: Any) -> Recipe:
     """The recipe of a TOML file, or the shipped one of a name, in which `options` win; errors name the file."""
-    named = RECIPES / f"{path}.toml"
-    file = named if Path(path).name == str(path) and named.exists() else Path(path)
+    names = {file.stem: file for file in RECIPES.glob("*.toml")}
+    file = names.get(str(path), Path(path))
+    if not (file.suffix or file.exists()):
+        raise unknown_name("recipe", path, names)
     where = " ".join([str(path), *(f"--{name.replace('_', '-')} {value}" for name, value in options.items())])
     values = read_toml(file)
     try:

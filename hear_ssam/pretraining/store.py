@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,11 +70,25 @@ class Store:
         """Hex SHA-256 of the data: tells whether something computed from a store belongs to this one."""
         return str(self.info.get("sha256") or sha256(self.folder / "frames.f16"))
 
-    @cached_property
-    def left_out(self) -> list[int]:
-        """Clips that are never trained on: those in which `hear-ssam corpus --check-against` heard an evaluation."""
+    @property
+    def left_out(self) -> dict[int, str]:
+        """Clips that are never trained on, as `hear-ssam corpus --check-against` heard an evaluation in them, with the
+        lines of left-out.tsv: clip, its name, the evaluation's, votes. Raises HearSsamError for other lines."""
         file = self.folder / "left-out.tsv"
-        return [int(line.split("\t")[0]) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+        lines = file.read_text("utf-8").splitlines() if file.exists() else []
+        found = {int(number): line for line in lines if (number := line.split("\t")[0]).isdecimal()}
+        if len(found) < len(lines) or max(found, default=0) >= len(self):
+            raise HearSsamError(f"{file}: not the clips of this store; delete it and use --check-against again.")
+        return found
+
+    def leave_out(self, rows: Iterable[tuple[int, str, int]]) -> None:
+        """Add clips to those left out: number, what was heard in it, votes."""
+        found = {
+            clip: " ".join(f"{clip}\t{self.name(clip)}\t{heard}\t{votes}".splitlines()) for clip, heard, votes in rows
+        }
+        found = dict(sorted({**self.left_out, **found}.items()))
+        with atomic_write(self.folder / "left-out.tsv") as path:
+            path.write_text("".join(f"{line}\n" for line in found.values()), "utf-8", "backslashreplace")
 
     def name(self, index: int) -> str:
         return f"clip {index}" if self.names is None else str(self.names[index])
@@ -93,7 +108,8 @@ def open_store(folder: str | os.PathLike[str]) -> Store:
         else:
             file = folder / "frames.f16"
             data = np.memmap(file, np.float16, "c").reshape(-1, BANDS)
-    except (OSError, ValueError, KeyError) as error:
+        info["sources"]
+    except (OSError, ValueError, EOFError, LookupError, TypeError, zipfile.BadZipFile) as error:
         raise HearSsamError(f"{folder}: no finished store here ({error}); make one with `hear-ssam corpus`.") from error
     if len(data) != offsets[-1] or len(source) != len(offsets) - 1:
         raise HearSsamError(f"{folder}: {file.name} and clips.npz do not belong together; build the store again.")
@@ -161,7 +177,7 @@ def build_store(
     info = {"samples": offsets[-1], "clips": len(source), "sha256": whole.hexdigest(), "sources": table}
     info |= {"skipped": skipped, **dropped}
     with atomic_write(folder / "store.json") as path:
-        path.write_text(json.dumps(info, indent=1, ensure_ascii=False), "utf-8")
+        path.write_text(json.dumps(info, indent=1, ensure_ascii=False), "utf-8", "backslashreplace")
     return info
 
 

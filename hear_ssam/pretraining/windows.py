@@ -53,12 +53,13 @@ class WindowSampler:
         lengths = self.frames.lengths.cpu().numpy()
         usable = (np.arange(len(store)) % HELD_OUT == 0) == held_out
         usable &= lengths >= config.patch_frames
-        usable[store.left_out] = False
+        usable[list(store.left_out)] = False
         amount = np.bincount(store.source, weights=lengths)
         weights = lengths * usable / np.sqrt(np.maximum(amount, 1))[store.source]
         if not weights.any():
             raise HearSsamError(
-                f"{store.folder}: {len(store)} clips are too few, as every {HELD_OUT}th is held out; add audio."
+                f"{store.folder}: {len(store)} clips are too few, as every {HELD_OUT}th is held out, and what is short "
+                "or left out does not count; add audio."
             )
         self.recipe, self.config, self.device, self.codes = recipe, config, device, codes
         self.lengths = torch.from_numpy(lengths)
@@ -135,7 +136,8 @@ def random_mask(
     random   patches drawn uniformly
     time     whole time slots, all bands of each: round(slots * ratio) of them
     cluster  SSAMBA's: squares of side 3, 4 or 5 (one side per call) at uniformly drawn corners, until enough patches
-             are covered; never patch 0. A square at the window's edge runs on in the next band, as released.
+             are covered; never patch 0. A square at the window's edge runs on in the next band (or time slot, where
+             tokens are in the order of time), as released.
 
     `published` is cluster for the joint objective, else random; the default ratio is the config's `mask_ratio`.
     """
@@ -152,7 +154,8 @@ def random_mask(
     if kind == "cluster" or (kind == "published" and config.objective == "joint"):
         # A patch is hidden when the first cluster that covers it is drawn.
         side = int(torch.randint(3, 6, (), generator=generator, device=source))
-        offsets = [config.grid[0] * i + j for i in range(side) for j in range(side)]
+        line = config.grid[0 if config.patch_order == "frequency" else 1]
+        offsets = [line * i + j for i in range(side) for j in range(side)]
         order = torch.stack([F.pad(order, (o, 0), value=math.inf)[:, :n] for o in offsets]).amin(0)
         order[:, 0] = math.inf
     hidden = order.argsort(dim=1, stable=True)[:, : round(n * ratio)]
