@@ -1,6 +1,7 @@
 """Other people's models as HEAR modules: transformers (tiny, random weights), X-ARES encoders, objects."""
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -126,6 +127,41 @@ def test_rows_of_ast_follow_time(folders):
     assert moved[ms[0] > 1200].min() > 10 * moved[ms[0] < 800].max()
 
 
+def test_fused_clap_takes_no_clip_by_chance_for_a_longer_one():
+    transformers = pytest.importorskip("transformers")
+    tower = {**TOWER, "enable_fusion": True}
+    config = transformers.ClapConfig(audio_config=tower, text_config=TEXT, projection_dim=8)
+    hear = judged((transformers.ClapModel(config).eval(), transformers.ClapFeatureExtractor()), "cpu")
+    audio = np.random.default_rng(0).normal(0, 0.1, (4, 48000)).astype(np.float32)
+    found = [hear.embed("scene", audio, "noise")[0] for _ in range(4)]
+    alone = np.concatenate([hear.embed("scene", clip[None], "noise")[0] for clip in audio])
+    assert all(np.allclose(one, alone, atol=1e-5) for one in found)
+
+
+def test_rows_of_an_adapter_span_the_audio():
+    """It thins out the rows, which the configuration does not say."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Wav2Vec2Config(**SPEECH, add_adapter=True, num_adapter_layers=2)
+    hear = judged((transformers.Wav2Vec2Model(config).eval(), transformers.Wav2Vec2FeatureExtractor()), "cpu")
+    _, ms = hear.embed("timestamp", np.zeros((1, 32000), np.float32), "silence")
+    assert 0 < ms.min() < 100 and 1900 < ms.max() < 2000
+
+
+def test_settings_make_another_model(folders, tmp_path):
+    """Of equal weights: what the configuration or the feature extractor says differs."""
+    plain = load_hear_model(f"hf:{folders('hubert')}", device="cpu")
+    for name, change in (
+        ("config.json", {"hidden_act": "relu"}),
+        ("preprocessor_config.json", {"do_normalize": False}),
+    ):
+        other = tmp_path / name / "tiny-hubert"
+        shutil.copytree(folders("hubert"), other)
+        (other / name).write_text(json.dumps({**json.loads((other / name).read_text()), **change}))
+        loaded = load_hear_model(f"hf:{other}", device="cpu")
+        assert loaded.name == plain.name and loaded.checkpoint_sha256 != plain.checkpoint_sha256
+    assert load_hear_model(f"hf:{folders('hubert')}").checkpoint_sha256 == plain.checkpoint_sha256
+
+
 def test_windows_follow_one_another(folders):
     model = hf.load_model(str(folders("wav2vec2")), window=0.5)
     audio = torch.randn(1, 16000, generator=torch.Generator().manual_seed(0))
@@ -141,6 +177,9 @@ def test_windows_follow_one_another(folders):
         ({"layer": 9}, "layer=9: hf:tiny-hubert has 3; take 0 to 2"),
         ({"pooling": "median"}, "unknown pooling 'median'"),
         ({"window": 0.01}, "window=0.01: must be at least"),
+        ({"window": 0}, "window=0: must be at least"),
+        ({"layer": "1"}, "layer='1': must be a whole number"),
+        ({"lyaer": 1}, "unknown option of hf: 'lyaer'. Did you mean 'layer'"),
     ],
 )
 def test_wrong_options(folders, options, message):
@@ -257,6 +296,37 @@ def test_other_weights_or_code_are_another_model(encoder, tmp_path):
     )
 
 
+SIBLING = """
+    import torch
+    from bands import HEIGHT
+
+    class HeightEncoder(torch.nn.Linear):
+        sampling_rate, output_dim, hop_size_in_ms = 16000, 4, 50
+
+        def __init__(self):
+            super().__init__(1, 1, bias=False)
+            torch.nn.init.ones_(self.weight)
+
+        def forward(self, audio):
+            return HEIGHT + 0 * audio[:, :80].unflatten(1, (20, 4))
+"""
+
+
+def test_encoders_import_what_lies_beside_them(tmp_path, serial):
+    """Not what another encoder, or they themselves before, imported by that name; and it is a part of what they are."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "encoder.py").write_text(textwrap.dedent(SIBLING))
+    digests = []
+    for name, height in (("a", 1), ("b", 2), ("a", 1), ("a", 34)):
+        (tmp_path / name / "bands.py").write_text(f"HEIGHT = {height}\n")
+        hear = load_hear_model(f"xares:{tmp_path / name}/encoder.py", device="cpu")
+        assert hear.embed("scene", np.zeros((1, 8000), np.float32), "silence")[0].tolist() == [[height] * 4]
+        digests.append(hear.checkpoint_sha256)
+    assert digests[0] == digests[2] and len(set(digests)) == 3
+    assert len({digest[:8] for digest in digests}) == 3  # tables show so much of it
+
+
 # ---- hear_ssam.evaluate ----------------------------------------------------------------------------------------------
 
 
@@ -291,10 +361,24 @@ def test_evaluate_takes_a_transformers_model_with_its_extractor(tmp_path, serial
     assert {r["model"] for r in records} == {"hf:Wav2Vec2Model", "hf:HubertModel"} and records[0]["checkpoint_sha256"]
 
 
+def test_objects_of_one_name_are_told_apart_by_their_settings(tmp_path, serial):
+    one, same, other = hear_ssam.load_model("logmel"), hear_ssam.load_model("logmel"), hear_ssam.load_model("logmel")
+    other.frontend.unused = ["another", 2]
+    assert judged(one).checkpoint_sha256 == judged(same).checkpoint_sha256 != judged(other).checkpoint_sha256
+    pooled = [judged(hear_ssam.load_model(pooling=pooling)).checkpoint_sha256 for pooling in ("mean", "mean_std")]
+    assert len(set(pooled)) == 2
+    write_task(tmp_path / "tasks" / "tones")
+    models = [tiny_hear.load_model(bands=20), tiny_hear.load_model(bands=40)]
+    records = hear_ssam.evaluate(models, tmp_path / "tasks", "knn", tasks="tones", workers=1)
+    assert sorted({r["embeddings"]["dim"] for r in records}) == [20, 40]
+
+
 def test_evaluate_says_what_it_cannot_judge(tmp_path, serial):
     write_task(tmp_path / "tasks" / "tones")
     with pytest.raises(HearSsamError, match="ReLU: cannot be judged; give a model of a HEAR module"):
         hear_ssam.evaluate(torch.nn.ReLU(), tmp_path / "tasks")
+    with pytest.raises(HearSsamError, match="models: an empty list"):
+        hear_ssam.evaluate([], tmp_path / "tasks")
     with pytest.raises(HearSsamError, match=r"tones: .*NaN"):
         hear_ssam.evaluate(tiny_hear.load_model(broken="nan"), tmp_path / "tasks", workers=1)
 

@@ -7,6 +7,7 @@ import json
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -151,6 +152,30 @@ def test_half_a_download_goes_on(tmp_path, server, monkeypatch):
     assert fetch_task("esc50", tmp_path / "tasks", 48000) and not list(kept.glob("*.part"))
 
 
+def test_what_is_no_archive_is_fetched_anew(tmp_path, server, monkeypatch):
+    """A portal's page, say, taken for the archive by a first download whose hash nobody publishes."""
+    archive = pack(server, tmp_path)
+    good = archive.read_bytes()
+    publish(server, monkeypatch, archive, digest="")
+    archive.write_bytes(b"<html>log in, please</html>")
+    with pytest.raises(HearSsamError, match="cannot be unpacked"), pytest.warns(UserWarning, match="no hash"):
+        fetch_task("esc50", tmp_path / "tasks")
+    archive.write_bytes(good)
+    left = tmp_path / "tasks" / f".unpacking-{FOLDER}-killed"
+    left.mkdir()
+    with pytest.warns(UserWarning, match="no hash"):
+        assert read_task(fetch_task("esc50", tmp_path / "tasks")) and not left.exists()
+
+
+def test_two_that_fetch_one_task(tmp_path, server, monkeypatch):
+    publish(server, monkeypatch, pack(server, tmp_path))
+    slow = library.unpack
+    monkeypatch.setattr(library, "unpack", lambda *given: (time.sleep(0.2), slow(*given))[1])
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: fetch_task("esc50", tmp_path / "tasks"), range(2)))
+    assert found == [tmp_path / "tasks" / FOLDER] * 2
+
+
 def test_audio_that_is_missing_in_the_archive(tmp_path, server, monkeypatch):
     task = write_task(tmp_path / "made" / FOLDER, rate=48000)
     (task / "48000" / "test" / "test-1.wav").unlink()
@@ -186,8 +211,12 @@ def test_list_says_what_is_here(tmp_path, capsys):
     assert rows[FOLDER][:4] == ["esc50", FOLDER, "2000", "2.8"] and rows[FOLDER][5] == "CC BY-NC 3.0"
     assert rows[FOLDER][6].startswith("16000 Hz, 1 MB") and rows["mine"][5:] == ["yours", rows["mine"][6]]
     assert rows["fsd50k-v1.0-full"][6] == "–" and len(rows) == 22
+    (tmp_path / "mine" / "test.json").unlink()
+    write_task(tmp_path / "unpacked" / "tasks" / "deep")
     assert cli.main(["tasks", "list", "--dir", str(tmp_path)]) == 0
-    assert "speech_commands-5h" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert all(name in out for name in ("speech_commands-5h", "mine", "deep"))
+    assert "test.json: cannot be read" in err
 
 
 # ---- make ------------------------------------------------------------------------------------------------------------
@@ -255,6 +284,7 @@ def test_make_keeps_groups_whole_and_names_apart(tmp_path):
             number = int(clip.removesuffix(".wav").split("~")[0])
             assert fold_of.setdefault(number % 6, split) == split
     assert json.loads((folder / "task_metadata.json").read_text())["sample_duration"] == 1.0  # of all clips
+    assert library._names(["x/a.wav", "y/A.wav", "a~2.wav", "z/a.wav"]) == ["a.wav", "A~2.wav", "a~2~2.wav", "a~3.wav"]
 
 
 def test_make_takes_given_splits(tmp_path):
@@ -277,10 +307,17 @@ def test_labels_that_make_no_task(tmp_path, capsys):
     for options, message in (
         ({"folds": 2}, "--folds must be at least 3"),
         ({"folds": 9}, "--folds 9: there are 5 groups"),
+        ({"folds": 4}, "--folds 4: no class has more than 3 recordings"),
         ({"name": "a/b"}, "--name a/b: names a folder"),
     ):
         with pytest.raises(HearSsamError, match=message):
             make_task(two, tmp_path / "tasks", **options)
+    (tmp_path / "both.csv").write_text("path,label\n" + "two/cat/0.wav,cat\n./two/cat/0.wav,dog\n" * 2)
+    with pytest.raises(HearSsamError, match=r"0\.wav stands in it twice, as cat and dog"):
+        make_task(tmp_path / "both.csv", tmp_path / "tasks")
+    with pytest.raises(HearSsamError, match=r"both\.csv: cannot be written"):
+        make_task(two, tmp_path / "both.csv", folds=3)
+    assert cli.main(["tasks", "make", str(two), "-o", str(tmp_path / "tasks"), "--seed", "-1"]) == 2
     (two / "cat" / "0.wav").write_bytes(b"no audio")
     with pytest.raises(HearSsamError, match=r"0\.wav: cannot be read as audio"):
         make_task(two, tmp_path / "tasks", folds=3)

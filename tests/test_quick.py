@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from hear_ssam import cli
+from hear_ssam import HearSsamError, cli
 from hear_ssam.evaluation.evaluate import run_evaluation
 from hear_ssam.evaluation.preview import audio_seconds, limited, probe_seconds
 from hear_ssam.evaluation.quick import STRENGTHS, draw, quick_probe, shortage
@@ -149,6 +149,17 @@ def test_training_clips_of_a_single_class_are_an_error_of_their_task(tmp_path, r
     (failure,) = evaluation.failures.values()
     assert failure.startswith("tones: train has clips of one class alone")
     assert {r["task"] for r in evaluation.records} == {"sound"}
+
+
+@pytest.mark.parametrize("probe", ["knn", "logreg", "fewshot8"])
+def test_a_single_class_among_several_labels(tmp_path, probe):
+    """Present or not: a column of predictions; without any label there is nothing to learn."""
+    task, rows = open_embeddings(noise(tmp_path / "one", multilabel=True, classes=1))
+    (fold,) = quick_probe(task, rows, probe, 0)
+    assert fold.prediction.shape == (90, 1) and (fold.scores["mAP"] > 0.75 or "few" in probe)  # all few are of it
+    (tmp_path / "one" / "train.target-labels.pkl").write_bytes(pickle.dumps([[]] * 90))
+    with pytest.raises(HearSsamError, match="one: train has no labels"):
+        quick_probe(*open_embeddings(tmp_path / "one"), probe, 0)
 
 
 def test_limit_is_marked_everywhere(tmp_path, run, capsys):

@@ -146,6 +146,8 @@ def test_formats_mark_the_best_and_state_the_protocol():
     text = latex(RECORDS)
     assert r"birds & top1\_acc & \textbf{82.0 $\pm$ 5.0} & 79.0 \\" in text
     assert text.count("&") == 5 * 3
+    equal = markdown([record(model, "birds", 0, 0.5) for model in ("ours", "theirs")])
+    assert "| birds | top1_acc | **50.0** | **50.0** |" in equal  # whoever comes first is not the better one
 
 
 def test_published_scores_stand_apart():
@@ -295,6 +297,16 @@ def heard_in(page):
     clips = json.loads(re.search(r"const clips = (.*?), player", page)[1])
     cells = re.findall(r'data-clips="([\d ]+)"[^>]*><title>([^<]*)', page)
     return {title: [clips[int(number)] for number in numbers.split()] for numbers, title in cells}
+
+
+def test_what_cannot_be_read_is_left_out_of_the_page_and_said(heard, capsys):
+    (embeddings_folder(heard, "ours", "", "birds") / "test.embeddings.npy").unlink()
+    stored = predictions_file(heard, read(heard)[0])
+    stored.write_bytes(stored.read_bytes()[:100])
+    assert cli.main(["report", str(heard), "--format", "html", "-o", str(heard / "page.html")]) == 0
+    assert "<figure>" not in (heard / "page.html").read_text()
+    first, second = capsys.readouterr().err.splitlines()
+    assert "test.embeddings.npy: cannot be read" in first and second.startswith(f"{stored}: BadZipFile")
 
 
 def test_cells_play_the_clips_that_they_count(heard, monkeypatch):

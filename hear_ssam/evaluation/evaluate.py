@@ -104,9 +104,12 @@ def evaluate(
     A model is the name of a HEAR module, `hf:NAME`, `xares:FILE.py`, or an object: a HEAR module or what its load_model
     returned, an encoder of X-ARES, a pair (model of transformers, its feature extractor). `options` are those of
     `run_evaluation`. Without `results_dir` nothing but the records is kept. What fails is said on stderr; raises
-    HearSsamError where nothing else is left. Scripts need `if __name__ == "__main__"`: probes run in spawned processes.
+    HearSsamError where nothing else is left. Records call an object by its attribute `name`, or by its class.
+    Scripts need `if __name__ == "__main__"`: probes run in spawned processes.
     """
     listed = list(models) if isinstance(models, list) else [models]
+    if not listed:
+        raise HearSsamError("models: an empty list; name one at least.")
     with contextlib.ExitStack() as stack:
         results = Path(results_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         evaluation = run_evaluation(listed, results_dir=results, tasks_dir=Path(tasks_dir), probe=probe, **options)
@@ -142,6 +145,7 @@ def run_evaluation(
     from .probe import named_protocol
 
     probes: list[str] = [probe] if isinstance(probe, str) else list(probe)
+    tasks = [tasks] if isinstance(tasks, str) else tasks
     names = {"policy for existing results": (existing, EXISTING), "engine": (engine, ("local", "ray"))}
     for kind, (name, known) in [*names.items(), *(("probe", (name, PROBES)) for name in probes)]:
         if name not in known:

@@ -3,7 +3,8 @@
     layer     -1: the model's output (default); n: the hidden states before block n, as transformers counts them
     pooling   mean, max, mean_std (both side by side) of a scene's rows, or first: the first token (AST: its class)
     window    seconds that the model sees at once (default: its feature extractor's, else 30); longer clips take several
-    trust_remote_code, revision   as in `from_pretrained`; code that comes with weights runs only if it is asked for
+    trust_remote_code, revision, code_revision, subfolder, dtype, attn_implementation   as in `from_pretrained`; code
+              that comes with weights runs only if it is asked for
 
 Sample rate and preprocessing are those of the feature extractor. What it pads (Whisper to 30 s, AST, CLAP to 10 s) is
 embedded and then left out. Tried: wav2vec 2.0, HuBERT, WavLM, Data2Vec, AST, Whisper's encoder, CLAP's audio tower; a
@@ -12,6 +13,8 @@ model whose output is (clips, rows, width), or (clips, width, frequency, time), 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from ..errors import HearSsamError, unknown_name
 from .module import weights_sha256
 
 POOLING = ("mean", "max", "mean_std", "first")
+_ASKED = ("trust_remote_code", "revision", "code_revision", "subfolder", "dtype", "attn_implementation")
 _LEAST = 0.1  # seconds that a model is given at least; the rest is silence
 
 
@@ -33,11 +37,15 @@ class HubEncoder(torch.nn.Module):
         super().__init__()
         if pooling not in POOLING:
             raise unknown_name("pooling", pooling, POOLING)
+        if type(layer) is not int:
+            raise HearSsamError(f"layer={layer!r}: must be a whole number; -1 is the model's output.")
         encoder = model.get_encoder() if model.config.is_encoder_decoder else model
         self.encoder = getattr(encoder, "audio_model", encoder).eval()
         self.extractor, self.layer, self.pooling = extractor, layer, pooling
         self.name = f"hf:{name}"
-        self.checkpoint_sha256 = weights_sha256(self.encoder)
+        settings = {**self.encoder.config.to_dict(), "extractor": extractor.to_dict()}
+        settings |= {"transformers_version": "", "_name_or_path": "", "weights": weights_sha256(self.encoder)}
+        self.checkpoint_sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
         self.sample_rate = int(extractor.sampling_rate)
         # samples that every input is padded or cut to; None where inputs are taken as they are
         self.padded = getattr(extractor, "n_samples", getattr(extractor, "nb_max_samples", None))  # of Whisper, of CLAP
@@ -47,9 +55,9 @@ class HubEncoder(torch.nn.Module):
         config = self.encoder.config  # samples from row to row, where it says so: wav2vec 2.0 and its kin, AST
         self.step = getattr(config, "inputs_to_logits_ratio", getattr(config, "time_stride", 0) * hop)
         samples = self.padded or 30 * self.sample_rate
-        self.window = min(samples, round(window * self.sample_rate)) if window else samples
-        if self.window < _LEAST * self.sample_rate:
-            raise HearSsamError(f"window={window}: must be at least {_LEAST} seconds.")
+        if window is not None and not (isinstance(window, int | float) and window >= _LEAST):
+            raise HearSsamError(f"window={window!r}: must be at least {_LEAST} seconds.")
+        self.window = samples if window is None else min(samples, round(window * self.sample_rate))
         rows, _ = self.tokens(torch.zeros(1, min(self.window, self.sample_rate)))
         self.timestamp_embedding_size = rows.shape[2]
         self.scene_embedding_size = rows.shape[2] * (1 + (pooling == "mean_std"))
@@ -61,6 +69,8 @@ class HubEncoder(torch.nn.Module):
         arrays = list(audio.float().cpu().numpy())
         given = self.extractor(arrays, sampling_rate=self.sample_rate, return_tensors="pt")
         given = given.to(parameter.device, parameter.dtype)
+        if "is_longer" in given:  # CLAP with fusion: by chance it takes one clip of a batch for longer than its window
+            given["is_longer"] = torch.zeros_like(given["is_longer"])
         output = self.encoder(**given, output_hidden_states=self.layer != -1, return_dict=True)
         hidden = output.last_hidden_state
         if self.layer != -1:
@@ -88,7 +98,8 @@ class HubEncoder(torch.nn.Module):
             missing = max(0, round(_LEAST * self.sample_rate) - piece.shape[1])
             piece = torch.nn.functional.pad(piece, (0, missing))
             rows, first = self.tokens(piece)
-            step = self.step or (self.padded or piece.shape[1]) / rows.shape[1]
+            even = (self.padded or piece.shape[1]) / rows.shape[1]
+            step = self.step if self.step and even < 2 * self.step else even  # adapters stretch what the config says
             ms = (torch.arange(rows.shape[1]) + 0.5) * (1000 * step / self.sample_rate)
             inside = max(1, int((ms < length).sum()))  # the rest is padding
             found.append(rows[:, :inside])
@@ -110,6 +121,8 @@ def load_model(
         raise HearSsamError("hf: needs the package transformers; pip install 'hear-ssam[hf]'.") from error
     if not model_file_path:
         raise HearSsamError("hf: name a model of the hub or a folder, as in hf:facebook/wav2vec2-base.")
+    if unknown := next((option for option in asked if option not in _ASKED), None):
+        raise unknown_name("option of hf:", unknown, ("layer", "pooling", "window", *_ASKED))
     kinds: Any = transformers
     asked = {"trust_remote_code": False, **asked}  # of `from_pretrained`, which would put a question otherwise
     try:

@@ -6,13 +6,14 @@ import argparse
 import contextlib
 import csv
 import io
+import itertools
 import json
 import shutil
 import sys
 import tempfile
 import warnings
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -45,34 +46,45 @@ def fetch_task(name: str, to: Path, rate: int | None = None) -> Path:
     have, its audio resampled, all compared with what the task says of itself; only then the folder appears.
     Raises HearSsamError for what the network, the disk or the archive keeps from it.
     """
-    from ..download import fetch
+    from ..download import fetch, locked
 
     card = known_tasks().get(folder_named(name))
     if card is None:
         raise unknown_name("task", name, [*known_tasks(), *(one.short for one in known_tasks().values())])
     target, source = to / card.folder, card.download
     rate = rate or source.rate
-    if (target / str(rate)).is_dir():
-        return _verified(target, rate)
     archive = to / ARCHIVES / source.url.rpartition("/")[2]
-    fetch(source.url, archive, source.sha256 or None)
-    with tempfile.TemporaryDirectory(dir=to, prefix=".unpacking-") as scratch:
-        unpacked = unpack(archive, Path(scratch), card.most_bytes(source.rate))
-        folders = find_tasks(unpacked).get(card.folder)
-        if not folders:
-            raise HearSsamError(f"{archive}: holds {', '.join(find_tasks(unpacked))}, not {card.folder}; get it again.")
-        folder = folders[0]
-        if rate != source.rate:
-            had, made = folder / str(source.rate), folder / str(rate)
-            files = sorted(path for path in had.rglob("*") if path.is_file())
-            convert_all(((path, made / path.relative_to(had)) for path in files), rate, len(files))
-            shutil.rmtree(had)
-        _verified(folder, rate)
-        if target.is_dir():  # at another rate
-            (folder / str(rate)).rename(target / str(rate))
-        else:
-            folder.rename(target)
-    archive.unlink()
+    with locked(to / ARCHIVES / card.folder):
+        if (target / str(rate)).is_dir():
+            return _verified(target, rate)
+        fetch(source.url, archive, source.sha256 or None)
+        prefix = f".unpacking-{card.folder}-"
+        for stale in to.glob(f"{prefix}*"):  # of a process that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=to, prefix=prefix) as scratch:
+            try:
+                unpacked = unpack(archive, Path(scratch), card.most_bytes(source.rate))
+            except HearSsamError as error:
+                if getattr(error.__cause__, "errno", None) is None:  # it is no archive: get another one next time
+                    for useless in archive.parent.glob(f"{archive.name}*"):
+                        useless.unlink()
+                raise
+            folders = find_tasks(unpacked).get(card.folder)
+            if not folders:
+                holds = ", ".join(find_tasks(unpacked))
+                raise HearSsamError(f"{archive}: holds {holds}, not {card.folder}; get it again.")
+            folder = folders[0]
+            if rate != source.rate:
+                had, made = folder / str(source.rate), folder / str(rate)
+                files = sorted(path for path in had.rglob("*") if path.is_file())
+                convert_all(((path, made / path.relative_to(had)) for path in files), rate, len(files))
+                shutil.rmtree(had)
+            _verified(folder, rate)
+            if target.is_dir():  # at another rate
+                (folder / str(rate)).rename(target / str(rate))
+            else:
+                folder.rename(target)
+        archive.unlink()
     return target
 
 
@@ -88,7 +100,9 @@ def _verified(folder: Path, rate: int) -> Path:
 
 def task_table(folder: Path | None) -> list[list[str]]:
     """HEAR's tasks and those in `folder`, as text, header first: names, size, licence, what is here."""
-    here = find_tasks(folder) if folder and folder.is_dir() and any(folder.glob(f"*/{METADATA}")) else {}
+    here: dict[str, list[Path]] = {}
+    with contextlib.suppress(HearSsamError):  # there are none
+        here = find_tasks(folder) if folder else {}
     rows = [["task", "folder", "clips", "hours", "classes", "licence", "here"]]
     for name in dict.fromkeys([*known_tasks(), *here]):
         places = here.get(name, [])
@@ -99,9 +113,10 @@ def task_table(folder: Path | None) -> list[list[str]]:
             hours = f"{card.clips * card.sample_duration / 3600:.1f}" if card.sample_duration else "–"
             facts = [card.short, name, str(card.clips), hours, str(card.classes), card.licence or "not stated"]
         else:
-            task = read_task(places[0])
-            clips = sum(len(task.clips(split)) for split in task.splits)
-            facts = [name, name, str(clips), "–", str(len(task.labels)), "yours"]
+            facts = [name, name, "–", "–", "–", "yours"]
+            with noted(name, {}):
+                task = read_task(places[0])
+                facts[2:5] = str(sum(len(task.clips(split)) for split in task.splits)), "–", str(len(task.labels))
         rows.append([*facts, what])
     return rows
 
@@ -117,7 +132,7 @@ def make_task(
     already, a recording that cannot be read.
     """
     rows = read_labels(labels)
-    name = name or labels.resolve().name.removesuffix(labels.suffix)
+    name = name or (labels.resolve().name if labels.is_dir() else labels.stem)
     target = out / f"{name}-v1-full"
     if name != Path(name).name or name.startswith("."):
         raise HearSsamError(f"--name {name}: names a folder; use letters, digits, _ and -.")
@@ -147,8 +162,12 @@ def make_task(
     for split in sorted(set(splits)):
         clips = {clip: [label] for clip, label, own in zip(names, classes, splits, strict=True) if own == split}
         files[f"{split}.json"] = json.dumps(dict(sorted(clips.items())), indent=1)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".making-") as scratch:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        making = tempfile.TemporaryDirectory(dir=out, prefix=".making-")
+    except OSError as error:
+        raise HearSsamError(f"{out}: cannot be written: {error.strerror}; use another place.") from error
+    with making as scratch:
         folder = Path(scratch) / target.name
         folder.mkdir()
         places = [folder / str(rate) / split / clip for split, clip in zip(splits, names, strict=True)]
@@ -171,6 +190,8 @@ def _folds(classes: list[str], groups: list[str], folds: int, seed: int) -> list
         raise HearSsamError(f"--folds must be at least 3 (train, valid, test), not {folds}.")
     if len(set(groups)) < folds:
         raise HearSsamError(f"--folds {folds}: there are {len(set(groups))} groups of recordings; ask for fewer folds.")
+    if (most := max(Counter(classes).values())) < folds:
+        raise HearSsamError(f"--folds {folds}: no class has more than {most} recordings; ask for fewer folds.")
     few = Counter(label for label, _ in set(zip(classes, groups, strict=True)))
     label, count = min(few.items(), key=lambda item: item[1])
     if count < folds:
@@ -182,18 +203,21 @@ def _folds(classes: list[str], groups: list[str], folds: int, seed: int) -> list
         for number, (_, test) in enumerate(divided):
             fold[test] = number
     numbers: list[int] = fold.tolist()
+    if len(set(numbers)) < folds:
+        raise HearSsamError(f"--folds {folds}: one would be empty, so large are the groups; ask for fewer folds.")
     return numbers
 
 
 def _names(paths: list[str]) -> list[str]:
     """File names of clips, told apart where recordings in different folders have the same."""
-    names: list[str] = []
-    seen: Counter[str] = Counter()
+    names: dict[str, str] = {}  # by what a file system may take for the same
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
     for path in paths:
         stem = Path(path).stem.lstrip(".") or "clip"
-        seen[stem.casefold()] += 1
-        names.append(f"{stem}~{seen[stem.casefold()]}.wav" if seen[stem.casefold()] > 1 else f"{stem}.wav")
-    return names
+        tried = (f"{stem}~{number}" if number > 1 else stem for number in numbers[stem.casefold()])
+        name = next(name for name in tried if name.casefold() not in names)
+        names[name.casefold()] = f"{name}.wav"
+    return list(names.values())
 
 
 def convert_all(pairs: Iterable[tuple[Path, Path]], rate: int, total: int) -> set[int]:
@@ -261,6 +285,8 @@ def _fetch(args: argparse.Namespace) -> int:
 
 def _make(args: argparse.Namespace) -> int:
     _check_rate(args.rate)
+    if not 0 <= args.seed < 2**32:
+        raise HearSsamError(f"--seed must be from 0 to {2**32 - 1}, not {args.seed}.")
     print(make_task(args.labels, args.output, args.name, args.folds, args.seed, args.rate))
     return 0
 

@@ -7,14 +7,15 @@ the attributes `sample_rate`, `scene_embedding_size`, `timestamp_embedding_size`
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib
+import inspect
 import json
 import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +30,7 @@ from ..paths import sha256
 ADAPTERS = ("hf", "xares")  # modules beside this one with the HEAR API, for models of other kinds
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class JudgedModule:
     """A loaded model of any module with the HEAR API."""
 
@@ -110,6 +111,7 @@ def load_hear_model(
         return judged(module, device)
     place = pick_device(device)
     name, _, own_options = module.partition(":")
+    called = module if name in ADAPTERS else f"{name}.load_model"
     if name in ADAPTERS:
         weights, brace, own_options = own_options.partition(":{")
         own_options = brace[1:] + own_options
@@ -122,7 +124,7 @@ def load_hear_model(
     for function in ("load_model", "get_scene_embeddings", "get_timestamp_embeddings"):
         if not callable(getattr(imported, function, None)):
             raise HearSsamError(f"the module {name} has no function {function}; the HEAR API needs it.")
-    with blamed(f"{name}.load_model failed"):
+    with blamed(f"{called} failed"):
         loaded = imported.load_model(*([model] if model else []), **options)
     own_name = getattr(loaded, "name", None)
     if isinstance(own_name, str):
@@ -140,7 +142,8 @@ def load_hear_model(
 
 def judged(model: object, device: str = "auto") -> JudgedModule:
     """A loaded model as one to judge: of any HEAR module, an encoder of X-ARES, or a pair (model, feature extractor)
-    of transformers. What it is called in records is its `name`, or its class; its weights are told by their SHA-256.
+    of transformers. What it is called in records is its `name`, or its class; two of one name are told apart by
+    `object_sha256`.
 
     Raises HearSsamError for an object of another kind.
     """
@@ -153,10 +156,10 @@ def judged(model: object, device: str = "auto") -> JudgedModule:
     packages = [sys.modules.get(".".join(parts[:depth])) for depth in range(len(parts), 0, -1)]
     found = next((p for p in packages if p and hasattr(p, "get_scene_embeddings")), None)
     if found is None:
-        kinds = "a model of a HEAR module, an X-ARES encoder, or a pair (transformers model, feature extractor)"
-        raise HearSsamError(f"{kind.__name__}: cannot be judged; give {kinds}.")
-    name, digest = getattr(model, "name", None) or kind.__name__, getattr(model, "checkpoint_sha256", None)
-    return _placed(found, model, str(name), digest or None, place)
+        kinds = "a model of a HEAR module, an X-ARES encoder, a pair (transformers model, feature extractor)"
+        raise HearSsamError(f"{kind.__name__}: cannot be judged; give {kinds}, or a list of them.")
+    name = str(getattr(model, "name", None) or kind.__name__)
+    return _placed(found, model, name, object_sha256(model), place)
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
@@ -168,9 +171,21 @@ def weights_sha256(model: torch.nn.Module) -> str:
     return digest.hexdigest() if state else ""
 
 
-def _placed(module: ModuleType, model: object, name: str, digest: str | None, place: torch.device) -> JudgedModule:
-    """A torch module with the attributes of the HEAR API on its device, else HearSsamError. `digest`: None for that of
-    its weights."""
+def object_sha256(model: Any) -> str:
+    """SHA-256 over the weights of a model, the source of its class, and the settings (plain values) of its parts."""
+    parts = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    said = [getattr(model, "checkpoint_sha256", None) or (weights_sha256(model) if parts else "")]
+    with contextlib.suppress(OSError, TypeError):  # it was made where no file or notebook tells
+        said.append(inspect.getsource(type(model)))
+    for name, value in (item for part in parts or [model] for item in sorted(getattr(part, "__dict__", {}).items())):
+        with contextlib.suppress(TypeError, ValueError):  # what is not plain
+            value = dataclasses.asdict(value) if hasattr(type(value), "__dataclass_fields__") else value
+            said.append(json.dumps([name, value], sort_keys=True))
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+
+def _placed(module: ModuleType, model: object, name: str, digest: str, place: torch.device) -> JudgedModule:
+    """A torch module with the attributes of the HEAR API on its device, else HearSsamError."""
     if not isinstance(model, torch.nn.Module):
         raise HearSsamError(f"{module.__name__}.load_model returned a {type(model).__name__}, not a torch.nn.Module.")
     for attribute in ("sample_rate", "scene_embedding_size", "timestamp_embedding_size"):
@@ -178,7 +193,6 @@ def _placed(module: ModuleType, model: object, name: str, digest: str | None, pl
         if not isinstance(value, int) or value < 1:
             wanted = f"the attribute {attribute} (an int above 0, not {value!r}); the HEAR API asks for it"
             raise HearSsamError(f"the model of {module.__name__} needs {wanted}.")
-    digest = weights_sha256(model) if digest is None else digest
     with blamed(f"the model of {module.__name__} cannot be moved to the device {place}"):
         return JudgedModule(module, model.to(place), name, digest, place)
 

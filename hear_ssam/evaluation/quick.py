@@ -47,9 +47,11 @@ def quick_probe(task: Task, splits: Mapping[str, Rows], probe: str, seed: int) -
         for split in task.data_splits:
             x = np.concatenate([splits[name].x.numpy() for name in split.train])
             target = np.concatenate([splits[name].target.numpy() for name in split.train])
-            if not task.multilabel and target.any(0).sum() < 2:
-                alone = f"{' + '.join(split.train)} has clips of one class alone"
-                raise HearSsamError(f"{task.name}: {alone}; a probe needs two to tell apart.")
+            if target.any(0).sum() < (1 if task.multilabel else 2):
+                alone = (
+                    f"{' + '.join(split.train)} has {'no labels' if task.multilabel else 'clips of one class alone'}"
+                )
+                raise HearSsamError(f"{task.name}: {alone}; a probe needs something to tell apart.")
             valid, test = splits[split.valid], splits[split.test]
             if probe.startswith("fewshot"):
                 few = draw(target, int(probe.removeprefix("fewshot")), seed)
@@ -126,7 +128,9 @@ def _regression(x: np.ndarray, target: np.ndarray, multilabel: bool, strength: f
     model = LogisticRegression(C=strength, max_iter=100)
     if multilabel:
         several = OneVsRestClassifier(model).fit(x, target.astype(int))
-        return lambda rows: several.predict_proba(rows).astype(np.float32)
+        return lambda rows: several.predict_proba(rows)[:, -target.shape[1] :].astype(
+            np.float32
+        )  # of one class: no, yes
     model.fit(x, target.argmax(1))
 
     def classify(rows: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import json
 import math
 import mimetypes
@@ -20,6 +21,7 @@ import numpy as np
 
 from ..errors import HearSsamError
 from ..paths import atomic_write, link
+from .jobs import noted
 from .records import Record, embeddings_folder, predictions_file, read
 from .tables import FORMATS, Cell, Table, agreement, caption, grid, tables
 from .tasks import DONE, known_tasks, read_task
@@ -79,7 +81,7 @@ class Predictions(NamedTuple):
 
 def read_predictions(path: Path) -> Predictions:
     """A file of `predictions_file`, the clips of all test folds joined."""
-    with np.load(path) as stored:
+    with open(path, "rb") as file, np.load(file) as stored:
         labels = stored["labels"].tolist()
         folds = [name.removesuffix("/target") for name in stored.files if name.endswith("/target")]
         arrays = (
@@ -156,10 +158,13 @@ def _figures(task: str, model: str, found: list[Table], results: Path, clips: di
     own = [embeddings_folder(results, r["model"], r["checkpoint_sha256"], task) for r in records]
     given = [Path(r["embeddings"]["folder"]) for r in records if "folder" in r.get("embeddings", {})]  # elsewhere
     folder = next((place for place in (*own, *given) if (place / DONE).exists()), None)
-    figures = [_embedding_map(folder)] if folder else []
+    figures: list[Figure] = []
+    with noted(f"map of {folder}", {}):  # what cannot be read is left out, and said
+        figures += [_embedding_map(folder)] if folder else []
     for record in records:
-        if (stored := predictions_file(results, record)).exists():
-            predictions, words = read_predictions(stored), {"probe": record["probe"], "seed": record["seed"]}
+        stored, words = predictions_file(results, record), {"probe": record["probe"], "seed": record["seed"]}
+        with noted(str(stored), {}), contextlib.suppress(FileNotFoundError):
+            predictions = read_predictions(stored)
             if len(predictions.target) and (predictions.target.sum(1) == 1).all():
                 files = _audio(folder, predictions) if folder else []
                 figures.append({**words, "kind": "confusion", **_confusion(predictions, files, clips)})

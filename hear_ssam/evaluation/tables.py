@@ -123,10 +123,11 @@ def grid(table: Table, published: bool, bold: Callable[[str], str]) -> list[list
     rows = [["task", "metric", *table.models, *(f"{model} †" for model in outside)]]
     for task, metric in table.tasks.items():
         row = [task, metric]
+        best = table.cells.get((task, table.best(task) or ""))
         for model in table.models:
             cell = table.cells.get((task, model))
             text = "≈ " * table.close_to_best(task, model) + (cell.text(metric) if cell else "–")
-            row.append(bold(text) if model == table.best(task) else text)
+            row.append(bold(text) if cell and best and cell.mean == best.mean else text)
         row += [as_text(found[task]["score"], metric) if task in found else "–" for found in outside.values()]
         rows.append(row)
     count = len(table.common_tasks)

@@ -6,8 +6,12 @@ to a tensor (clips, rows, output_dim). Scenes are the mean over rows, as X-ARES 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
 import sys
+from collections.abc import Iterator
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from torch import Tensor
 
 from ..errors import HearSsamError, unknown_name
 from ..paths import sha256
-from .module import blamed, weights_sha256
+from .module import blamed, object_sha256, weights_sha256
 
 _ATTRIBUTES = ("sampling_rate", "output_dim", "hop_size_in_ms")
 
@@ -24,7 +28,8 @@ _ATTRIBUTES = ("sampling_rate", "output_dim", "hop_size_in_ms")
 class XaresEncoder(torch.nn.Module):
     """An encoder of X-ARES with the attributes of the HEAR API."""
 
-    def __init__(self, encoder: Any, file: Path | None) -> None:
+    def __init__(self, encoder: Any, code: str = "") -> None:
+        """`code`: the SHA-256 of the files that it was made of, where its object must not tell."""
         super().__init__()
         name = type(encoder).__name__
         for attribute in _ATTRIBUTES:
@@ -33,7 +38,8 @@ class XaresEncoder(torch.nn.Module):
         self.encoder = encoder
         self.name = f"xares:{name}"
         weights = weights_sha256(encoder) if isinstance(encoder, torch.nn.Module) else ""
-        self.checkpoint_sha256 = f"{weights}{sha256(file) if file else ''}"
+        own = hashlib.sha256(f"{weights}{code}".encode()).hexdigest()
+        self.checkpoint_sha256 = own if code else object_sha256(encoder)
         self.sample_rate = int(encoder.sampling_rate)
         self.scene_embedding_size = self.timestamp_embedding_size = int(encoder.output_dim)
         self.eval()
@@ -60,26 +66,47 @@ def load_model(model_file_path: str = "", **options: Any) -> XaresEncoder:
     spec = importlib.util.spec_from_file_location(f"xares_{file.stem}", file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.append(str(file.resolve().parent))  # where its own imports lie
+    with _own_imports(file) as code:
+        sys.modules[spec.name] = module
+        with blamed(f"{file}: cannot be imported"):
+            spec.loader.exec_module(module)
+        own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", "") == spec.name}
+        classes = {key: value for key, value in own.items() if isinstance(value, type) and key.endswith("Encoder")}
+        if name and name not in own:
+            raise HearSsamError(f"{file}: {unknown_name('encoder', name, classes or own)}")
+        if not name and len(classes) != 1:
+            found = ", ".join(sorted(classes)) or "none"
+            mend = f"name one, as in xares:{file}:CLASS"
+            raise HearSsamError(f"{file}: classes whose name ends in Encoder: {found}; {mend}.")
+        made = own[name] if name else next(iter(classes.values()))
+        with blamed(f"{file}: {made.__name__} cannot be made"):
+            encoder = made(**options)
+    return XaresEncoder(encoder, code)
+
+
+@contextlib.contextmanager
+def _own_imports(file: Path) -> Iterator[str]:
+    """What a file imports is what lies beside it, as where Python runs it, whatever another encoder calls so. Yields
+    a SHA-256 over all of these files: where one changes, it is another encoder."""
+    folder, finder = str(file.resolve().parent), ModuleFinder(excludes=[__name__.partition(".")[0]])
+    finder.path = [folder]
     with blamed(f"{file}: cannot be imported"):
-        spec.loader.exec_module(module)
-    own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", "") == spec.name}
-    classes = {key: value for key, value in own.items() if isinstance(value, type) and key.endswith("Encoder")}
-    if name and name not in own:
-        raise HearSsamError(f"{file}: {unknown_name('encoder', name, classes)}")
-    if not name and len(classes) != 1:
-        found = ", ".join(sorted(classes)) or "none"
-        raise HearSsamError(f"{file}: classes whose name ends in Encoder: {found}; name one, as in xares:{file}:CLASS.")
-    made = own[name] if name else next(iter(classes.values()))
-    with blamed(f"{file}: {made.__name__} cannot be made"):
-        encoder = made(**options)
-    return XaresEncoder(encoder, file)
+        finder.run_script(str(file))
+    files = {name: path for name, one in finder.modules.items() if (path := getattr(one, "__file__", None))}
+    others = {name: sys.modules.pop(name) for name in files if name in sys.modules and name != "__main__"}
+    sys.path.insert(0, folder)
+    try:
+        yield hashlib.sha256("".join(sha256(files[name]) for name in sorted(files)).encode()).hexdigest()
+    finally:
+        sys.modules.update(others)
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)  # for what is imported later
 
 
 def wrap(model: object) -> XaresEncoder | None:
     """An object as a HEAR model, None where it is no encoder of X-ARES."""
-    return XaresEncoder(model, None) if all(hasattr(model, attribute) for attribute in _ATTRIBUTES) else None
+    return XaresEncoder(model) if all(hasattr(model, attribute) for attribute in _ATTRIBUTES) else None
 
 
 def get_scene_embeddings(audio: Tensor, model: XaresEncoder) -> Tensor:
