@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import errno
 import importlib
 import io
 import os
@@ -90,6 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             os._exit(130)  # a normal exit waits for threads, however long the file is that they are at
         return 130
-    except BrokenPipeError:  # the reader (`| head`) has seen enough
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush at exit
-        return 128 + 13
+        if error.errno == errno.EPIPE:  # the reader (`| head`) has seen enough
+            return 128 + 13
+        print(f"hear-ssam: error: standard output: {error.strerror}; make room or write elsewhere.", file=sys.stderr)
+        return 2

@@ -132,6 +132,11 @@ def test_windows_are_judged_as_if_cut_out(classifier: Path, tmp_path: Path) -> N
     assert run("classify", "predict", classifier, tmp_path / "cut.wav", "-o", tmp_path / "cut.csv") == 0
     (cut,) = rows(tmp_path / "cut.csv")
     assert all(abs(float(cut[label]) - float(found[1][label])) < 1e-5 for label in CLASSES)
+    soundfile.write(tmp_path / "long.wav", np.zeros(1_250_000), 1000)
+    arguments = classifier, tmp_path / "long.wav", "-o", tmp_path / "long.csv", "--window", "400.0625"
+    assert run("classify", "predict", *arguments) == 0
+    times = [(row["start_ms"], row["end_ms"]) for row in rows(tmp_path / "long.csv")]
+    assert times[2:] == [("800125", "1200187.5"), ("1200187.5", "1250000")]
 
 
 def test_from_embeddings_with_labels_splits_and_groups(

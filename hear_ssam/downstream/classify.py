@@ -222,7 +222,7 @@ def _predict(args: argparse.Namespace) -> int:
         for table in compute(recordings, model, how, skipped):
             found = probabilities(classifier, table.x)
             for index, row in enumerate(found):
-                times = [f"{table.starts[index]:g}", f"{table.ends[index]:g}"] if args.window else []
+                times = [f"{ms[index]:.12g}" for ms in (table.starts, table.ends)] if args.window else []
                 label = classifier["classes"][row.argmax()]
                 writer.writerow([table.paths[index], *times, label, *(f"{value:.6f}" for value in row)])
             count += 1

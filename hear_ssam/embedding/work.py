@@ -119,7 +119,8 @@ class Worker:
                     rows[recording.name].append((start, len(clip), *found))
         for recording in batch:
             if recording.name not in results:
-                results[recording.name] = Result(recording, [self._table(recording, rows[recording.name])])
+                some = clips.grouped(rows[recording.name], lambda row: 1, CHUNK)  # the windows of an hour are many
+                results[recording.name] = Result(recording, map(functools.partial(self._table, recording), some))
         return [results[recording.name] for recording in batch]
 
     def _cut(self, recording: Recording) -> Iterator[tuple[float, np.ndarray]]:
@@ -181,7 +182,7 @@ class Worker:
         self, recording: Recording, starts: list[Any], rows: Sequence[Tensor], ends: list[float] | None = None
     ) -> pa.Table:
         """A table of rows (n, E), which may differ in width from tensor to tensor."""
-        values = np.concatenate([part.numpy().ravel() for part in rows]).astype(self.options.dtype)
+        values = np.concatenate([part.numpy().ravel() for part in rows]).astype(self.options.dtype, copy=False)
         kind = self.schema.field("embedding").type
         if pa.types.is_fixed_size_list(kind):
             embeddings = pa.FixedSizeListArray.from_arrays(values, kind.list_size)
