@@ -171,6 +171,11 @@ def test_labels_of_embeddings_whose_audio_is_elsewhere(
     (tmp_path / "far").symlink_to(sounds)
     monkeypatch.chdir(tmp_path)
     assert run("embed", "far/low", "far/high", "-o", "here/e.parquet", "--model", "logmel", "--kind", "scene") == 0
+    Path("seen").symlink_to(tmp_path, target_is_directory=True)
+    lines = [f"seen/far/{label}/{seed}.wav , {label}" for label in ("low", "high") for seed in range(6)]
+    Path("seen.csv").write_text("path, label\n" + "\n".join(lines))
+    assert run("classify", "train", "here/e.parquet", "--labels", "seen.csv", "-o", "s.json") == 0
+    assert "have no embeddings" not in capsys.readouterr().err
     (tmp_path / "far").unlink()
     names = [f"far/{label}/{seed}.wav" for label in ("low", "high") for seed in range(7)]
     Path("here/list.csv").write_text("path,label\n" + "\n".join(f"{name},{name[4:-6]}" for name in names))

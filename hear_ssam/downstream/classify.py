@@ -63,7 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _train(args: argparse.Namespace) -> int:
-    from ..embedding.inputs import of_file
+    from ..embedding.inputs import identity, of_file
     from ..embedding.shards import parquet_files, provenance
     from ..embedding.work import Options
     from ..hear import load_model
@@ -74,8 +74,8 @@ def _train(args: argparse.Namespace) -> int:
     if args.labels:
         table = [read_embeddings(args.input)]
         labels = read_labels(args.labels, set(table[0].paths))
-        there = set(map(os.path.abspath, table[0].paths))
-        if lacking := [row.path for row in labels if os.path.abspath(row.path) not in there]:
+        there = set(map(identity, set(table[0].paths)))
+        if lacking := [row.path for row in labels if identity(row.path) not in there]:
             text = f"{len(lacking)} of {len(labels)} recordings have no embeddings and are left out"
             print(f"{args.labels}: {text}, {lacking[0]} first", file=sys.stderr)
     elif any(map(provenance, parquet_files(args.input))) and not any(map(Path.is_dir, Path(args.input).glob("[!.]*"))):
@@ -111,8 +111,11 @@ def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> di
     from sklearn.preprocessing import StandardScaler
     from tqdm import tqdm
 
-    by_path = {os.path.abspath(row.path): row for row in labels}
-    known = [by_path.get(os.path.abspath(path)) for table in tables for path in table.paths]
+    from ..embedding.inputs import identity
+
+    by_path = {identity(row.path): row for row in labels}
+    found = {path: by_path.get(identity(path)) for table in tables for path in set(table.paths)}
+    known = [found[path] for table in tables for path in table.paths]
     x = np.concatenate([table.x for table in tables])[[row is not None for row in known]]
     rows = [row for row in known if row is not None]
     classes = sorted({row.label for row in labels})
@@ -144,8 +147,8 @@ def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> di
     intercept = intercept - coefficients @ scaler.mean_
     if len(classes) == 2:  # scikit-learn keeps the second class only
         coefficients, intercept = np.stack([0 * coefficients[0], coefficients[0]]), np.array([0.0, intercept[0]])
-    truth, found = (y[test], final.predict(x[test])) if test.any() else (y[fitted], tried[strength].argmax(1))
-    confusion = confusion_matrix(truth, found, labels=range(len(classes)))
+    truth, guess = (y[test], final.predict(x[test])) if test.any() else (y[fitted], tried[strength].argmax(1))
+    confusion = confusion_matrix(truth, guess, labels=range(len(classes)))
     scored = "the test split" if test.any() else f"{folds} folds, each by the fit to the others"
     return {
         "format": FORMAT, "version": __version__, "model": "", "made": tables[0].made, "classes": classes,

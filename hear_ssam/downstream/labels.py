@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..audio import find_audio
-from ..embedding.inputs import read_manifest
+from ..embedding.inputs import identity, read_manifest
 from ..errors import HearSsamError, unknown_name
 
 SPLITS = ("train", "valid", "test")
@@ -49,7 +49,7 @@ def _check(place: Path, found: list[Labelled]) -> None:
     alike: dict[str, str] = {}
     by_path: dict[str, Labelled] = {}
     for row in found:
-        if (first := by_path.setdefault(os.path.abspath(row.path), row))[1:] != row[1:]:
+        if (first := by_path.setdefault(identity(row.path), row))[1:] != row[1:]:
             both = " and ".join(" ".join(filter(None, each[1:])) for each in (first, row))
             raise HearSsamError(f"{place}: {row.path} stands in it twice, as {both}; keep one.")
         if not row.label:

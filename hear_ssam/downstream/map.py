@@ -36,15 +36,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     import numpy as np
 
-    from ..embedding.inputs import read_manifest
+    from ..embedding.inputs import identity, read_manifest
     from .table import read_embeddings
 
     table = read_embeddings(args.embeddings)
     labels = {}
     if args.labels:
         rows = read_manifest(args.labels, "label", known=set(table.paths))
-        labels = {os.path.abspath(row["path"]): row["label"] for row in rows}
-        if labels.keys().isdisjoint(map(os.path.abspath, table.paths)):
+        labels = {identity(row["path"]): row["label"] for row in rows}
+        if labels.keys().isdisjoint(map(identity, set(table.paths))):
             raise HearSsamError(f"--labels {args.labels}: names none of the clips; its column path is to be theirs.")
     chosen = np.sort(np.random.default_rng(0).permutation(len(table.x))[:MOST])
     if len(chosen) < 3:
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     folder, points = Path(args.output).resolve().parent, []
     for index, (across, up) in zip(chosen, places, strict=True):
         path = os.path.abspath(table.paths[index])
-        label = labels.get(path, "") if labels else os.path.basename(os.path.dirname(path))
+        label = labels.get(identity(path), "") if labels else os.path.basename(os.path.dirname(path))
         times = [] if np.isnan(table.starts[index]) else [table.starts[index] / 1000, table.ends[index] / 1000]
         place = round(float(across), 4), round(float(up), 4)
         points.append([*place, label, table.paths[index], link(path, folder), *times])

@@ -47,7 +47,7 @@ def embed(
     rate     of arrays, in Hz; files know theirs
     lengths  (clips,) how many samples of each row of a padded two-dimensional array count
     pooling  over time: "mean", or "mean_std", mean and standard deviation side by side; None: what the model says
-    layers   blocks, counted from 1, whose embeddings stand side by side; None: the last one
+    layers   blocks, counted from 1, whose embeddings stand side by side; None: the one the weights name, or the last
 
     A clip gets the same row in any company, up to rounding. Raises HearSsamError that names the file or the clip.
     """

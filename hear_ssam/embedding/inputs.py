@@ -81,6 +81,12 @@ def _all(inputs: Iterable[str | os.PathLike[str]]) -> Iterator[Recording]:
             yield from map(of_file, find_audio([given]))
 
 
+def identity(path: str) -> str:
+    """What tells files apart by name: their folder, however it is reached; a linked file is itself."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)
+
+
 def read_manifest(
     file: str | os.PathLike[str], *needed: str, known: Collection[str] | None = None
 ) -> list[dict[str, str]]:
@@ -92,7 +98,7 @@ def read_manifest(
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines)
-            rows = [{key: (row[key] or "").strip() for key in reader.fieldnames or ()} for row in reader]
+            rows = [{key.strip(): (row[key] or "").strip() for key in reader.fieldnames or ()} for row in reader]
     except (OSError, UnicodeError, csv.Error) as error:
         found = f"{error.strerror}; name one that is there" if isinstance(error, OSError) else f"{error}; write UTF-8"
         raise HearSsamError(f"{file}: cannot be read as a CSV file: {found}.") from error
