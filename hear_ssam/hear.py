@@ -421,9 +421,9 @@ def available_models(cache: str | os.PathLike[str] | None = None) -> dict[str, M
 
 def find_weights(name: str, cache: str | os.PathLike[str] | None = None) -> tuple[Path, str]:
     """The file or folder behind whatever names a model, fetched if need be, and what the model is to be called."""
-    if published := named(name):
+    path, published = Path(name), named(name)
+    if published and (published.downloadable or here(published, cache) or not path.exists()):
         return obtain(published, convert, cache), name
-    path = Path(name)
     if path.exists():
         return path, path.stem if path.is_file() else os.path.basename(os.path.abspath(path))
     if path.name == name and path.suffix not in (".pth", ".pt", ".safetensors"):

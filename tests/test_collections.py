@@ -157,6 +157,9 @@ def test_other_weights_or_options_are_refused(
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"hear-ssam: error: {place}: holds embeddings with ") and message in line
     assert columns(place) == before and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "linked.safetensors").symlink_to(weights)  # the same weights by another name
+    assert embed(file, "-o", place, "--model", tmp_path / "linked.safetensors", "--kind", "scene") == 0
+    assert "1 were there already" in capsys.readouterr().err
 
 
 def test_foreign_files_in_the_folder(

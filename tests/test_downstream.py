@@ -342,9 +342,18 @@ def test_what_is_no_embeddings(
     assert not (tmp_path / "map.html").exists()
 
 
-def test_search_refuses_other_weights(sounds: Path, embeddings: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("search", embeddings, sounds / "low" / "0.wav", "--model", "ssam_tiny") == 2
-    assert "was made with weights (none) of logmel, not " in capsys.readouterr().err
+def test_search_refuses_other_weights(
+    sounds: Path, embeddings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random = '{"model": "ssam_tiny", "pretrained": false}'
+    out = "-o", tmp_path / "random.parquet", "--kind", "scene"
+    assert run("embed", sounds / "low" / "0.wav", *out, "--model-options", random) == 0
+    for place, other, message in [
+        (embeddings, "ssam_tiny", "was made with weights (none) of logmel, not "),
+        (tmp_path / "random.parquet", "ssast_tiny", "of ssam_tiny, not (none) of ssast_tiny"),
+    ]:
+        assert run("search", place, sounds / "low" / "0.wav", "--model", other) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])

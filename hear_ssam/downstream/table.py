@@ -70,9 +70,10 @@ def model_of(made: dict[str, Any], place: object, name: str, device: str) -> Hea
         model = load_model(name or made["model"], **{**options, "device": device})
     except HearSsamError as error:
         raise HearSsamError(f"{place}: needs the model {made['model']}: {error} Or name it with --model.") from error
-    wanted, found = made["checkpoint_sha256"] or "(none)", model.checkpoint_sha256 or "(none)"
-    if wanted != found:
-        text = f"was made with weights {wanted[:12]} of {made['model']}, not {found[:12]} of {model.name}"
+    wanted, found = made["checkpoint_sha256"], model.checkpoint_sha256
+    if (wanted or made["model"]) != (found or model.name):  # without a file of weights the name must do
+        wanted, found = (digest[:12] or "(none)" for digest in (wanted, found))
+        text = f"was made with weights {wanted} of {made['model']}, not {found} of {model.name}"
         raise HearSsamError(f"{place}: {text}; say where those are with --model.")
     return model
 

@@ -39,12 +39,14 @@ def provenance(file: Path) -> dict[str, Any] | None:
 
 
 def same_provenance(place: Path, files: Iterable[Path], wanted: dict[str, Any], mend: str) -> None:
-    """Raise HearSsamError for a file that other weights or options made; the version may differ."""
+    """Raise HearSsamError for a file that other weights or options made; the version may differ, and how the weights
+    were called."""
     for file in files:
         found = provenance(file)
         if found is None:
             raise HearSsamError(f"{file}: is not a file of embeddings, or damaged; move it away.")
-        if different := [k for k in {**found, **wanted} if k != "version" and found.get(k) != wanted.get(k)]:
+        same = {"version"} | ({"model"} if wanted["checkpoint_sha256"] else set())
+        if different := [k for k in {**found, **wanted} if k not in same and found.get(k) != wanted.get(k)]:
             text = ", ".join(f"{key}={found.get(key)!r}, not {wanted.get(key)!r}" for key in different)
             raise HearSsamError(f"{place}: holds embeddings with {text}; {mend}.")
 
