@@ -25,9 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import CONFIGS, EncoderConfig, build_config
+from .download import cache_folder
 from .encoder import Encoder, sincos_positions
-from .errors import HearSsamError
-from .hub.weights import OFFICIAL
+from .errors import HearSsamError, unknown_name
+from .hub.weights import OFFICIAL, PUBLISHED, here, hub_file, named, obtain
 from .paths import atomic_write, sha256
 
 # How messages about a file end.
@@ -67,6 +68,23 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[EncoderConfig, dict[s
     except HearSsamError as error:
         raise HearSsamError(f"{file}: {error}") from error.__cause__
     return config, state, {**info, "sha256": digest}
+
+
+def find_weights(name: str, cache: str | os.PathLike[str] | None = None) -> tuple[Path, str]:
+    """The file or folder behind whatever names a model, fetched if need be, and what the model is to be called."""
+    path, published = Path(name), named(name)
+    if published and (published.downloadable or here(published, cache) or not path.exists()):
+        return obtain(published, convert, cache), name
+    if path.exists():
+        return path, path.stem if path.is_file() else os.path.basename(os.path.abspath(path))
+    if path.name == name and path.suffix not in (".pth", ".pt", ".safetensors"):
+        raise unknown_name("model", name, [*(entry.label for entry in PUBLISHED), *CONFIGS, "logmel"])
+    repository = re.fullmatch(r"([\w.-]+/([\w.-]+))(?:@([\w./-]+))?", name)
+    if not repository or path.parent.is_dir() or path.suffix in (".pth", ".pt", ".safetensors"):
+        raise HearSsamError(f"{name}: no such file or folder; `hear-ssam models list` tells where weights are.")
+    repo, called, revision = repository.groups()
+    folder = cache_folder(cache) / "hub" / repo.replace("/", "--") / (revision or "main")
+    return hub_file(repo, MODEL, revision, folder), called
 
 
 def save_checkpoint(

@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -34,14 +33,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import BASELINE
-from .checkpoint import MODEL, convert, load_checkpoint, save_checkpoint
+from .checkpoint import MODEL, find_weights, load_checkpoint, save_checkpoint
 from .config import CONFIGS, EncoderConfig
-from .download import cache_folder
 from .encoder import Encoder, resize_positions
 from .errors import HearSsamError, unknown_name
 from .frontend import HOP, SAMPLE_RATE, WINDOW, LogMel, build_frontend, join, normalize
 from .hub import layout
-from .hub.weights import PUBLISHED, Weights, here, hub_file, named, obtain
+from .hub.weights import PUBLISHED, Weights, here, named
 from .options import pick_device
 from .scan import available_backends, use_backend
 
@@ -417,23 +415,6 @@ def available_models(cache: str | os.PathLike[str] | None = None) -> dict[str, M
     sizes = baseline.scene_embedding_size, baseline.timestamp_embedding_size
     rows[BASELINE] = ModelRow("baseline", 0, *sizes, None, None, None)
     return rows
-
-
-def find_weights(name: str, cache: str | os.PathLike[str] | None = None) -> tuple[Path, str]:
-    """The file or folder behind whatever names a model, fetched if need be, and what the model is to be called."""
-    path, published = Path(name), named(name)
-    if published and (published.downloadable or here(published, cache) or not path.exists()):
-        return obtain(published, convert, cache), name
-    if path.exists():
-        return path, path.stem if path.is_file() else os.path.basename(os.path.abspath(path))
-    if path.name == name and path.suffix not in (".pth", ".pt", ".safetensors"):
-        raise unknown_name("model", name, [*(entry.label for entry in PUBLISHED), *CONFIGS, BASELINE])
-    repository = re.fullmatch(r"([\w.-]+/([\w.-]+))(?:@([\w./-]+))?", name)
-    if not repository or path.parent.is_dir() or path.suffix in (".pth", ".pt", ".safetensors"):
-        raise HearSsamError(f"{name}: no such file or folder; `hear-ssam models list` tells where weights are.")
-    repo, called, revision = repository.groups()
-    folder = cache_folder(cache) / "hub" / repo.replace("/", "--") / (revision or "main")
-    return hub_file(repo, MODEL, revision, folder), called
 
 
 def _with_options(config: EncoderConfig, options: dict[str, Any]) -> EncoderConfig:

@@ -24,11 +24,10 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from .. import __version__
-from ..checkpoint import load_checkpoint, save_checkpoint
+from ..checkpoint import find_weights, load_checkpoint, save_checkpoint
 from ..config import CONFIGS
 from ..encoder import Encoder
 from ..errors import HearSsamError
-from ..hear import find_weights
 from ..machine import noted_signals
 from ..options import pick_device
 from ..paths import atomic_write
