@@ -26,10 +26,10 @@ from hear_ssam.errors import HearSsamError, unknown_name
 from hear_ssam.machine import FEATURES, cpu
 from hear_ssam.paths import atomic_write
 
-from .cpu_process import PEERS, Measurement, Worker
+from .cpu_process import PARTS, PEERS, REST, SCAN, WHOLE, Measurement, Worker
 
 SIZES = ("tiny", "small", "base")
-MODES = ("inference", "training", "long", "start")
+MODES = ("inference", "parts", "training", "long", "start")
 
 EXAMPLES = """examples:
   python -m benchmarks cpu --quick                  a minute: tiny only, few repeats
@@ -43,6 +43,7 @@ peers (kept out of your environment; a missing one gives a row that says so):
 
 modes:
   inference   one 2-second clip (251 tokens) through the encoder
+  parts       where the time of our own row of `inference` goes, each part beside its floor
   training    forward and backward of one clip, tiny
   long        22,001 tokens, tiny, whole and in chunks with carried state: time and peak memory
   start       a fresh process: import, first and second embedding, tiny
@@ -77,9 +78,10 @@ def main(arguments: list[str]) -> int:
         conditions["made by"] = _command(args, mode)
         conditions["clock"] = "CPU time of the process" if args.threads == 1 and mode != "start" else "wall"
         rows: list[Row] = []
-        if mode in ("inference", "training"):
-            for size in sizes if mode == "inference" else ["tiny"]:
-                more, rates = _take_turns(_tasks(mode, size, peers, args.threads), rounds)
+        if mode in ("inference", "parts", "training"):
+            for size in ["tiny"] if mode == "training" else sizes:
+                tasks = _tasks(mode, size, peers, args.threads)
+                more, rates = (_parts if mode == "parts" else _take_turns)(tasks, rounds)
                 rows += more
                 conditions[f"this machine, {size}"] = _describe(rates)
         else:
@@ -129,7 +131,7 @@ class Row:
 
 
 def _tasks(mode: str, size: str, peers: list[str], threads: int) -> list[Measurement]:
-    rows = [("ssam", "cpu", "fp32"), ("ssam", "torch", "fp32")]
+    rows = [("ssam", "cpu", "fp32"), ("ssam", "torch", "fp32")][: 1 if mode == "parts" else 2]
     if mode in ("inference", "long"):
         rows.insert(1, ("ssam", "cpu", "bf16"))
     if mode == "long":
@@ -161,6 +163,30 @@ def _take_turns(tasks: list[Measurement], rounds: int) -> tuple[list[Row], dict[
                 exact[system] = worker.ask("output")
         rates = {name: max(result[name] for result in machine.results) for name in machine.results[0]}
         return _compared([_row(worker, exact[worker.task.system], rates) for worker in workers]), rates
+
+
+def _parts(tasks: list[Measurement], rounds: int) -> tuple[list[Row], dict[str, float]]:
+    """A row for each part of the blocks, the rest, and the whole: medians of the same passes."""
+    task = tasks[0]
+    with Worker(task) as ours, Worker(Measurement("machine", "ssam", task.size, "", "", task.threads)) as machine:
+        for worker in (ours, machine):
+            if worker.wait():
+                raise HearSsamError(f"benchmarks cpu --modes parts: {worker.failed}")
+        for _ in range(rounds):
+            for worker in (ours, machine):
+                worker.results.append(worker.ask("turn"))
+    rates = {name: max(result[name] for result in machine.results) for name in machine.results[0]}
+    work = {part: 1e3 * flop / rates["fp32"] for part, flop in _products(task.size).items()}
+    if "elements" in rates:
+        work[SCAN] += 1e3 * _work(task.size)["elements"] / rates["elements"]
+    rows = []
+    for part in ours.results[0]:
+        times = [1e3 * seconds for result in ours.results for seconds in result[part]]
+        row = Row(task.mode, task.size, part, task.dtype, statistics.median(times), min(times), len(times))
+        row.floor_ms = sum(work.values()) if part == WHOLE else work.get(part)
+        row.over_floor = row.ms / row.floor_ms if row.ms and row.floor_ms else None
+        rows.append(row)
+    return rows, rates
 
 
 def _one_by_one(tasks: list[Measurement]) -> list[Row]:
@@ -204,6 +230,17 @@ def _row(worker: Worker, exact: Any, rates: dict[str, float]) -> Row:
     return row
 
 
+def _products(size: str) -> dict[str, float]:
+    """FLOP of the matrix products of each part, per clip."""
+    from hear_ssam.config import CONFIGS
+
+    c = CONFIGS[f"ssam_{size}"]
+    dim, inner, rank, low = c.embed_dim, c.inner_dim, c.dt_rank, c.dt_rank + 2 * c.state_dim
+    weights = dict(zip(PARTS, (0, 2 * inner * dim, 0, inner * low, rank * inner, inner * dim), strict=True))
+    flop = {part: 2.0 * (1 + c.num_patches) * c.depth * count for part, count in weights.items()}
+    return flop | {REST: 2.0 * (1 + c.num_patches) * c.patch_dim * dim}
+
+
 def _work(size: str) -> dict[str, float]:
     """FLOP of all projections, elements of the scans (tokens x width x state), and bytes moved at least, per clip."""
     from hear_ssam.config import CONFIGS
@@ -215,7 +252,7 @@ def _work(size: str) -> dict[str, float]:
     moved = (2 * dim) + (dim + 2 * inner) + 2 * inner + (inner + low) + (rank + inner)  # norm ... step size
     moved += (4 * inner + 2 * state) + (inner + dim) + 3 * dim  # scan, out projection, residual
     return {
-        "flop": 2.0 * tokens * (c.depth * weights + c.patch_dim * dim),
+        "flop": sum(_products(size).values()),
         "elements": float(c.depth * tokens * inner * state),
         "bytes": 4.0 * c.depth * (weights + inner * (state + c.conv_kernel + 3) + tokens * moved),
     }

@@ -21,6 +21,10 @@ from hear_ssam.errors import HearSsamError
 PEERS = ("transformers", "mambapy", "selective_scan_ref")
 TURN = 0.2  # seconds that a fast row repeats in one turn
 LONG, CHUNK = 22_001, 1_000  # tokens
+# What --modes parts tells apart, in the order in which a block does it; and what is outside, and all of it.
+PARTS = ("norm", "input projection", "convolution", "projection to step, B and C", "step size and scan",
+         "output projection")  # fmt: skip
+SCAN, REST, WHOLE = PARTS[4], "patches, residuals, the rest", "the encoder"
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,8 @@ def prepare(task: Measurement, begin: float) -> dict[str, Callable[[], Any]]:
         return {"seconds": [imported + first], "note": note}
 
     def turn() -> dict[str, Any]:
+        if task.mode == "parts":
+            return parts(encoder, act, clock)
         if task.mode == "start":
             return start()
         if task.mode == "long":
@@ -166,6 +172,37 @@ def _repeat(action: Callable[[], Any], at_least: float, clock: Callable[[], floa
         action()
         seconds.append(clock() - begin)
     return seconds
+
+
+def parts(encoder: Any, act: Callable[[], Any], clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of each of PARTS in the passes of one turn, of the rest, and of the whole."""
+    spent, began, handles = dict.fromkeys([*PARTS, "mixer"], 0.0), list[float](), list[Any]()
+
+    def watch(part: str, module: Any) -> None:
+        def end(*_: Any) -> None:
+            spent[part] += clock() - began.pop()
+
+        handles.append(module.register_forward_pre_hook(lambda *_: began.append(clock())))
+        handles.append(module.register_forward_hook(end))
+
+    for block in encoder.blocks:
+        mixer = block.mixer
+        modules = (block.norm, mixer.in_proj, mixer.conv, mixer.x_proj, None, mixer.out_proj, mixer)
+        for part, module in zip(spent, modules, strict=True):
+            if module is not None:
+                watch(part, module)
+    found: dict[str, list[float]] = {part: [] for part in (*PARTS, REST, WHOLE)}
+    while sum(found[WHOLE]) < TURN:
+        spent.update(dict.fromkeys(spent, 0.0))
+        (whole,) = _repeat(act, 0, clock)
+        spent[SCAN] = spent["mixer"] - sum(spent[part] for part in (PARTS[1], PARTS[2], PARTS[3], PARTS[5]))
+        for part in PARTS:
+            found[part].append(spent[part])
+        found[REST].append(whole - spent["norm"] - spent["mixer"])
+        found[WHOLE].append(whole)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def naive_attention(attention: Any) -> Any:
@@ -304,6 +341,7 @@ def _reference_mixer(dim: int, inner: int, rank: int, state: int, kernel: int) -
 # polynomial and two for the exponent without), input x B, + decay x state, and y + state x C. Other units can run
 # everything else beside them.
 WITH_AVX512, WITHOUT = 7, 11
+CHAINS = 12  # enough for two units of four cycles, and no more than there are registers
 
 
 @functools.cache
@@ -314,12 +352,12 @@ def _multiply_kernels() -> Any:
         steps, out = k.integer("steps"), k.tensor("out", 1)
         values = [k.variable(k.constant(1.0 + i)) for i in range(chains)]
         with k.loop(0, steps):
-            for value in values * (16 // chains):
+            for value in values * (CHAINS // chains):
                 value[0] = value[0] * 0.75 + 1.0
         for i, value in enumerate(values):
             out.store(value[0], i * 16)
 
-    return build(write, 1), build(write, 16)
+    return build(write, 1), build(write, CHAINS)
 
 
 def _machine_rates(size: str, clock: Callable[[], float]) -> dict[str, float]:
@@ -341,7 +379,7 @@ def _machine_rates(size: str, clock: Callable[[], float]) -> dict[str, float]:
 
         out, steps = torch.zeros(256), 50_000  # a chain of them takes a millisecond
         seconds = [
-            min(_repeat(functools.partial(run, kernel, 1, steps=steps, out=out), TURN / 8, clock)) / (16 * steps)
+            min(_repeat(functools.partial(run, kernel, 1, steps=steps, out=out), TURN / 8, clock)) / (CHAINS * steps)
             for kernel in _multiply_kernels()
         ]
         rates["clock"] = 4 / seconds[0]  # a chain of fused multiply-adds advances every 4 cycles

@@ -68,13 +68,13 @@ def _scan_block(
         sums = [k.variable(s.y[start + j]) for j in tile]
         with k.loop(first, stop) as i:
             a, h, n = s.A[i], s.h[i], i - first // s.state * s.state
-            for j in tile:
+            decays = k.exp2s([step_sizes[j] * a for j in tile])
+            for j, decay in zip(tile, decays, strict=True):
                 at = (start + j) * s.state + n
-                decay = k.exp2(step_sizes[j] * a)
                 if trace:
                     place = (i - first) * SAVE_EVERY + start + j
                     trace[0][place], trace[1][place] = decay, h
-                h = decay * h + inputs[j] * k.fill(s.B[at])
+                h = k.fma(decay, h, inputs[j] * k.fill(s.B[at]))
                 sums[j][0] = h * k.fill(s.C[at]) + sums[j][0]
             s.h[i] = h
         for j in tile:

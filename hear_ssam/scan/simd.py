@@ -293,14 +293,23 @@ class Kernel:
 
     def exp2(self, x: Value) -> Value:
         """2^x: 2^n by the exponent bits, 2^r by a polynomial; relative error 2e-7."""
+        return self.exp2s([x])[0]
+
+    def exp2s(self, xs: list[Value]) -> list[Value]:
+        """2^x of several vectors, step by step side by side: each is a chain of which the CPU sees no second in time."""
         if AVX512:
-            return self._exp2_by_table(x)
-        b, x = self.builder, self.minimum(self.maximum(x, -126.0), 127.0)  # 2^n must be a normal number
-        n = Value(self, b.call(self.intrinsic(f"llvm.roundeven.v{LANES}f32", _vector, _vector), [x.ir]))
-        r = x - n  # in [-1/2, 1/2]
-        p = r * self.polynomial(r, _EXP2) + 1.0
-        exponent = b.shl(b.fptosi(n.ir, _bits), self.bits(23))
-        return Value(self, b.bitcast(b.add(b.bitcast(p.ir, _bits), exponent), _vector))
+            return [self._exp2_by_table(x) for x in xs]
+        b, nearest = self.builder, self.intrinsic(f"llvm.roundeven.v{LANES}f32", _vector, _vector)
+        xs = [self.maximum(x, -126.0) for x in xs]
+        xs = [self.minimum(x, 127.0) for x in xs]  # 2^n must be a normal number
+        ns = [Value(self, b.call(nearest, [x.ir])) for x in xs]
+        rs = [x - n for x, n in zip(xs, ns, strict=True)]  # in [-1/2, 1/2]
+        exponents = [b.shl(b.fptosi(n.ir, _bits), self.bits(23)) for n in ns]
+        ps = [self.constant(_EXP2[-1])] * len(rs)
+        for c in [*reversed(_EXP2[:-1]), 1.0]:
+            ps = [p * r + c for p, r in zip(ps, rs, strict=True)]
+        sums = [b.add(b.bitcast(p.ir, _bits), exponent) for p, exponent in zip(ps, exponents, strict=True)]
+        return [Value(self, b.bitcast(x, _vector)) for x in sums]
 
     def _exp2_by_table(self, x: Value) -> Value:
         """With AVX-512: 2^(i / 32) from a table in two registers leaves so little that r times a line does."""
@@ -317,6 +326,11 @@ class Kernel:
         scale = self.intrinsic("llvm.x86.avx512.mask.scalef.ps.512", _vector, *[_vector] * 3, _i16, _i32)
         unmasked = ir.Constant(_vector, ir.Undefined), ir.Constant(_i16, -1), ir.Constant(_i32, 4)
         return Value(self, b.call(scale, [p.ir, n.ir, *unmasked]))
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """a b + c in one instruction, where the compiler could have fused another product with the sum."""
+        function = self.intrinsic(f"llvm.fma.v{LANES}f32", *[_vector] * 4)
+        return Value(self, self.builder.call(function, [a.ir, b.ir, c.ir]))
 
     def sigmoid(self, x: Value) -> Value:
         return 1.0 / (self.exp2(x * -LOG2E) + 1.0)
