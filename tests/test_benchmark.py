@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,18 @@ import torch
 from benchmarks import __main__ as benchmarks
 from benchmarks import cpu
 from benchmarks.cpu import Row
-from benchmarks.cpu_process import PEERS, Measurement, Worker, build_peer, carried, naive_attention
+from benchmarks.cpu_process import (
+    PARTS,
+    PEERS,
+    REST,
+    WHOLE,
+    Measurement,
+    Worker,
+    build_peer,
+    carried,
+    naive_attention,
+    parts,
+)
 from hear_ssam.config import CONFIGS, build_config
 from hear_ssam.encoder import Encoder
 
@@ -25,6 +37,17 @@ def test_work_is_counted():
     flop = 2 * (251 * sum(m.weight.numel() for m in linear if m is not encoder.patch_embed) + patch)
     assert work["flop"] == pytest.approx(flop, rel=1e-3)
     assert work["elements"] == 12 * 251 * 576 * 24
+
+
+def test_parts_are_all_of_the_time():
+    encoder = Encoder(build_config("ssam", 32, depth=2, window_frames=40)).eval()
+    spec = torch.randn(1, 40, 80)
+    with torch.no_grad():
+        found = parts(encoder, lambda: encoder.tokens(spec), time.perf_counter)
+    for *several, whole in zip(*(found[part] for part in (*PARTS, REST, WHOLE)), strict=True):
+        assert min(several) > 0 and sum(several) == pytest.approx(whole)
+    assert set(cpu._products("tiny")) <= set(found)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in encoder.modules())
 
 
 @pytest.mark.parametrize("name", PEERS)

@@ -296,7 +296,7 @@ class Kernel:
         return self.exp2s([x])[0]
 
     def exp2s(self, xs: list[Value]) -> list[Value]:
-        """2^x of several vectors, step by step side by side: each is a chain of which the CPU sees no second in time."""
+        """2^x of several vectors, step by step side by side: no CPU looks far enough ahead to overlap the chains."""
         if AVX512:
             return [self._exp2_by_table(x) for x in xs]
         b, nearest = self.builder, self.intrinsic(f"llvm.roundeven.v{LANES}f32", _vector, _vector)
