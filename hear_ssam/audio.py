@@ -261,9 +261,10 @@ TAR = re.compile(r"([-_.]?\d{3,})?\.(tar|tgz|tar\.\w+)$", re.IGNORECASE)  # with
 
 
 def is_tar(path: Path) -> bool:
-    """Whether a file is a tar by its name or its content."""
+    """Whether a file is a tar by its name or, where that is not one of audio, its content (a millisecond a file)."""
     try:
-        return bool(TAR.search(path.name)) or tarfile.is_tarfile(path)
+        named = path.suffix.lower() in SUFFIXES | UNREAD
+        return bool(TAR.search(path.name)) or (not named and tarfile.is_tarfile(path))
     except Exception:  # a damaged archive raises what its codec does; reading it as audio names it
         return False
 

@@ -251,7 +251,7 @@ def test_kinds_of_lists(recordings: Path, tmp_path: Path, monkeypatch: pytest.Mo
     own = [str(recordings / f"{number:02}.wav") for number in (0, 1, 3)]
     others = ["local.wav", "b.tar:x/05.wav", "b.tar:x/06.wav", str(recordings / "07.wav"), "deep/08.wav"]
     assert found["path"] == own + others
-    members = find_recordings(["b.tar"])
+    members = find_recordings(["b.*r"])
     assert not isinstance(members, list)  # all of them are never held at once
     assert [member.bytes for member in members] == [(recordings / name).stat().st_size for name in ("05.wav", "06.wav")]
     model = hear_ssam.load_model("logmel")

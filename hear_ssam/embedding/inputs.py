@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import glob
+import itertools
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,14 +43,18 @@ def of_file(path: str | os.PathLike[str]) -> Recording:
     return Recording(os.fspath(path), os.path.getsize(path) if os.path.isfile(path) else 0)
 
 
-def find_recordings(inputs: Sequence[str | os.PathLike[str]]) -> Iterable[Recording]:
+def find_recordings(inputs: Iterable[str | os.PathLike[str]]) -> Iterable[Recording]:
     """The recordings of all inputs in their order, each once; a list, but for tars, which are read on the way.
 
     A folder is searched; a pattern (`**` crosses folders) is one that no file is called; a `.csv` names files in its
     column `path`; `-` reads one path a line from stdin. Raises HearSsamError where an input holds nothing.
     """
-    found = _once(_all(inputs))
-    return found if any(os.path.isfile(given) and is_tar(Path(given)) for given in inputs) else list(found)
+    recordings, listed = _once(_all(inputs)), list[Recording]()
+    for recording in recordings:
+        listed.append(recording)
+        if recording.decode:
+            return itertools.chain(listed, recordings)
+    return listed
 
 
 def _once(recordings: Iterable[Recording]) -> Iterator[Recording]:
