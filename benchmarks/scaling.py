@@ -302,7 +302,10 @@ def claims(rows: Sequence[Row], time: dict[str, Curve], memory: dict[str, Curve]
         if not ours or not base:
             return f"SSAST ended: {cell_text(ended[theirs])}" if theirs in ended else "not run"
         less = 100 * (1 - ours / base)
-        verdict = "holds" if less > published - 2 else "less than published" if less > 0 else "does not hold"
+        if bound and less < published:
+            verdict = "its end was not waited for"
+        else:
+            verdict = "holds" if less > published - 2 else "less than published" if less > 0 else "does not hold"
         return f"{bound}{less:.1f} % less: {verdict}" if less > 0 else f"{-less:.0f} % more: {verdict}"
 
     def better(ours: str, theirs: str) -> str:
