@@ -28,6 +28,7 @@ from hear_ssam.evaluation import evaluate
 from hear_ssam.evaluation.evaluate import run_evaluation
 from hear_ssam.evaluation.records import STORE, key_of, read
 
+from . import tiny_hear
 from .tiny_tasks import write_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,6 +151,16 @@ def test_evaluate_gives_the_records_of_one_machine(tmp_path: Path, monkeypatch: 
         assert (tmp_path / engine / STORE).read_bytes() == before  # nothing was done twice
     assert records[0] == records[1] and len(records[0]) == 2 * 2 * 3 * 2
     assert failures[0] == failures[1] and len(failures[0]) == 2
+
+
+def test_objects_are_the_same_model_on_all_nodes(tmp_path: Path, monkeypatch: Any, serial: None) -> None:
+    """Where a class of a notebook is unpickled, its source is not known."""
+    monkeypatch.setattr(evaluate, "engine_named", here)
+    monkeypatch.setattr("inspect.getsource", lambda _: uuid.uuid4().hex)
+    write_task(tmp_path / "tasks" / "tones")
+    run: Any = {"tasks_dir": tmp_path / "tasks", "results_dir": tmp_path / "results", "engine": "ray"}
+    evaluation = run_evaluation([tiny_hear.load_model(bands=20)], probe="knn", **run)
+    assert evaluation.records and not evaluation.failures
 
 
 def test_jobs_of_an_array_share_a_results_folder(tmp_path: Path, serial: None) -> None:

@@ -333,7 +333,7 @@ def test_the_page_shows_published_scores_and_where_results_come_from():
     given = {**record("ours", "esc50-v2.0.0-full", 0, 0.99, digest="ab" * 32), "embeddings": made}
     text = page([given, record("theirs", "esc50-v2.0.0-full", 0, 0.1)], Path("nowhere"), published=True)
     (row,) = (part for part in text.split("<tr>") if "<td" in part and ">SSAM-B †<" in part)
-    assert ">82.9<svg" in row
+    assert ">82.9<svg" in row and text.count("† published, not measured here: HEAR leaderboard CSV") == 1
     (row,) = (part for part in text.split("<tr>") if "some.module" in part)
     assert all(f">{value}<" in row for value in ("ours", "ab" * 32, "[16000]", "7", "float32"))
 

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from filelock import FileLock, Timeout
@@ -275,7 +276,7 @@ def _load(
     modules: Sequence[object], model: str, options: Mapping[str, Any] | None, device: str, failures: dict[str, str]
 ) -> Models:
     """All models that are given or can be loaded, each once; raises HearSsamError where there are none."""
-    from .module import load_hear_model
+    from .module import judged, load_hear_model
 
     models: Models = {}
     for module in modules:
@@ -283,6 +284,8 @@ def _load(
         load = functools.partial(load_hear_model, module, model, options)
         with noted(name, failures):
             hear = load(device)
+            if not isinstance(module, str | ModuleType):  # elsewhere nobody knows the source of its class
+                load = functools.partial(judged, module, digest=hear.checkpoint_sha256)
             models.setdefault((hear.name, hear.checkpoint_sha256), (hear, load))
     if not models:
         raise HearSsamError("; ".join(f"{name}: {reason}" for name, reason in failures.items()))

@@ -40,7 +40,7 @@ class HubEncoder(torch.nn.Module):
         if type(layer) is not int:
             raise HearSsamError(f"layer={layer!r}: must be a whole number; -1 is the model's output.")
         encoder = model.get_encoder() if model.config.is_encoder_decoder else model
-        self.encoder = getattr(encoder, "audio_model", encoder).eval()
+        self.encoder = getattr(encoder, "audio_model", encoder)
         self.extractor, self.layer, self.pooling = extractor, layer, pooling
         self.name = f"hf:{name}"
         settings = {**self.encoder.config.to_dict(), "extractor": extractor.to_dict()}
@@ -58,6 +58,7 @@ class HubEncoder(torch.nn.Module):
         if window is not None and not (isinstance(window, int | float) and window >= _LEAST):
             raise HearSsamError(f"window={window!r}: must be at least {_LEAST} seconds.")
         self.window = samples if window is None else min(samples, round(window * self.sample_rate))
+        self.eval()
         rows, _ = self.tokens(torch.zeros(1, min(self.window, self.sample_rate)))
         self.timestamp_embedding_size = rows.shape[2]
         self.scene_embedding_size = rows.shape[2] * (1 + (pooling == "mean_std"))
@@ -99,7 +100,7 @@ class HubEncoder(torch.nn.Module):
             piece = torch.nn.functional.pad(piece, (0, missing))
             rows, first = self.tokens(piece)
             even = (self.padded or piece.shape[1]) / rows.shape[1]
-            step = self.step if self.step and even < 2 * self.step else even  # adapters stretch what the config says
+            step = self.step * max(1, round(even / self.step)) if self.step else even  # adapters take every n-th row
             ms = (torch.arange(rows.shape[1]) + 0.5) * (1000 * step / self.sample_rate)
             inside = max(1, int((ms < length).sum()))  # the rest is padding
             found.append(rows[:, :inside])

@@ -140,10 +140,10 @@ def load_hear_model(
     return _placed(imported, loaded, full_name, str(digest), place)
 
 
-def judged(model: object, device: str = "auto") -> JudgedModule:
+def judged(model: object, device: str = "auto", digest: str = "") -> JudgedModule:
     """A loaded model as one to judge: of any HEAR module, an encoder of X-ARES, or a pair (model, feature extractor)
     of transformers. What it is called in records is its `name`, or its class; two of one name are told apart by
-    `object_sha256`.
+    `object_sha256`, or the `digest` that it had where it comes from.
 
     Raises HearSsamError for an object of another kind.
     """
@@ -151,7 +151,7 @@ def judged(model: object, device: str = "auto") -> JudgedModule:
     for adapter in ADAPTERS:
         module = importlib.import_module(f".{adapter}", __package__)
         if (wrapped := module.wrap(model)) is not None:
-            return _placed(module, wrapped, wrapped.name, wrapped.checkpoint_sha256, place)
+            return _placed(module, wrapped, wrapped.name, digest or wrapped.checkpoint_sha256, place)
     parts = kind.__module__.split(".")
     packages = [sys.modules.get(".".join(parts[:depth])) for depth in range(len(parts), 0, -1)]
     found = next((p for p in packages if p and hasattr(p, "get_scene_embeddings")), None)
@@ -159,7 +159,7 @@ def judged(model: object, device: str = "auto") -> JudgedModule:
         kinds = "a model of a HEAR module, an X-ARES encoder, a pair (transformers model, feature extractor)"
         raise HearSsamError(f"{kind.__name__}: cannot be judged; give {kinds}, or a list of them.")
     name = str(getattr(model, "name", None) or kind.__name__)
-    return _placed(found, model, name, object_sha256(model), place)
+    return _placed(found, model, name, digest or object_sha256(model), place)
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

@@ -132,7 +132,7 @@ def page(records: list[Record], results: Path, output: Path | None = None, publi
     text = Path(__file__).with_name("report.html.j2").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(text).render(
-        tables=[(t, grid(t, published, Markup("<b>{}</b>").format), caption(t, published)) for t in found],
+        tables=[(t, grid(t, False, Markup("<b>{}</b>").format), caption(t)) for t in found],
         tasks=tasks, agreement=agreement(records), origins=[ORIGIN, *origins], inside=inside, most=MOST_MB,
         clips=[(path.name, source) for path, source in zip(clips, sources, strict=True)],
     )  # fmt: skip
@@ -147,8 +147,8 @@ def _task(name: str, found: list[Table], published: bool, results: Path, clips: 
     rows += [[f"{row['model']} †", *["–"] * len(found), Cell((), row["score"], None)] for row in outside]
     ends = [end for row in rows for c in row if isinstance(c, Cell) for end in (*c.scores, *c.interval)] or [0.0]
     figures = {model: _figures(name, model, found, results, clips) for model in models}
-    return {"name": name, "metric": found[0].tasks[name], "rows": [head, *rows], "figures": figures,
-            "low": min(ends), "high": max(ends)}  # fmt: skip
+    return {"name": name, "metric": found[0].tasks[name], "rows": [head, *rows], "figures": figures, "low": min(ends),
+            "high": max(ends), "sources": sorted({row["source"] for row in outside})}  # fmt: skip
 
 
 def _figures(task: str, model: str, found: list[Table], results: Path, clips: dict[Path, int]) -> list[Figure]:
