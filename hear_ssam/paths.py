@@ -41,10 +41,11 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
 def atomic_write(path: str | os.PathLike[str], reported: type[Exception] = OSError) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it onto `path` if the block succeeds, remove it if not.
 
+    A link stays one: what it points to is written.
     Raises HearSsamError that names `path` where it cannot be written (no folder, no permission, full disk), which a
     writer may have `reported` as something else than OSError.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path) if os.path.islink(path) else path)
     if os.path.exists(target) and not os.path.isfile(target):  # a rename would replace even a device
         raise HearSsamError(f"{target}: cannot be written: it is a folder or a device; name a file.")
     try:

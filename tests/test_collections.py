@@ -124,7 +124,8 @@ def test_killed_and_resumed(recordings: Path, weights: Path, tmp_path: Path, out
 def test_done_files_are_skipped_and_counted(
     recordings: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for output in (tmp_path / "out", tmp_path / "out.parquet"):
+    (tmp_path / "link.parquet").symlink_to(tmp_path / "far" / "file.parquet")
+    for output in (tmp_path / "out", tmp_path / "out.parquet", tmp_path / "link.parquet"):
         assert embed(recordings / "0*.wav", "-o", output, "--model", weights, "--kind", "scene") == 0
         assert "10 of 10 files\n" in capsys.readouterr().err
         before = columns(output)
@@ -136,6 +137,8 @@ def test_done_files_are_skipped_and_counted(
         assert embed(recordings, "-o", output, "--model", weights, "--kind", "scene") == 0
         assert f"{output}: 0 of 0 files, 12 were there already" in capsys.readouterr().err
         monkeypatch.undo()
+    assert (tmp_path / "link.parquet").is_symlink()
+    assert [file.name for file in (tmp_path / "far").iterdir()] == ["file.parquet"]
 
 
 @pytest.mark.parametrize("output", ["out", "out.parquet"])

@@ -284,7 +284,8 @@ def test_other_weights_and_other_files_are_refused(
     assert run("classify", "predict", classifier, file, *out, "--window", "1", "--hop", "0") == 2
     assert "--window 1 --hop 0: take seconds" in capsys.readouterr().err
     (tmp_path / "no.json").write_text("{}")
-    for wrong in (tmp_path / "no.json", tmp_path / "absent.json", file):
+    (tmp_path / "odd.json").write_text(json.dumps({**json.loads(classifier.read_text()), "intercept": [1.0]}))
+    for wrong in (tmp_path / "no.json", tmp_path / "odd.json", tmp_path / "absent.json", file):
         assert run("classify", "predict", wrong, file, *out) == 2
         assert f"{wrong}: is not a classifier" in capsys.readouterr().err
     assert not (tmp_path / "out.csv").exists()

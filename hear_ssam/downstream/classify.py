@@ -193,10 +193,11 @@ def read_classifier(file: str | os.PathLike[str]) -> dict[str, Any]:
     """A file of `classify train`. Raises HearSsamError for any other."""
     try:
         found = json.loads(Path(file).read_text("utf-8"))
-        if found["format"] != FORMAT or np.shape(found["coefficients"])[0] != len(found["classes"]):
+        sizes = {len(found["classes"]), *np.shape(found["coefficients"])[:1], *np.shape(found["intercept"])}
+        if found["format"] != FORMAT or len(sizes) > 1 or not {"model", "model_options"} <= found["made"].keys():
             raise ValueError("another format")
         return dict(found)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HearSsamError(
             f"{file}: is not a classifier ({error}); make one with `hear-ssam classify train`."
         ) from error

@@ -69,8 +69,9 @@ class Output:
     """
 
     def __init__(self, output: str | os.PathLike[str], schema: pa.Schema, prefix: str, row_group: int) -> None:
-        self.output, self.schema, self.prefix, self.row_group = Path(output), schema, prefix, row_group
-        self.single = self.output.suffix == ".parquet"
+        self.output = Path(os.path.realpath(output) if os.path.islink(output) else output)
+        self.schema, self.prefix, self.row_group = schema, prefix, row_group
+        self.single = Path(output).suffix == ".parquet"
         self.folder = self.output.with_name(f".{self.output.name}.parts") if self.single else self.output
         exists = os.path.lexists(self.output)
         if exists and (not self.output.is_file() if self.single else not self.output.is_dir()):
