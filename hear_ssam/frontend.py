@@ -55,7 +55,7 @@ class LogMel(nn.Module):
     def of_frames(self, frames: Tensor) -> Tensor:
         """Windows of the waveform (..., 400) → (..., n_mels)."""
         power = torch.view_as_real(torch.fft.rfft(frames * self.window)).square().sum(-1)  # (..., bins)
-        return torch.log(power @ self.filters + EPSILON)
+        return torch.log(_energies(power, self.filters) + EPSILON)
 
 
 class KaldiFbank(nn.Module):
@@ -88,7 +88,12 @@ class KaldiFbank(nn.Module):
         previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)  # the first sample precedes itself
         spectrum = torch.fft.rfft((frames - 0.97 * previous) * self.window, n=512)
         power = torch.view_as_real(spectrum).square().sum(-1)  # (..., bins)
-        return torch.log((power @ self.filters).clamp(min=EPSILON))
+        return torch.log(_energies(power, self.filters).clamp(min=EPSILON))
+
+
+def _energies(power: Tensor, filters: Tensor) -> Tensor:
+    with torch.autocast(power.device.type, enabled=False):  # a bfloat16 of the caller's has no use before the logarithm
+        return power @ filters
 
 
 def _in_blocks(waveform: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

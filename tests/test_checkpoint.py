@@ -231,24 +231,36 @@ def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_our_own_state_dict_loads_as_torch_saves_it(system: str, tmp_path: Path) -> None:
-    config = small_config(system, window_frames=64 if system == "ssamba" else 200)
+    config = small_config(system, window_frames=64 if system == "ssamba" else 200, pooling="mean_std")
     state = Encoder(config).state_dict()
+    half = {name: tensor.bfloat16() for name, tensor in state.items()}
     model = {f"encoder.{name}": tensor for name, tensor in state.items()}
     for content in (state, model, {"model": state}, {"state_dict": model, "epoch": 3}):
         torch.save(content, tmp_path / "a.pth")
-        read, tensors, _ = load_checkpoint(tmp_path / "a.pth")
+        with pytest.warns(UserWarning, match=r"a\.pth: holds no config: .* last block, mean and deviation"):
+            read, tensors, _ = load_checkpoint(tmp_path / "a.pth")
         assert read == config
         assert tensors.keys() == state.keys() and all(tensors[name].equal(state[name]) for name in state)
     save_file(model, tmp_path / "a.safetensors")  # without our metadata
-    assert load_checkpoint(tmp_path / "a.safetensors")[0] == config
-    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    with pytest.warns(UserWarning, match="holds no config"):
+        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert load_checkpoint(tmp_path / "b.safetensors")[0] == config
+    save_file(half, tmp_path / "c.safetensors")
+    with pytest.warns(UserWarning, match="holds no config"):
+        assert load_checkpoint(tmp_path / "c.safetensors")[0] == config
+    save_checkpoint(tmp_path / "nan.safetensors", config, {**state, "norm.weight": state["norm.weight"] / 0}, {})
+    with pytest.raises(
+        HearSsamError, match=r"nan\.safetensors: holds weights that are NaN or infinite \(norm\.weight\)"
+    ):
+        load_checkpoint(tmp_path / "nan.safetensors")
 
 
 def test_patches_that_shapes_do_not_tell_apart(tmp_path: Path) -> None:
-    tall, flat = (small_config("ssam", patch_frames=frames, patch_mels=mels) for frames, mels in ((8, 16), (8, 8)))
+    sizes = (8, 16), (8, 8)
+    tall, flat = (small_config("ssam", patch_frames=x, patch_mels=y, pooling="mean_std") for x, y in sizes)
     torch.save(Encoder(tall).state_dict(), tmp_path / "tall.pth")
-    assert load_checkpoint(tmp_path / "tall.pth")[0] == tall
+    with pytest.warns(UserWarning, match="holds no config"):
+        assert load_checkpoint(tmp_path / "tall.pth")[0] == tall
     torch.save(Encoder(flat).state_dict(), tmp_path / "flat.pth")  # as many pixels, as many patches as 4 x 16
     with pytest.raises(
         HearSsamError, match=r"flat\.pth: its positions are not those of 4 x 16 patches; .*save_checkpoint"

@@ -36,6 +36,13 @@ def test_kaldi_uses_whole_frames_only(samples: int, frames: int) -> None:
 
 
 @FRONTENDS
+def test_a_callers_autocast_changes_nothing(frontend: LogMel | KaldiFbank) -> None:
+    want = frontend(noise(1, 5000))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(frontend(noise(1, 5000)), want)
+
+
+@FRONTENDS
 def test_batch_equals_singles(frontend: LogMel | KaldiFbank) -> None:
     waveform = noise(3, 5000)
     together = frontend(waveform)

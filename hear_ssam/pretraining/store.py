@@ -225,7 +225,7 @@ class Frames:
             return self.data[self.offsets[clip][:, None] + position].float().to(self.device)
         first = position * HOP - self.front_end.pad  # sample of the clip at which the frame's window starts
         rows = max(1, BLOCK // position.shape[1])
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad():
             parts = [
                 self.front_end.of_frames(self._windows(c, f).to(self.device).float() / 32768)
                 for c, f in zip(torch.split(clip, rows), torch.split(first, rows), strict=True)
