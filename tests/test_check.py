@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hear_ssam import cli
+from hear_ssam.errors import HearSsamError
 from hear_ssam.evaluation.check import CHECKS, Checks, _Warning, check_model
 from hear_ssam.evaluation.module import load_hear_model
 
@@ -60,6 +61,9 @@ def test_steps_of_any_length_do_not_pass_for_drift(rate, hop):
             Checks(hear, 300).drift()
     else:
         assert "s later" in Checks(hear, 300).drift()
+        hear.module.get_timestamp_embeddings = lambda *_: (energies(*_)[0], energies(*_)[1] / 3)
+        with pytest.raises(HearSsamError, match=r"300 s of audio have no timestamp near \d+ s, the last is \d+"):
+            Checks(hear, 300).drift()
 
 
 def leave(*_):

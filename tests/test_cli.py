@@ -150,6 +150,11 @@ def test_any_terminal_shows_tables_and_names(
     assert code == 2 and "\\udcff" in err
 
 
+def test_a_process_without_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["models", "list"]) == 0
+
+
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -187,6 +187,10 @@ class Checks:
         def offset(moment: float) -> float:
             """ms from a burst to the timestamp that it moves most."""
             near = (ms - 1000 * moment).abs() < 500 * SPACING
+            if not near.any():
+                raise HearSsamError(
+                    f"{seconds:g} s of audio have no timestamp near {moment:.0f} s, the last is {ms[-1]:g} ms."
+                )
             return float(ms[near][int(changed[near].argmax())]) - 1000 * moment
 
         first, last = (statistics.median(map(offset, moments)) for moments in (early, late))
