@@ -4,6 +4,8 @@ import csv
 import http.server
 import io
 import json
+import os
+import resource
 import tarfile
 import threading
 import time
@@ -287,6 +289,15 @@ def test_make_keeps_groups_whole_and_names_apart(tmp_path):
     assert library._names(["x/a.wav", "y/A.wav", "a~2.wav", "z/a.wav"]) == ["a.wav", "A~2.wav", "a~2~2.wav", "a~3.wav"]
 
 
+def test_names_of_other_encodings_become_utf8(tmp_path):
+    recordings(tmp_path / "sounds", {"caf": 3, "bar": 3})
+    os.rename(tmp_path / "sounds" / "caf", os.fsencode(tmp_path / "sounds") + b"/caf\xe9")
+    os.rename(tmp_path / "sounds" / "bar" / "0.wav", os.fsencode(tmp_path / "sounds" / "bar") + b"/\xe9.wav")
+    task = read_task(make_task(tmp_path / "sounds", tmp_path / "tasks", folds=3))
+    names = [name for split in task.splits for name in task.clips(split)]
+    assert task.labels == ("bar", "caf\N{REPLACEMENT CHARACTER}") and "\N{REPLACEMENT CHARACTER}.wav" in names
+
+
 def test_make_takes_given_splits(tmp_path):
     recordings(tmp_path, {"cat": 12, "doggy": 12})
     splits = ["train"] * 9 + ["test"] * 3
@@ -318,6 +329,13 @@ def test_labels_that_make_no_task(tmp_path, capsys):
     with pytest.raises(HearSsamError, match=r"both\.csv: cannot be written"):
         make_task(two, tmp_path / "both.csv", folds=3)
     assert cli.main(["tasks", "make", str(two), "-o", str(tmp_path / "tasks"), "--seed", "-1"]) == 2
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, most[1]))
+    try:
+        with pytest.raises(HearSsamError, match=r"\.wav: cannot be written: File too large; make room"):
+            make_task(two, tmp_path / "tasks", folds=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
     (two / "cat" / "0.wav").write_bytes(b"no audio")
     with pytest.raises(HearSsamError, match=r"0\.wav: cannot be read as audio"):
         make_task(two, tmp_path / "tasks", folds=3)

@@ -8,6 +8,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -138,7 +139,7 @@ def make_task(
         raise HearSsamError(f"--name {name}: names a folder; use letters, digits, _ and -.")
     if target.exists():
         raise HearSsamError(f"{target}: is there already; delete it or give another --name.")
-    classes, groups = [row.label for row in rows], [row.group or row.path for row in rows]
+    classes, groups = [_utf8(row.label) for row in rows], [row.group or row.path for row in rows]
     splits = [row.split for row in rows]
     if any(splits):
         if "valid" not in splits:
@@ -208,12 +209,17 @@ def _folds(classes: list[str], groups: list[str], folds: int, seed: int) -> list
     return numbers
 
 
+def _utf8(name: str) -> str:
+    """The name of a file or folder as text that every program can write."""
+    return os.fsencode(name).decode(errors="replace")
+
+
 def _names(paths: list[str]) -> list[str]:
     """File names of clips, told apart where recordings in different folders have the same."""
     names: dict[str, str] = {}  # by what a file system may take for the same
     numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
     for path in paths:
-        stem = Path(path).stem.lstrip(".") or "clip"
+        stem = _utf8(Path(path).stem.lstrip(".")) or "clip"
         tried = (f"{stem}~{number}" if number > 1 else stem for number in numbers[stem.casefold()])
         name = next(name for name in tried if name.casefold() not in names)
         names[name.casefold()] = f"{name}.wav"
@@ -225,17 +231,18 @@ def convert_all(pairs: Iterable[tuple[Path, Path]], rate: int, total: int) -> se
 
     def convert(pair: tuple[Path, Path]) -> int:
         audio = read_audio(pair[0], rate)
-        pair[1].parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(pair[1], audio.clip(-1, 1), rate, subtype="PCM_16", format="WAV")
+        soundfile.write(wav := io.BytesIO(), audio.clip(-1, 1), rate, subtype="PCM_16", format="WAV")
+        try:  # libsndfile would not say what hinders it
+            pair[1].parent.mkdir(parents=True, exist_ok=True)
+            pair[1].write_bytes(wav.getbuffer())
+        except OSError as error:
+            reason = f"cannot be written: {error.strerror}; make room or use another place"
+            raise HearSsamError(f"{pair[1]}: {reason}.") from error
         return len(audio)
 
     # Left when no thread writes any more: a folder that is removed then does not come back.
     with ThreadPoolExecutor(usable_cpus()) as pool, contextlib.closing(cast(Any, pool.map(convert, pairs))) as done:
-        try:
-            return set(tqdm(done, total=total, desc=f"{rate} Hz", unit="clip", disable=None, leave=False))
-        except OSError as error:
-            file, reason = error.filename or "audio", error.strerror or error
-            raise HearSsamError(f"{file}: cannot be written: {reason}; make room or use another place.") from error
+        return set(tqdm(done, total=total, desc=f"{rate} Hz", unit="clip", disable=None, leave=False))
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
