@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .config import CONFIGS
-from .errors import HearSsamError, unknown_name
+from .errors import HearSsamError
 from .machine import usable_cpus
 from .options import add_device
 from .paths import shipped
@@ -94,11 +94,14 @@ recipes that ship: {recipes}""",
     )
     parser.add_argument("store", metavar="STORE", help="folder that `hear-ssam corpus` wrote")
     parser.add_argument("--name", default="codes", help="of the files beside the store (default codes)")
-    parser.add_argument("--checkpoint", default="", metavar="NAME|FILE", help="a model of ours as the teacher")
-    parser.add_argument("--block", type=int, help="after which its tokens are taken (default 8)")
-    parser.add_argument("--module", default="", help="a HEAR module as the teacher, or what else `evaluate` takes")
-    parser.add_argument("--path", help="its model_file_path")
-    parser.add_argument("--student", metavar="MODEL", help="whose patches get a module's codes (default ssam_tiny)")
+    teacher = parser.add_mutually_exclusive_group(required=True)
+    teacher.add_argument("--checkpoint", metavar="NAME|FILE", help="a model of ours as the teacher")
+    teacher.add_argument("--module", help="a HEAR module as the teacher, or what else `evaluate` takes")
+    parser.add_argument("--block", type=int, help="after which a checkpoint's tokens are taken (default 8)")
+    parser.add_argument("--path", help="a module's model_file_path")
+    parser.add_argument(
+        "--student", choices=CONFIGS, metavar="MODEL", help="whose patches get a module's codes (default ssam_tiny)"
+    )
     parser.add_argument("--clusters", type=int, default=500, metavar="K", help="default 500")
     parser.add_argument("--seed", type=int, default=0)
     add_device(parser)
@@ -173,16 +176,11 @@ def run_codes(args: argparse.Namespace) -> int:
     from .pretraining.codes import build_codes, encoder_features, module_features
     from .pretraining.store import open_store
 
-    if bool(args.checkpoint) == bool(args.module):
-        raise HearSsamError("codes: name one teacher, --checkpoint FILE or --module NAME.")
-    idle = ("path", "student") if args.checkpoint else ("block",)
-    if words := [f"--{name} {getattr(args, name)}" for name in idle if getattr(args, name) is not None]:
-        kind = "--checkpoint" if args.checkpoint else "--module"
-        raise HearSsamError(f"{' '.join(words)}: of no use with {kind}; leave it out.")
-    if (student := args.student or "ssam_tiny") not in CONFIGS:
-        raise unknown_name("--student", student, CONFIGS)
-    store, config = open_store(args.store), CONFIGS[student]
-    if args.checkpoint:
+    for name in ("path", "student") if args.module is None else ("block",):
+        if (value := getattr(args, name)) is not None:
+            raise HearSsamError(f"--{name} {value}: says nothing about this teacher; leave it out.")
+    store, config = open_store(args.store), CONFIGS[args.student or "ssam_tiny"]
+    if args.module is None:
         block = 8 if args.block is None else args.block
         config, features, teacher = encoder_features(store, args.checkpoint, block, args.device)
     else:

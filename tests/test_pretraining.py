@@ -308,8 +308,8 @@ def test_a_teacher_returns_what_real_modules_do_or_is_named(store, monkeypatch, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--checkpoint", "x", "--path", "y"], "--path y: of no use with --checkpoint"),
-        (["--module", "tests.tiny_hear", "--block", "3"], "--block 3: of no use with --module"),
+        (["--checkpoint", "x", "--path", "y"], "--path y: says nothing about this teacher"),
+        (["--module", "tests.tiny_hear", "--block", "3"], "--block 3: says nothing about this teacher"),
         (["--module", "tests.tiny_hear", "--device", "cuda:7"], "device 'cuda:7' cannot be used"),
         (["--module", "tests.tiny_hear", "--name", "store"], "codes cannot be named 'store'"),
         (["--module", "tests.tiny_hear", "--seed", "-1"], "seed -1 cannot be"),
