@@ -296,13 +296,15 @@ def test_results_of_another_origin_are_not_used_again(tmp_path, serial, monkeypa
     assert new and record["embeddings"]["module_version"] == "2.0" and not ran()[0]
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
-        (tmp_path / place / "judged.py").write_text(f"from tests.tiny_hear import *  # in {place}\n")
+        (tmp_path / place / "judged.py").write_text(f"import beside\nfrom tests.tiny_hear import *  # in {place}\n")
+        (tmp_path / place / "beside.py").write_text("")
     digests = []
-    for place in ("a", "b"):
+    for place in ("a", "b", "b"):
+        (tmp_path / place / "beside.py").write_text(f"# {len(digests)}")
         monkeypatch.syspath_prepend(tmp_path / place)
         monkeypatch.delitem(sys.modules, "judged", raising=False)
         digests += [r["embeddings"]["module_sha256"] for r in run_evaluation(["judged"], **run).records]
-    assert len(set(digests)) == 2
+    assert len(set(digests)) == 3  # what a module imports beside it is a part of it
 
 
 def test_seeds_of_a_task_read_it_once(tmp_path, serial, monkeypatch):

@@ -16,6 +16,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from modulefinder import ModuleFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,10 +51,10 @@ class JudgedModule:
 
     @property
     def source(self) -> dict[str, str]:
-        """Which module of its name this is: its version, and the SHA-256 of the file that it was imported from."""
+        """Which module of its name this is: its version, and the SHA-256 of its code."""
         file, version = getattr(self.module, "__file__", None), getattr(self.module, "__version__", "")
         version = version if isinstance(version, str) else ""
-        digest = sha256(file) if file and Path(file).is_file() else ""
+        digest = _code_sha256(self.module.__name__, Path(file)) if file and Path(file).is_file() else ""
         return {"module": self.module.__name__, "module_version": version, "module_sha256": digest}
 
     def embed(self, kind: str, audio: np.ndarray, clips: str) -> tuple[np.ndarray, np.ndarray]:
@@ -81,6 +82,20 @@ class JudgedModule:
         if not embedded.size:
             raise HearSsamError(f"{function} returned no frames for {clips}; it must pad short clips.")
         return embedded.astype(np.float32, copy=False), times
+
+
+def _code_sha256(name: str, file: Path) -> str:
+    """Over the file of a module and those that it imports from where it lies; of what is installed, whose version tells
+    the rest, over the file alone."""
+    file = file.resolve()
+    folder, files = file.parents[name.count(".") + (file.stem == "__init__")], {str(file)}
+    if not {"site-packages", "dist-packages"} & set(folder.parts):
+        finder = ModuleFinder([str(folder)], excludes=[__name__.partition(".")[0]])
+        with contextlib.suppress(Exception):  # it is not found there
+            finder.import_hook(name)
+        files.update(filter(None, (getattr(one, "__file__", None) for one in finder.modules.values())))
+    several = hashlib.sha256("".join(map(sha256, sorted(files))).encode())
+    return several.hexdigest() if len(files) > 1 else sha256(file)
 
 
 def as_array(returned: object, function: str) -> np.ndarray:

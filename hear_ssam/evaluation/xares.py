@@ -28,8 +28,8 @@ _ATTRIBUTES = ("sampling_rate", "output_dim", "hop_size_in_ms")
 class XaresEncoder(torch.nn.Module):
     """An encoder of X-ARES with the attributes of the HEAR API."""
 
-    def __init__(self, encoder: Any, code: str = "") -> None:
-        """`code`: the SHA-256 of the files that it was made of, where its object must not tell."""
+    def __init__(self, encoder: Any, code: str) -> None:
+        """`code`: a SHA-256 of what it was made of, beside its weights."""
         super().__init__()
         name = type(encoder).__name__
         for attribute in _ATTRIBUTES:
@@ -38,8 +38,7 @@ class XaresEncoder(torch.nn.Module):
         self.encoder = encoder
         self.name = f"xares:{name}"
         weights = weights_sha256(encoder) if isinstance(encoder, torch.nn.Module) else ""
-        own = hashlib.sha256(f"{weights}{code}".encode()).hexdigest()
-        self.checkpoint_sha256 = own if code else object_sha256(encoder)
+        self.checkpoint_sha256 = hashlib.sha256(f"{weights}{code}".encode()).hexdigest()
         self.sample_rate = int(encoder.sampling_rate)
         self.scene_embedding_size = self.timestamp_embedding_size = int(encoder.output_dim)
         self.eval()
@@ -106,7 +105,11 @@ def _own_imports(file: Path) -> Iterator[str]:
 
 def wrap(model: object) -> XaresEncoder | None:
     """An object as a HEAR model, None where it is no encoder of X-ARES."""
-    return XaresEncoder(model) if all(hasattr(model, attribute) for attribute in _ATTRIBUTES) else None
+    return (
+        XaresEncoder(model, object_sha256(model))
+        if all(hasattr(model, attribute) for attribute in _ATTRIBUTES)
+        else None
+    )
 
 
 def get_scene_embeddings(audio: Tensor, model: XaresEncoder) -> Tensor:
