@@ -311,11 +311,8 @@ def load_model(
     """
     for option in unknown:
         raise unknown_name("option of load_model", option, load_model.__kwdefaults__ or ())
-    kinds: dict[str, tuple[Any, Any]] = {
-        "model": (model, str), "pretrained": (pretrained, bool), "seed": (seed, Integral),
-        "cache": (cache, (str, os.PathLike, type(None))),
-    }  # fmt: skip
-    for option, (value, kind) in kinds.items():
+    typed: list[tuple[str, Any, Any]] = [("pretrained", pretrained, bool), ("seed", seed, Integral)]
+    for option, value, kind in [*typed, ("model", model, str), ("cache", cache or "", (str, os.PathLike))]:
         if not isinstance(value, kind):
             raise HearSsamError(f"{option}={value!r}: has a wrong type, {type(value).__name__}; see help(load_model).")
     if backend not in (None, "auto"):

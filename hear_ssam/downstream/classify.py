@@ -34,7 +34,7 @@ EXAMPLES = """examples:
 
 A CSV has the columns path and label; with split (train, valid, test) the test rows are scored, else all rows are, by
 cross-validation; rows of one group (a recorder, a day, an animal) are never on both sides. Relative paths start at the
-folder of the CSV.
+folder of the CSV; with --labels also those will do that the embeddings have, and no audio need be there.
 """
 
 
