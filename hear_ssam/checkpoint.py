@@ -349,8 +349,10 @@ def _unpickle(file: Path, *, zipped: bool) -> Any:
 def _find(path: Path) -> Path:
     if not path.exists():
         raise HearSsamError(f"{path}: no such file or folder; `hear-ssam models list` tells where weights are.")
-    if not path.is_dir():
+    if path.is_file():
         return path
+    if not path.is_dir():  # opening a pipe would wait, and a device may have no end
+        raise HearSsamError(f"{path}: is a pipe or a device; pass a file of weights.")
     if (path / MODEL).is_file():
         return path / MODEL
     numbered = [file for file in path.glob("checkpoints/checkpoint-*.pth") if file.stem[11:].isdecimal()]

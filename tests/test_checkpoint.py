@@ -458,6 +458,10 @@ def test_wrong_files(tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(content)
         with pytest.raises(HearSsamError, match=rf"file: {reason}"):
             load_checkpoint(tmp_path / "file")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(HearSsamError, match=r"pipe: is a pipe or a device"):
+            load_checkpoint(tmp_path / "pipe")
     with pytest.raises(HearSsamError, match=r"absent: no such file or folder"):
         load_checkpoint(tmp_path / "absent")
 
