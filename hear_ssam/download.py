@@ -76,7 +76,8 @@ def check_hash(file: Path, what: object, pinned: str | None, remembered_for: Pat
         warnings.warn(f"{what}: {text} (SHA-256 noted in {memory}).", stacklevel=3)
     elif digest != known:
         whose = "the published one" if pinned else f"that of the first download, noted in {memory}"
-        mend = "fetch it again" if pinned else f"fetch it again, or delete {memory} if the change is meant"
+        mend = "delete it and fetch it again" if file == remembered_for else "fetch it again"  # what is there stays
+        mend += "" if pinned else f", or delete {memory} if the change is meant"
         raise HearSsamError(f"{what}: its SHA-256 {digest} is not {whose}, {known}: changed or damaged; {mend}.")
     return digest
 

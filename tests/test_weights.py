@@ -131,6 +131,11 @@ def test_a_file_is_fetched_once_and_its_hash_remembered(server: Server, tmp_path
     with pytest.raises(HearSsamError, match=r"a\.bin: its SHA-256 \w+ is not that of the first download.*delete"):
         fetch(f"{server.url}/a.bin", tmp_path / "deep/a.bin")
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == [".a.bin.lock", "a.bin.sha256"]
+    (tmp_path / "deep/a.bin").write_bytes(DATA[:-1])
+    with pytest.raises(
+        HearSsamError, match=r"changed or damaged; delete it and fetch it again, or delete .*a\.bin\.sha256"
+    ):
+        fetch(f"{server.url}/a.bin", tmp_path / "deep/a.bin")
 
 
 def test_a_broken_connection_is_taken_up_again(server: Server, tmp_path: Path) -> None:
