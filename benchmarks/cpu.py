@@ -131,7 +131,7 @@ class Row:
 
 
 def _tasks(mode: str, size: str, peers: list[str], threads: int) -> list[Measurement]:
-    rows = [("ssam", "cpu", "fp32"), ("ssam", "torch", "fp32")][: 1 if mode == "parts" else 2]
+    rows = [("ssam", "cpu", "fp32"), ("ssam", "torch", "fp32")]
     if mode in ("inference", "long"):
         rows.insert(1, ("ssam", "cpu", "bf16"))
     if mode == "long":
@@ -161,12 +161,12 @@ def _take_turns(tasks: list[Measurement], rounds: int) -> tuple[list[Row], dict[
             with Worker(Measurement(first.mode, system, first.size, "float64", "float64", first.threads)) as worker:
                 worker.wait()
                 exact[system] = worker.ask("output")
-        rates = {name: max(result[name] for result in machine.results) for name in machine.results[0]}
+        rates = _rates(machine)
         return _compared([_row(worker, exact[worker.task.system], rates) for worker in workers]), rates
 
 
 def _parts(tasks: list[Measurement], rounds: int) -> tuple[list[Row], dict[str, float]]:
-    """A row for each part of the blocks, the rest, and the whole: medians of the same passes."""
+    """A row for each part of the blocks of the first task, the rest, and the whole: medians of the same passes."""
     task = tasks[0]
     with Worker(task) as ours, Worker(Measurement("machine", "ssam", task.size, "", "", task.threads)) as machine:
         for worker in (ours, machine):
@@ -175,7 +175,7 @@ def _parts(tasks: list[Measurement], rounds: int) -> tuple[list[Row], dict[str, 
         for _ in range(rounds):
             for worker in (ours, machine):
                 worker.results.append(worker.ask("turn"))
-    rates = {name: max(result[name] for result in machine.results) for name in machine.results[0]}
+    rates = _rates(machine)
     work = {part: 1e3 * flop / rates["fp32"] for part, flop in _products(task.size).items()}
     if "elements" in rates:
         work[SCAN] += 1e3 * _work(task.size)["elements"] / rates["elements"]
@@ -187,6 +187,11 @@ def _parts(tasks: list[Measurement], rounds: int) -> tuple[list[Row], dict[str, 
         row.over_floor = row.ms / row.floor_ms if row.ms and row.floor_ms else None
         rows.append(row)
     return rows, rates
+
+
+def _rates(machine: Worker) -> dict[str, float]:
+    """The best that was seen of each."""
+    return {name: max(result[name] for result in machine.results) for name in machine.results[0]}
 
 
 def _one_by_one(tasks: list[Measurement]) -> list[Row]:
@@ -230,15 +235,19 @@ def _row(worker: Worker, exact: Any, rates: dict[str, float]) -> Row:
     return row
 
 
+def _weights(c: Any) -> dict[str, int]:
+    """How many weights the matrix products of each part of a block have, of an encoder's config."""
+    dim, inner, rank, low = c.embed_dim, c.inner_dim, c.dt_rank, c.dt_rank + 2 * c.state_dim
+    return dict(zip(PARTS, (0, 2 * inner * dim, 0, inner * low, rank * inner, inner * dim), strict=True))
+
+
 def _products(size: str) -> dict[str, float]:
     """FLOP of the matrix products of each part, per clip."""
     from hear_ssam.config import CONFIGS
 
     c = CONFIGS[f"ssam_{size}"]
-    dim, inner, rank, low = c.embed_dim, c.inner_dim, c.dt_rank, c.dt_rank + 2 * c.state_dim
-    weights = dict(zip(PARTS, (0, 2 * inner * dim, 0, inner * low, rank * inner, inner * dim), strict=True))
-    flop = {part: 2.0 * (1 + c.num_patches) * c.depth * count for part, count in weights.items()}
-    return flop | {REST: 2.0 * (1 + c.num_patches) * c.patch_dim * dim}
+    flop = {part: 2.0 * (1 + c.num_patches) * c.depth * count for part, count in _weights(c).items()}
+    return flop | {REST: 2.0 * (1 + c.num_patches) * c.patch_dim * c.embed_dim}
 
 
 def _work(size: str) -> dict[str, float]:
@@ -248,7 +257,7 @@ def _work(size: str) -> dict[str, float]:
     c = CONFIGS[f"ssam_{size}"]
     tokens, dim, inner, rank, state = 1 + c.num_patches, c.embed_dim, c.inner_dim, c.dt_rank, c.state_dim
     low = rank + 2 * state
-    weights = 2 * inner * dim + inner * low + rank * inner + inner * dim  # in, x, dt and out projections
+    weights = sum(_weights(c).values())
     moved = (2 * dim) + (dim + 2 * inner) + 2 * inner + (inner + low) + (rank + inner)  # norm ... step size
     moved += (4 * inner + 2 * state) + (inner + dim) + 3 * dim  # scan, out projection, residual
     return {

@@ -37,6 +37,11 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise HearSsamError(f"{path}: cannot be read as TOML: {error}; mend the file.") from error
 
 
+def followed(path: str | os.PathLike[str]) -> Path:
+    """What a link points to; any other path as it stands."""
+    return Path(os.path.realpath(path) if os.path.islink(path) else path)
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], reported: type[Exception] = OSError) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it onto `path` if the block succeeds, remove it if not.
@@ -45,7 +50,7 @@ def atomic_write(path: str | os.PathLike[str], reported: type[Exception] = OSErr
     Raises HearSsamError that names `path` where it cannot be written (no folder, no permission, full disk), which a
     writer may have `reported` as something else than OSError.
     """
-    target = Path(os.path.realpath(path) if os.path.islink(path) else path)
+    target = followed(path)
     if os.path.exists(target) and not os.path.isfile(target):  # a rename would replace even a device
         raise HearSsamError(f"{target}: cannot be written: it is a folder or a device; name a file.")
     try:

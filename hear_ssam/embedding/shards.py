@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from ..errors import HearSsamError
-from ..paths import atomic_write
+from ..paths import atomic_write, followed
 
 KEY = b"hear_ssam"  # of the metadata: JSON with version, model, checkpoint_sha256 and every option
 WORDS = ["path", "model", "checkpoint_sha256"]  # columns of few distinct values
@@ -69,7 +69,7 @@ class Output:
     """
 
     def __init__(self, output: str | os.PathLike[str], schema: pa.Schema, prefix: str, row_group: int) -> None:
-        self.output = Path(os.path.realpath(output) if os.path.islink(output) else output)
+        self.output = followed(output)
         self.schema, self.prefix, self.row_group = schema, prefix, row_group
         self.single = Path(output).suffix == ".parquet"
         self.folder = self.output.with_name(f".{self.output.name}.parts") if self.single else self.output
