@@ -99,8 +99,7 @@ def train(cell: Cell, name: str) -> Path:
 
 def linked(store: Path, folder: Path, share: float, seed: int) -> Path:
     """A store of the same files, in which only a share of the clips is trained on; all keep their held-out clips."""
-    from hear_ssam.pretraining.store import open_store
-    from hear_ssam.pretraining.windows import HELD_OUT
+    from hear_ssam.pretraining.store import HELD_OUT, open_store
 
     folder.mkdir(parents=True, exist_ok=True)
     for file in store.iterdir():

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hear_ssam.checkpoint import load_checkpoint
+from hear_ssam.config import EncoderConfig
 from hear_ssam.demo import TASK
 from hear_ssam.errors import HearSsamError
 from hear_ssam.evaluation.records import Record, read
@@ -50,9 +51,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def write(checkpoint: Path, results: Sequence[Path], private: Sequence[Path], readme: Path | None) -> None:
     """Write the card beside `checkpoint`, and `readme`. Raises HearSsamError before either is touched."""
-    info = load_checkpoint(checkpoint)[2]
+    config, _, info = load_checkpoint(checkpoint)
+    told = heard(info, config)
     public, hidden = (_records(folders, info) for folders in (results, private))
-    parts = [f"{heard(info)}\n", markdown(public)]
+    parts = [f"{told}\n", markdown(public)]
     if hidden:
         parts += [PRIVATE, markdown(hidden)]
     card = checkpoint.with_suffix(".md")
@@ -61,7 +63,7 @@ def write(checkpoint: Path, results: Sequence[Path], private: Sequence[Path], re
         text += "\n## How it does\n\n" + "".join(MARKS)
     filled = {card: _fill(card, text, "\n".join(parts))}
     if readme:
-        filled[readme] = _fill(readme, readme.read_text("utf-8"), _demo(public, info))
+        filled[readme] = _fill(readme, readme.read_text("utf-8"), _demo(public, told))
     for path, text in filled.items():
         with atomic_write(path) as temporary:
             temporary.write_text(text, "utf-8")
@@ -89,7 +91,7 @@ def _records(folders: Sequence[Path], info: dict[str, Any]) -> list[Record]:
     return own + [record for record in found if record["model"] not in names]
 
 
-def heard(info: dict[str, Any]) -> str:
+def heard(info: dict[str, Any], config: EncoderConfig) -> str:
     """How much audio a checkpoint was trained on, by itself and by what it started from."""
     windows, minutes, training = 0, 0.0, info.get("training", {})
     while training:
@@ -97,10 +99,11 @@ def heard(info: dict[str, Any]) -> str:
         minutes += training.get("wall_minutes", 0)
         before = training.get("init") or {}
         training = before.get("training", before)
-    return f"The encoder saw {windows:,} windows of 2 s in {minutes / 60:.1f} hours."
+    seconds = config.window_frames / 100
+    return f"The encoder saw {windows:,} windows of {seconds:g} s in {minutes / 60:.1f} hours."
 
 
-def _demo(records: list[Record], info: dict[str, Any]) -> str:
+def _demo(records: list[Record], told: str) -> str:
     """The demo's table: accuracy and its standard error, by heareval's probe."""
     found = [r for r in records if (r["task"], r["protocol"], r["probe"]) == (TASK, "heareval", "exact")]
     table = next(iter(tables(found)), None)
@@ -113,7 +116,7 @@ def _demo(records: list[Record], info: dict[str, Any]) -> str:
         cells.append(f"{100 * score:.1f} ± {100 * math.sqrt(score * (1 - score) / clips):.1f}")
     rows = [["", *(f"`{model}`" for model in table.models)], ["---"] * (1 + len(cells)), [TASK.split("-")[0], *cells]]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*lines, "", f"{heard(info)} The published models saw some 200 million.", ""])
+    return "\n".join([*lines, "", f"{told} The published models saw some 200 million.", ""])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hear_ssam.checkpoint import load_checkpoint
+from hear_ssam.config import CONFIGS
 from hear_ssam.demo import TASK
 from hear_ssam.evaluation.records import append
 from hear_ssam.paths import shipped
@@ -61,7 +62,9 @@ def test_windows_and_hours_are_those_of_all_trainings() -> None:
     first = {"clips_seen": 36_800, "wall_minutes": 60.0}
     second = {"clips_seen": 1_000, "wall_minutes": 90.0, "init": first}
     info = {"training": {"clips_seen": 200, "wall_minutes": 30.0, "init": {"sha256": "", "training": second}}}
-    assert card["heard"](info) == "The encoder saw 38,000 windows of 2 s in 3.0 hours."
+    for model, seconds in ("ssam_tiny", "2"), ("ssamba_tiny", "10.24"):
+        want = f"The encoder saw 38,000 windows of {seconds} s in 3.0 hours."
+        assert card["heard"](info, CONFIGS[model]) == want
 
 
 @pytest.mark.parametrize(

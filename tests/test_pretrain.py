@@ -10,6 +10,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from hear_ssam import checkpoint, config
 from hear_ssam.audio import Clip
@@ -91,7 +92,8 @@ def test_training_lowers_the_loss_and_writes_a_loadable_checkpoint(store, tmp_pa
     card = path.with_suffix(".md").read_text()
     assert "| source2 | 1 | 1.00 | CC0 | me |" in card and "200 windows" in card
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["step"] == 25 and log[-1]["loss"] == log[-1]["pixels"] > 0 and log[-1]["ms_backward"] > 0
+    assert log[-1]["step"] == 25 and log[-1]["loss"] == log[-1]["pixels"] > 0
+    assert log[-1]["ms_backward"] > 0 and "ms_teacher" in log[-1]
 
 
 @pytest.mark.parametrize("system", ["ssam", "ssast", "axlstm", "ssamba"])
@@ -334,9 +336,19 @@ def test_what_would_fail_later_is_refused_at_once(store, tmp_path, capsys):
     assert main([*command, "--recipe", "code"]) == 2 and "Did you mean 'codes'" in capsys.readouterr().err
 
 
+def test_one_run_at_a_time_trains_in_a_folder(store, tmp_path, capsys):
+    command = ["pretrain", str(store), str(tmp_path / "run"), *options(SMALL)]
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"):
+        assert main(command) == 2 and "run: another run trains in it; wait" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "state.pt").exists()
+    assert main(command) == 0 and not (tmp_path / "run" / ".lock").exists()
+
+
 def test_a_missing_or_small_store_is_named(store, tmp_path):
     with pytest.raises(HearSsamError, match="no finished store"):
         pretrain(tmp_path / "nowhere", tmp_path / "run", SMALL)
+    assert not (tmp_path / "run").exists()
     np.savez(store / "clips.npz", offsets=np.array([0, 300]), source=np.array([0]))
     np.zeros((300, 80), np.float16).tofile(store / "frames.f16")
     with pytest.raises(HearSsamError, match=rf"^{store}: 1 clips are too few"):

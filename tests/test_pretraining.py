@@ -173,7 +173,8 @@ def test_objectives_compute_what_they_say(visible_only):
     recipe = dataclasses.replace(VISIBLE, visible_only=visible_only, objective=asked)
     learner, drawn = Learner(Encoder(model), recipe, clusters=7), batch_of(model)
     drawn.codes[:, ::9] = codes.NONE
-    losses = learner(drawn)
+    losses, parts = learner(drawn), learner(learner.teach(drawn))
+    assert all(torch.equal(parts[name], loss) for name, loss in losses.items())
     patches, mask = learner.encoder.patchify(drawn.spec), drawn.masks[0]
     tokens = learner._tokens(drawn.spec, mask)[0]
     target = F.layer_norm(patches, (64,), eps=1e-6) * (63 / 64) ** 0.5
@@ -318,6 +319,26 @@ def test_a_teacher_returns_what_real_modules_do_or_is_named(store, monkeypatch, 
 def test_codes_that_cannot_be_are_refused(store, capsys, options, message):
     assert main(["codes", str(store), *options]) == 2 and message in capsys.readouterr().err
     assert open_store(store).holds_audio
+
+
+def test_k_means_sees_the_clips_that_are_trained_on(store, monkeypatch):
+    """Whether or not progress is shown; what is told of other codes of that name is gone before these are there."""
+    opened, model, drawn = open_store(store), config.CONFIGS["ssam_tiny"], []
+    monkeypatch.setattr(type(opened), "left_out", {3: "", 4: ""})
+    monkeypatch.setattr(codes, "SAMPLE", 2000)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+
+    def features(asked):
+        drawn.extend(clip for clip, window in asked if window is not None)
+        return [torch.randn(50, 1, 3, generator=torch.Generator().manual_seed(clip)) for clip, _ in asked]
+
+    assert codes.build_codes(opened, "seen", model, features, {}, clusters=4)["used"] == 4
+    assert len(drawn) == 64 and not {0, 3, 4, 64} & set(drawn)
+    monkeypatch.setattr(json, "dumps", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        codes.build_codes(opened, "seen", model, features, {}, clusters=3)
+    with pytest.raises(HearSsamError, match=r"seen\.json: no finished codes here"):
+        codes.open_codes(opened, "seen", model)
 
 
 def test_any_hear_module_is_a_teacher(store, tmp_path):

@@ -89,12 +89,12 @@ def build_codes(
     if f"{name}.json" in ("store.json", ".json"):
         raise HearSsamError(f"{store.folder}: codes cannot be named {name!r}; choose another name.")
     slots = _slots(store, config)
-    weights = slots / np.sqrt(np.maximum(np.bincount(store.source, weights=slots), 1))[store.source]
+    weights = store.weights(slots, 1)
     rng = np.random.default_rng(seed)
     window = config.grid[0]
     rows: list[Tensor] = []
     with tqdm(total=SAMPLE, unit=" slots", desc="sample") as bar:
-        while bar.n < SAMPLE and len(rows) < 8 * len(store):
+        while sum(map(len, rows)) < SAMPLE and len(rows) < 8 * len(store):
             clips = rng.choice(len(store), 64, p=weights / weights.sum()).tolist()
             rows += features([(clip, int(rng.integers(0, max(1, slots[clip] // window)))) for clip in clips])
             bar.update(sum(map(len, rows[-64:])))
@@ -118,6 +118,7 @@ def build_codes(
     }  # fmt: skip
     with atomic_write(store.folder / f"{name}.npy") as path, open(path, "wb") as file:
         np.save(file, codes)
+        (store.folder / f"{name}.json").unlink(missing_ok=True)  # that of other codes tells nothing about these
     with atomic_write(store.folder / f"{name}.json") as path:
         path.write_text(json.dumps(info, indent=1), "utf-8")
     return info

@@ -58,7 +58,6 @@ class Pass(NamedTuple):
     mask: Tensor  # (B, n) bool: what is hidden
     hidden: Tensor  # (B, M) int64 index of the hidden patches, in order
     batch: Batch
-    latents: Tensor | None  # (B, n, D) of the moving-average teacher
 
 
 class Learner(nn.Module):
@@ -93,11 +92,11 @@ class Learner(nn.Module):
     def _passes(self, batch: Batch) -> Iterator[tuple[nn.Module, Pass]]:
         """For each objective its head, and a pass of its own or that of the first."""
         patches = self.encoder.patchify(batch.spec)
-        latents = self._teach(batch.spec) if self.latents else None
+        batch = self.teach(batch)
         for i, (name, objective) in enumerate(self.objectives.items()):
             if i < len(batch.masks):
                 tokens, hidden = self._tokens(batch.spec, batch.masks[i])
-                seen = Pass(tokens, patches, batch.masks[i], hidden, batch, latents)
+                seen = Pass(tokens, patches, batch.masks[i], hidden, batch)
             yield self._published_head(objective) or self.heads[name], seen
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
@@ -132,10 +131,12 @@ class Learner(nn.Module):
         return self.decoder(self.encoder.tokens(spec, visible=visible), visible, positions), hidden
 
     @torch.no_grad()
-    def _teach(self, spec: Tensor) -> Tensor:
-        assert self.teacher is not None and self.latents is not None
-        (tokens,) = self.teacher.hidden(spec, [self.latents.block])
-        return F.layer_norm(tokens[:, 1:], tokens.shape[-1:])
+    def teach(self, batch: Batch) -> Batch:
+        """The batch with what the moving-average teacher makes of it, where there is one and it is not there yet."""
+        if self.teacher is None or self.latents is None or batch.latents is not None:
+            return batch
+        (tokens,) = self.teacher.hidden(batch.spec, [self.latents.block])
+        return batch._replace(latents=F.layer_norm(tokens[:, 1:], tokens.shape[-1:]))
 
 
 def _loss(objective: Objective, head: nn.Module, seen: Pass) -> Tensor:
@@ -161,6 +162,6 @@ def _loss(objective: Objective, head: nn.Module, seen: Pass) -> Tensor:
         asked = asked & (want != NONE)
         loss = F.cross_entropy(predicted.transpose(1, 2), want.where(asked, 0), reduction="none")
     else:
-        assert seen.latents is not None
-        loss = F.smooth_l1_loss(predicted, pick(seen.latents, hidden).float(), reduction="none").mean(2)
+        assert seen.batch.latents is not None
+        loss = F.smooth_l1_loss(predicted, pick(seen.batch.latents, hidden).float(), reduction="none").mean(2)
     return (loss * asked).sum(1) / asked.sum(1).clamp(min=1)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
@@ -40,7 +41,7 @@ from .watch import draw
 from .windows import WindowSampler
 
 _Unread = tuple[Tensor, Tensor, int]  # losses (B,) of clips (B,), at a step
-PARTS = ("data", "wait", "forward", "backward", "optimiser")  # of the time that a step takes
+PARTS = ("data", "wait", "teacher", "forward", "backward", "optimiser")  # of the time that a step takes
 
 
 def pretrain(
@@ -64,12 +65,9 @@ def pretrain(
     for name, value, least in ("save_minutes", save_minutes, 0), ("probe_minutes", probe_minutes, 0), ("keep", keep, 1):
         if not value >= least:  # not a number, either
             raise HearSsamError(f"{name}={value}: must be at least {least}.")
-    with _ranks(device) as ranks:
-        config = CONFIGS[recipe.model]
-        store, folder = open_store(store_path), Path(out)
-        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not (place.is_dir() and os.access(place, os.W_OK)):  # or the first state would tell, after minutes
-            raise HearSsamError(f"{folder}: no folder can be written here; choose another one.")
+    folder, config = Path(out), CONFIGS[recipe.model]
+    with _ranks(device) as ranks, _alone(folder) if ranks.rank == 0 else contextlib.nullcontext():
+        store = open_store(store_path)
         asked = recipe.objectives(config).get("codes")
         codes = open_codes(store, asked.file, config) if isinstance(asked, Codes) else None
         with torch.random.fork_rng(devices=[]):
@@ -112,6 +110,8 @@ def _loop(run: _Run, ranks: _Ranks, sampler: WindowSampler, held_out: WindowSamp
                 run.require_finite(unread)
                 clock("wait")
                 with autocast:
+                    batch = learner.teach(batch)
+                    clock("teacher")
                     losses = learner(batch)
                     total = learner.total(losses)
                 clock("forward")
@@ -233,6 +233,26 @@ def _ranks(device: str) -> Iterator[_Ranks]:
         yield _Ranks(dist.get_rank(), world, place)
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Make the folder of a run and hold a lock on it, which goes however the process ends; nothing stays of no run."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise HearSsamError(f"{folder}: another run trains in it; wait for it or choose another folder.") from None
+    except OSError as error:
+        raise HearSsamError(f"{folder}: no folder can be written here ({error.strerror}); choose another.") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows deletes nothing that is open; a folder with states is not empty
+            os.unlink(lock.lock_file)
+            folder.rmdir()
+        lock.release()
 
 
 # ---------------------------------------------------------------------------------------------------------- the state

@@ -38,6 +38,7 @@ from ..paths import atomic_write, sha256
 RATE = CLIP_RATE  # Hz
 BANDS = 80  # of the log-mel frames in earlier stores
 SHORTEST = 400  # samples, 25 ms: one window of the front ends
+HELD_OUT = 64  # every 64th clip measures the loss and is never trained on
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,19 @@ class Store:
         if len(found) < len(lines) or max(found, default=0) >= len(self):
             raise HearSsamError(f"{file}: not the clips of this store; delete it and use --check-against again.")
         return found
+
+    def weights(self, lengths: np.ndarray, shortest: int, held_out: bool = False) -> np.ndarray:
+        """How often each clip is to be drawn, given all lengths (clips,): a source ∝ √(its length), a clip of it ∝ its
+        length, one below `shortest` or left out never; of the others the held-out ones or those to train on."""
+        usable = ((np.arange(len(self)) % HELD_OUT == 0) == held_out) & (lengths >= shortest)
+        usable[list(self.left_out)] = False
+        weights = lengths * usable / np.sqrt(np.maximum(np.bincount(self.source, weights=lengths), 1))[self.source]
+        if not weights.any():
+            raise HearSsamError(
+                f"{self.folder}: {len(self)} clips are too few, as every {HELD_OUT}th is held out, and what is short "
+                "or left out does not count; add audio."
+            )
+        return np.asarray(weights)
 
     def leave_out(self, rows: Iterable[tuple[int, str, int]]) -> None:
         """Add clips to those left out: number, what was heard in it, votes."""

@@ -11,13 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import EncoderConfig
-from ..errors import HearSsamError
 from ..frontend import EPSILON, normalize
 from .codes import NONE, CodeTable
 from .recipe import Recipe
 from .store import Frames, Store
 
-HELD_OUT = 64  # every 64th clip measures the loss and is never trained on
 DECIBEL = float(np.log(10) / 10)  # in nepers of power
 
 
@@ -29,6 +27,7 @@ class Batch(NamedTuple):
     clip: Tensor  # (B,) which clips of the store
     asked: Tensor | None = None  # (B, n) bool: patches of the clip itself, not of what was repeated or padded
     codes: Tensor | None = None  # (B, n) int64, NONE where there is none
+    latents: Tensor | None = None  # (B, n, D) of the moving-average teacher
 
 
 class WindowSampler:
@@ -51,19 +50,9 @@ class WindowSampler:
     ) -> None:
         self.frames = frames or Frames(store, config, device)
         lengths = self.frames.lengths.cpu().numpy()
-        usable = (np.arange(len(store)) % HELD_OUT == 0) == held_out
-        usable &= lengths >= config.patch_frames
-        usable[list(store.left_out)] = False
-        amount = np.bincount(store.source, weights=lengths)
-        weights = lengths * usable / np.sqrt(np.maximum(amount, 1))[store.source]
-        if not weights.any():
-            raise HearSsamError(
-                f"{store.folder}: {len(store)} clips are too few, as every {HELD_OUT}th is held out, and what is short "
-                "or left out does not count; add audio."
-            )
         self.recipe, self.config, self.device, self.codes = recipe, config, device, codes
         self.lengths = torch.from_numpy(lengths)
-        self.weights = torch.from_numpy(weights)
+        self.weights = torch.from_numpy(store.weights(lengths, config.patch_frames, held_out))
         self.slots = torch.from_numpy(lengths // config.patch_frames)
         self.passes = len(recipe.objectives(config)) if recipe.separate_masks else 1
 
