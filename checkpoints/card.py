@@ -1,6 +1,6 @@
 """Writes what was measured into the card of a checkpoint and into README.md, from the records of `hear-ssam evaluate`.
 
-    hear-ssam demo --out demo
+    hear-ssam demo --out demo --probe logreg exact
     python checkpoints/card.py demo/results [RESULTS ...] [--private RESULTS ...]
 
 What stands between the marks of the two files is made anew: all tables in the card, the demo's in README.md, in both
@@ -104,17 +104,17 @@ def heard(info: dict[str, Any], config: EncoderConfig) -> str:
 
 
 def _demo(records: list[Record], told: str) -> str:
-    """The demo's table: accuracy and its standard error, by heareval's probe."""
-    found = [r for r in records if (r["task"], r["protocol"], r["probe"]) == (TASK, "heareval", "exact")]
-    table = next(iter(tables(found)), None)
-    if table is None or len(table.models) < 2:
+    """The demo's table: accuracy and its standard error, by every probe that judged all models there are."""
+    found = tables([r for r in records if (r["task"], r["protocol"]) == (TASK, "heareval")])
+    models = max((table.models for table in found), key=len, default=[])
+    if len(models) < 2:
         raise HearSsamError(f"RESULTS: hold no {TASK} of two models; run `hear-ssam demo` and name its results.")
-    clips = table.records[0]["clips"]
-    cells = []
-    for model in table.models:
-        score = table.cells[TASK, model].mean
-        cells.append(f"{100 * score:.1f} ± {100 * math.sqrt(score * (1 - score) / clips):.1f}")
-    rows = [["", *(f"`{model}`" for model in table.models)], ["---"] * (1 + len(cells)), [TASK.split("-")[0], *cells]]
+    rows = [["probe", *(f"`{model}`" for model in models)], ["---"] * (1 + len(models))]
+    for table in (table for table in found if set(table.models) == set(models)):
+        scores, clips = [table.cells[TASK, model].mean for model in models], table.records[0]["clips"]
+        errors = [math.sqrt(score * (1 - score) / clips) for score in scores]
+        cells = [f"{100 * score:.1f} ± {100 * error:.1f}" for score, error in zip(scores, errors, strict=True)]
+        rows.append([table.probe, *cells])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([*lines, "", f"{told} The published models saw some 200 million.", ""])
 

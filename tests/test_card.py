@@ -19,9 +19,9 @@ card = runpy.run_path(str(shipped("checkpoints") / "card.py"))
 WEIGHTS = shipped("checkpoints") / "ssam_tiny.safetensors"
 
 
-def record(model: str, digest: str, task: str, score: float) -> dict[str, Any]:
+def record(model: str, digest: str, task: str, score: float, probe: str = "exact") -> dict[str, Any]:
     place = {"model": model, "checkpoint_sha256": digest, "task": task, "version": "2", "protocol": "heareval"}
-    how = {"probe": "exact", "seed": 42, "fold": None, "metric": "top1_acc", "clips": 400}
+    how = {"probe": probe, "seed": 42, "fold": None, "metric": "top1_acc", "clips": 400}
     return {**place, **how, "score": score, "primary": True, "maximize": True}
 
 
@@ -33,6 +33,8 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "README.md").write_text("before\n<!-- made by checkpoints/card.py -->\nold\n<!-- end -->\nafter\n")
     own, task = load_checkpoint(WEIGHTS)[2]["sha256"], "birds-v1-full"
     rows = [record("x", own, TASK, 0.5), record("logmel", "", TASK, 0.25), record("x", "older", TASK, 0.99)]
+    rows += [record("x", own, TASK, 0.6, "logreg"), record("logmel", "", TASK, 0.3, "logreg")]
+    rows += [record("x", own, TASK, 0.98, "knn")]  # of one model alone: no row of README
     append(tmp_path / "demo" / "records.jsonl", rows)
     append(tmp_path / "private" / "records.jsonl", [record("x", own, task, 0.61), record("logmel", "", task, 0.33)])
     return tmp_path
@@ -47,7 +49,8 @@ def test_results_stand_between_the_marks_and_private_ones_in_the_card_alone(plac
     command = str(place / "demo"), "--private", str(place / "private")
     assert run(place, *command) == 0
     readme, text = ((place / name).read_text() for name in ("README.md", "x.md"))
-    assert "| sound_kinds | 50.0 ± 2.5 | 25.0 ± 2.2 |" in readme and "|  | `x` | `logmel` |" in readme
+    assert "| exact | 50.0 ± 2.5 | 25.0 ± 2.2 |" in readme and "| logreg | 60.0 ± 2.4 | 30.0 ± 2.3 |" in readme
+    assert "98.0" not in readme and "| probe | `x` | `logmel` |" in readme
     assert readme.startswith("before\n") and readme.endswith("<!-- end -->\nafter\n") and "old" not in readme
     assert "birds" not in readme and "99.0" not in readme + text
     assert text.startswith("# x\n\n## Training\n\nBy hand.\n\n## How it does\n")

@@ -128,13 +128,14 @@ def thin_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_demo_end_to_end(thin_task: Path, tmp_path: Path) -> None:
     settings = dict(matplotlib.rcParams)
-    table, picture = demo.run_demo(tmp_path / "out", {"model": "ssam_tiny", "pretrained": False})
-    assert "logmel" in table and "ssam_tiny" in table and "top1_acc" in table
+    untrained = {"model": "ssam_tiny", "pretrained": False}
+    table, picture = demo.run_demo(tmp_path / "out", untrained, ["logreg", "exact"])
+    assert all(word in table for word in ("logmel", "ssam_tiny", "top1_acc", "probe logreg", "probe exact"))
     height, width, _ = matplotlib.image.imread(picture).shape
     assert (width, height) == (2025, 930)
     assert dict(matplotlib.rcParams) == settings
     records = (tmp_path / "out" / "results" / "records.jsonl").read_bytes()
-    again, _ = demo.run_demo(tmp_path / "out", {"model": "ssam_tiny", "pretrained": False})
+    again, _ = demo.run_demo(tmp_path / "out", untrained, ["logreg", "exact"])
     assert again == table
     assert (tmp_path / "out" / "results" / "records.jsonl").read_bytes() == records  # nothing ran twice
 
