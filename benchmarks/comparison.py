@@ -1,7 +1,7 @@
 """From which model to choose: scores with intervals beside speed and memory, of checkpoints that you name.
 
     python -m benchmarks comparison ssam=run/ssam_tiny.safetensors ssast=other/ssast_tiny.safetensors
-    python -m benchmarks comparison NAME=FILE ... --probes logreg exact --seeds 10 --tasks-dir tasks
+    python -m benchmarks comparison NAME=FILE ... --probes logreg fewshot --tasks-dir tasks
 
 Scores are those of `hear-ssam evaluate`, which keeps its results in the folder of --results; speed and memory are those
 of scene embeddings of clips of 2, 10 and 60 seconds, one at a time, on one thread. Of tasks with one class per clip the
@@ -23,6 +23,8 @@ from .cells import Cell, Row, canvas, machines, medians, parser, piped, run, sav
 
 KEYS = ("model", "sha256", "what", "task", "probe", "seed", "audio_s")
 LENGTHS = (2, 10, 60)  # seconds
+COLOURS = ("#1f6f8b", "#c44e52", "#2e8b57", "#6a51a3")
+SEEDED = ("fewshot", "exact")  # probes that draw clips or weights anew by every seed
 
 
 def main(arguments: list[str]) -> int:
@@ -32,8 +34,8 @@ def main(arguments: list[str]) -> int:
     made = parser("comparison", __doc__ or "")
     made.add_argument("models", nargs="*", metavar="NAME=FILE", help="checkpoints, and what the table calls them")
     made.add_argument("--tasks-dir", type=Path, default=shipped("eval_tasks") / "demo" / "tasks", help="default: demo")
-    made.add_argument("--probes", nargs="+", choices=["logreg", "exact"], default=["logreg"])
-    made.add_argument("--seeds", type=int, default=3, help="of the probe exact (default 3; logreg has one)")
+    made.add_argument("--probes", nargs="+", choices=["logreg", *SEEDED], default=["logreg"])
+    made.add_argument("--seeds", type=int, default=10, help="of the other probes (default 10; logreg has one)")
     made.add_argument("--results", type=Path, default=Path("runs/comparison"), help="folder of embeddings and records")
     args = made.parse_args(arguments)
     cells: list[Cell] = []
@@ -45,7 +47,7 @@ def main(arguments: list[str]) -> int:
         nothing = dict.fromkeys(KEYS[3:], "")
         cells += [common | nothing | {"what": "speed", "audio_s": seconds} for seconds in LENGTHS]
         for task, probe in itertools.product(find_tasks(args.tasks_dir), args.probes):
-            for seed in range(args.seeds if probe == "exact" else 1):
+            for seed in range(args.seeds if probe in SEEDED else 1):
                 cells.append(common | nothing | {"what": "score", "task": task, "probe": probe, "seed": seed})
     return run(__name__, cells, args, lambda cell: cell["what"] == "score")
 
@@ -78,7 +80,7 @@ def score(cell: Cell) -> Cell:
     from hear_ssam.evaluation.records import predictions_file
     from hear_ssam.evaluation.report import read_predictions
 
-    results, count = Path(cell["_results"]), cell["seed"] + 1 if cell["probe"] == "exact" else None
+    results, count = Path(cell["_results"]), cell["seed"] + 1 if cell["probe"] in SEEDED else None
     done = run_evaluation(
         ["hear_ssam"], cell["_file"], results_dir=results, tasks_dir=Path(cell["_tasks"]), tasks=[cell["task"]],
         probe=cell["probe"], seeds=count, workers=1, device="cpu",
@@ -105,8 +107,15 @@ def interval(values: Sequence[float]) -> float:
     return 1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
+def mean(judged: Any, means: Any, probe: str, model: str) -> tuple[float, float]:
+    """A model's mean score over tasks, and half of its 95 % interval over the test clips of those that count clips."""
+    tasks = [key for key, found in means.items() if key[1] == probe and model in found]
+    halves = [interval(clips(judged[key][model])) for key in tasks]
+    return statistics.mean(means[key][model] for key in tasks), sum(half**2 for half in halves) ** 0.5 / len(tasks)
+
+
 def page(rows: Sequence[Row], folder: Path) -> str:
-    from scipy.stats import ttest_rel
+    from scipy.stats import norm, ttest_rel
 
     speed = {(row["model"], row["audio_s"]): row for row in rows if row["what"] == "speed"}
     judged: dict[tuple[str, str], dict[str, list[Row]]] = {}  # task, probe → model → its seeds
@@ -118,6 +127,7 @@ def page(rows: Sequence[Row], folder: Path) -> str:
         for key, found in judged.items()
     }
     scores, pairs, costs = [], [], []
+    gaps: dict[tuple[str, str, str], list[tuple[float, float]]] = {}  # probe, two models → gap ± half of every task
     for key, found in judged.items():
         ordered = sorted(found, key=lambda model: -means[key][model])
         for model in ordered:
@@ -130,17 +140,30 @@ def page(rows: Sequence[Row], folder: Path) -> str:
                 p = float(ttest_rel(one, other).pvalue)
                 half = interval([x - y for x, y in zip(one, other, strict=True)])
                 pairs.append((*key, f"{a} − {b}", f"{gap:+.1f} ± {half:.1f}", f"{p:.2g}", "yes" if p < 0.05 else "no"))
+                x, y = sorted((a, b))
+                gaps.setdefault((key[1], x, y), []).append((gap if x == a else -gap, half))
+    for (probe, a, b), values in gaps.items():
+        if len(values) > 1:  # tasks are independent of each other
+            gap = statistics.mean(gap for gap, _ in values)
+            half = sum(half**2 for _, half in values) ** 0.5 / len(values)
+            p = float(2 * norm.sf(1.96 * abs(gap) / half)) if half else 1.0
+            pairs.append((f"mean of {len(values)}", probe, f"{a} − {b}", f"{gap:+.1f} ± {half:.1f}", f"{p:.2g}",
+                          "yes" if p < 0.05 else "no"))  # fmt: skip
+    probes = list(dict.fromkeys(probe for _, probe in means))
+    overall = {(p, m): mean(judged, means, p, m) for (_, p), found in means.items() for m in found}
     for model in dict.fromkeys(row["model"] for row in rows):
         cells = [speed.get((model, str(seconds))) for seconds in LENGTHS]
         said = [f"{float(c['cpu_ms']):,.0f} ms, {float(c['peak_mb']):,.0f} MB" if c else "not run" for c in cells]
-        costs.append((model, next((f"{float(c['parameters']) / 1e6:.1f} M" for c in cells if c), ""), *said))
+        size = next((f"{float(c['parameters']) / 1e6:.1f} M" for c in cells if c), "")
+        judgements = (overall.get((probe, model)) for probe in probes)
+        costs.append((model, size, *said, *("{:.1f} ± {:.1f}".format(*one) if one else "" for one in judgements)))
     if rows:
-        draw(judged, means, speed, folder / "comparison.png")
+        draw(overall, speed, folder / "comparison.png")
     return "\n".join([
         "## Comparison", "", f"{NOTE} {machines(rows)}", "",
         *(["![Score against time.](comparison.png)", "",
-           "CPU time and memory above the loaded model, scene embeddings of one clip:", "",
-           piped(["model", "parameters", *(f"{seconds} s of audio" for seconds in LENGTHS)], costs),
+           "CPU time and memory above the loaded model, scene embeddings of one clip; mean score over tasks in %:", "",
+           piped(["model", "parameters", *(f"{seconds} s of audio" for seconds in LENGTHS), *probes], costs),
            "Scores in % ± 95 % over test clips (the mean over seeds, where there are several):", "",
            piped(["task", "probe", "model", "score", "seeds"], scores),
            "Differences, paired by test clip (t-test, two-sided, not corrected for the number of pairs):", "",
@@ -148,7 +171,7 @@ def page(rows: Sequence[Row], folder: Path) -> str:
     ])  # fmt: skip
 
 
-NOTE = """`python -m benchmarks comparison NAME=FILE ... --probes logreg exact` makes this section, `comparison.csv`
+NOTE = """`python -m benchmarks comparison NAME=FILE ... --probes logreg fewshot` makes this section, `comparison.csv`
 and `comparison.png`. The files here are `tiny` of all four systems, trained equally and briefly: each on 42 hours of
 audio's worth of windows drawn from the 33 hours of the shipped weights (295 steps of 256; SSAMBA, whose windows are
 longer, 115 of 128) with its published objective and masks, in bf16 on an NVIDIA H100. Three of them are
@@ -156,16 +179,16 @@ longer, 115 of 128) with its published objective and masks, in bf16 on an NVIDIA
 SSAMBA's is made."""
 
 
-def draw(judged: dict[tuple[str, str], dict[str, list[Row]]], means: Any, speed: Any, file: Path) -> None:
-    models = dict.fromkeys(model for model, _ in speed)
-    colours = dict(zip(models, itertools.cycle(("#1f6f8b", "#c44e52", "#2e8b57", "#6a51a3")), strict=False))
+def draw(overall: dict[tuple[str, str], tuple[float, float]], speed: Any, file: Path) -> None:
+    """Mean scores over tasks against the time of a clip: a panel per length, a colour per model, a mark per probe."""
+    colours = dict(zip({model: None for model, _ in speed}, itertools.cycle(COLOURS), strict=False))
+    marks = dict(zip({probe: None for probe, _ in overall}, itertools.cycle("os^Dv"), strict=False))
     figure, panels = canvas(len(LENGTHS), 10, 3.2)
     for axes, seconds in zip(panels, LENGTHS, strict=True):
-        for ((task, probe), found), marker in zip(judged.items(), itertools.cycle("os^Dv"), strict=False):
-            for model in found.keys() & models.keys():
-                ms, half = float(speed[model, str(seconds)]["cpu_ms"]), interval(clips(found[model]))
-                label = f"{model}, {probe}" if len({task for task, _ in judged}) == 1 else f"{model}, {task}, {probe}"
-                axes.errorbar(ms, means[task, probe][model], half, fmt=marker, color=colours[model], label=label)
+        for (probe, model), (score, half) in overall.items():
+            if cell := speed.get((model, str(seconds))):
+                style: dict[str, Any] = {"fmt": marks[probe], "color": colours[model], "label": f"{model}, {probe}"}
+                axes.errorbar(float(cell["cpu_ms"]), score, half, **style)
         axes.set(title=f"{seconds} s of audio", xlabel="CPU time (ms)", ylabel="score (%)", xlim=(0, None))
     panels[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, file)

@@ -144,7 +144,11 @@ def test_the_page_of_the_comparison_pairs_clips(tmp_path: Path):
     assert f"| t | logreg | good | {share:.1f} ± {196 * (share * (100 - share)) ** 0.5 / 100 / 20:.1f} | 1 |" in text
     verdicts = {line.split(" | ")[2]: line.split(" | ")[-1] for line in text.splitlines() if " − " in line}
     assert verdicts["good − bad"] == "yes |" and verdicts["good − same"] == "no |"
-    assert "| good | 1.0 M | 12 ms, 34 MB |" in text
+    assert "| good | 1.0 M | 12 ms, 34 MB |" in text and f" 34 MB | {share:.1f} ± " in text
+    text = comparison.page([*rows, *(row | {"task": "u"} for row in rows if row["what"] == "score")], tmp_path)
+    one = next(line for line in text.splitlines() if "| t | logreg | good − bad |" in line).split(" | ")[3].split(" ± ")
+    mean = next(line for line in text.splitlines() if "| mean of 2 | logreg | bad − good |" in line).split(" | ")[3]
+    assert mean == f"-{one[0].strip('+')} ± {float(one[1]) / 2**0.5:.1f}"
 
 
 @pytest.mark.slow
@@ -172,8 +176,9 @@ def test_all_ablations_train_and_are_judged(tmp_path: Path, monkeypatch: pytest.
 def test_a_comparison_scores_and_times_files(tmp_path: Path, weights: Path):
     write_task(tmp_path / "tasks" / "tones")
     options = ["--tasks-dir", str(tmp_path / "tasks"), "--results", str(tmp_path / "results"), "-o", str(tmp_path)]
+    options += ["--probes", "logreg", "fewshot", "--seeds", "3"]
     assert comparison.main([f"small={weights}", f"again={weights}", *options]) == 0
     scores = [row for row in cells.read(tmp_path / "comparison.csv") if row["what"] == "score"]
     for row in scores:
         assert float(row["score"]) == pytest.approx(row["right"].count("1") / len(row["right"]), abs=1e-5)
-    assert len(scores) == 2 and "+0.0 ± 0.0" in (tmp_path / "README.md").read_text()
+    assert len(scores) == 8 and "+0.0 ± 0.0" in (tmp_path / "README.md").read_text()
