@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import hear_ssam
 from hear_ssam import cli, extract
 from hear_ssam.audio import read_audio
 from hear_ssam.embedding import clips, shards, work
-from hear_ssam.embedding.inputs import find_recordings
+from hear_ssam.embedding.inputs import find_recordings, of_file
 from hear_ssam.embedding.shards import Output
 from hear_ssam.embedding.work import cut_windows
 from hear_ssam.errors import HearSsamError
@@ -352,12 +353,29 @@ def test_the_one_file_is_made_piece_by_piece(tmp_path: Path) -> None:
     assert rows == 20 * 256 and max(held) < 12  # threads of pyarrow are late in freeing some; all at once: 33
 
 
-def test_rows_that_nobody_wants_are_not_kept(weights: Path, tmp_path: Path) -> None:
-    """Of an hour in windows they would be gigabytes."""
-    model, options = hear_ssam.load_model(weights), work.Options("scene", 1.0, 1.0)
-    worker = work.Worker(model, options, tmp_path)
-    ((scene, rows),) = worker._embed([torch.zeros(RATE)])
-    assert len(scene) == model.scene_embedding_size and rows.untyped_storage().nbytes() == 0
+def test_the_windows_of_a_long_recording_are_not_kept_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a day, a gigabyte."""
+    model, width, count = hear_ssam.load_model("logmel"), 1 << 15, 400
+    model.scene_embedding_size = width
+    soundfile.write(tmp_path / "a.wav", np.repeat(np.arange(count) / 1000, 800), RATE, subtype="FLOAT")
+
+    def found(_: Any, pieces: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(torch.from_numpy(np.full(width, piece[0])), torch.zeros(1, 80)) for piece in pieces]
+
+    monkeypatch.setattr(clips, "embed_clips", found)
+    monkeypatch.setattr(clips, "LONG", 1)
+    monkeypatch.setattr(work, "CHUNK", 16)
+    worker = work.Worker(model, work.Options("scene", 0.05, 0.05), tmp_path)
+    tracemalloc.start()
+    try:
+        ((_, tables, error),) = worker([of_file(tmp_path / "a.wav")])
+        rows = [(*row[1:3], row[-1][0]) for table in tables for row in zip(*table.to_pydict().values(), strict=True)]
+        assert tracemalloc.get_traced_memory()[1] < 4 * width * count / 2
+    finally:
+        tracemalloc.stop()
+    assert error is None and rows == [(50.0 * i, 50.0 * (i + 1), np.float32(i / 1000)) for i in range(count)]
 
 
 def test_what_a_run_left_when_it_ended_while_making_the_one_file(

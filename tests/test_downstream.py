@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -160,6 +161,10 @@ def test_from_embeddings_with_labels_splits_and_groups(
     )
     assert run("classify", "train", embeddings, "--labels", tmp_path / "more.csv", "-o", tmp_path / "no.json") == 2
     assert "class 'other' has 0 recordings with embeddings to train on" in capsys.readouterr().err
+    lines = [line for line in tested.read_text().splitlines() if not line.endswith("test,")]
+    (tmp_path / "untested.csv").write_text("\n".join([*lines, f"{tested},low,test,"]))
+    assert run("classify", "train", embeddings, "--labels", tmp_path / "untested.csv", "-o", tmp_path / "no.json") == 2
+    assert "no recording of its split test has embeddings" in capsys.readouterr().err
     grouped = write("group.csv", lambda seed: "", lambda seed: f"day {seed % 2}")
     assert run("classify", "train", embeddings, "--labels", grouped, "-o", tmp_path / "b.json") == 0
     assert "2 folds" in capsys.readouterr().out
@@ -214,8 +219,60 @@ def test_groups_stay_on_one_side() -> None:
 
 
 def test_the_interval_is_wilsons() -> None:
-    np.testing.assert_allclose(classify.wilson(8, 10), (0.8, 0.4902, 0.9433), atol=1e-4)
-    assert np.isnan(classify.wilson(0, 0)[0])
+    np.testing.assert_allclose(classify.wilson(8, 10, 10), (0.8, 0.4902, 0.9433), atol=1e-4)
+    assert np.isnan(classify.wilson(0, 0, 0)[0])
+
+
+def test_windows_of_one_recording_are_no_independent_witnesses(sounds: Path, tmp_path: Path) -> None:
+    random, covered = np.random.default_rng(1), 0
+    for _ in range(200):  # ten recordings of fifty windows, of which some recordings are mostly right, some wrong
+        group = np.repeat(np.arange(10), 50)
+        hits = random.random(500) < random.beta(4, 1, 10)[group]
+        low, high = classify.wilson(hits.sum(), 500, classify.independent(hits, group))[1:]
+        covered += low <= 0.8 <= high
+    assert 180 <= covered <= 198  # 95 %; taken for independent, 85
+    assert classify.independent(random.random(37) < 0.7, random.permutation(37)) == 37
+    assert classify.independent(np.ones(60, bool), np.repeat([4, 7], 30)) == 2
+    assert classify.independent(np.arange(60) < 50, np.zeros(60, int)) == 1
+    lines = [f"{file},{file.parent.name}" for file in sounds.rglob("*.wav")]
+    (tmp_path / "list.csv").write_text("path,label\n" + "\n".join(lines))
+    windows = "--window", "0.2", "--hop", "0.05", "--model", "logmel"
+    assert run("embed", sounds, "-o", tmp_path / "windows", *windows) == 0
+    assert (
+        run("classify", "train", tmp_path / "windows", "--labels", tmp_path / "list.csv", "-o", tmp_path / "a.json")
+        == 0
+    )
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["clips"] > 150 and found["independent"][-1] < 19
+
+
+def test_few_groups_that_hold_several_classes() -> None:
+    """Every fit sees every class: stratified folds left one of two, a traceback, or one of three, which scored 0."""
+    from hear_ssam.downstream.labels import Labelled
+    from hear_ssam.downstream.table import Embeddings
+
+    kinds = [("a", "0"), ("a", "2"), ("b", "2"), ("b", "3")]
+    labels = [Labelled(f"/{i}", label, "", group) for i, (label, group) in enumerate(kinds)]
+    none, x = np.full(4, np.nan), np.array([[1, 0], [1, 0.1], [0, 1], [0.1, 1]], np.float32)
+    found = classify.train([Embeddings([row.path for row in labels], none, none, x, {})], labels, "x")
+    assert found["confusion"] == [[2, 0], [0, 2]] and found["scored"].startswith("3 folds")
+
+
+def test_classes_may_be_called_anything(tmp_path: Path) -> None:
+    """As a column of the predictions, or by bytes that are not UTF-8."""
+    names = ["label", "start_ms", os.fsdecode(b"caf\xe9"), 'a,"\nb']
+    for number, name in enumerate(names):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for seed in range(2):
+            soundfile.write(tmp_path / "tone.wav", sound(["high", "low", "noise"][number % 3], seed), RATE)
+            (tmp_path / "tone.wav").rename(tmp_path / "in" / name / f"{seed}.wav")
+    file, out = tmp_path / "a.json", tmp_path / "a.csv"
+    assert run("classify", "train", tmp_path / "in", "-o", file, "--model", "logmel") == 0
+    assert run("classify", "predict", file, tmp_path / "in", "-o", out) == 0
+    with open(out, newline="", encoding="utf-8") as lines:
+        header, *found = csv.reader(lines)
+    assert header == ["path", "label", 'a,"\nb', "caf\ufffd", "label (class)", "start_ms (class)"]
+    assert len(found) == 8 and {row[1] for row in found} <= {name.removesuffix(" (class)") for name in header}
 
 
 def csv_of(text: str) -> Any:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .table import Embeddings
 
 FORMAT = "hear_ssam classifier 1"
+COLUMNS = ("path", "start_ms", "end_ms", "label")  # of the predictions, before one a class
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C, the inverse strength of the L2 penalty
 
 EXAMPLES = """examples:
@@ -106,7 +107,7 @@ def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> di
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import confusion_matrix, log_loss
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.model_selection import cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from tqdm import tqdm
@@ -126,9 +127,12 @@ def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> di
     if (least := min(counts)) < 2:
         few = f"class {classes[counts.index(least)]!r} has {least} recordings with embeddings to train on"
         raise HearSsamError(f"{place}: {few}; embed all it names.")
-    folds, fitted = min(5, least), ~test
+    if not test.any() and any(row.split for row in labels):
+        raise HearSsamError(f"{place}: no recording of its split test has embeddings; embed all it names.")
+    fitted = ~test
     chooses = valid if valid.any() else fitted  # the rows by which the strength is chosen
-    cv = list(StratifiedGroupKFold(folds, shuffle=True, random_state=0).split(x[fitted], y[fitted], group[fitted]))
+    scored = test if test.any() else fitted
+    cv = _folds(y[fitted], group[fitted], min(5, least))
 
     def pipeline(strength: float) -> Any:
         return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
@@ -147,31 +151,62 @@ def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> di
     intercept = intercept - coefficients @ scaler.mean_
     if len(classes) == 2:  # scikit-learn keeps the second class only
         coefficients, intercept = np.stack([0 * coefficients[0], coefficients[0]]), np.array([0.0, intercept[0]])
-    truth, guess = (y[test], final.predict(x[test])) if test.any() else (y[fitted], tried[strength].argmax(1))
+    truth, guess = y[scored], final.predict(x[test]) if test.any() else tried[strength].argmax(1)
     confusion = confusion_matrix(truth, guess, labels=range(len(classes)))
-    scored = "the test split" if test.any() else f"{folds} folds, each by the fit to the others"
+    shares = [rows for c in range(len(classes)) for rows in (truth == c, guess == c)] + [truth >= 0]
     return {
         "format": FORMAT, "version": __version__, "model": "", "made": tables[0].made, "classes": classes,
-        "C": strength, "clips": int(fitted.sum()), "scored": scored, "confusion": confusion.tolist(),
+        "C": strength, "clips": int(fitted.sum()), "confusion": confusion.tolist(),
+        "scored": "the test split" if test.any() else f"{len(cv)} folds, each by the fit to the others",
+        "independent": [independent((truth == guess)[rows], group[scored][rows]) for rows in shares],
         "intercept": [float(f"{value:.7g}") for value in intercept],
         "coefficients": [[float(f"{value:.7g}") for value in line] for line in coefficients],
     }  # fmt: skip
 
 
-def wilson(hits: int, of: int) -> tuple[float, float, float]:
-    """A share and its 95 % interval (Wilson's score interval)."""
-    from scipy.stats import binomtest
+def _folds(y: np.ndarray, group: np.ndarray, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows to fit to and rows to predict: `count` times, or once a group where some fit would not see every class."""
+    from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold
 
-    return (hits / of, *binomtest(hits, of).proportion_ci(method="wilson")) if of else (math.nan, 0.0, 1.0)
+    folds = list(StratifiedGroupKFold(count, shuffle=True, random_state=0).split(y, y, group))
+    if any(len(set(y[fit])) < len(set(y)) for fit, _ in folds):
+        folds = list(LeaveOneGroupOut().split(y, y, group))
+    return folds
+
+
+def independent(hits: np.ndarray, group: np.ndarray) -> float:
+    """How many independent rows would tell as much as these (N,), right or not, in groups of rows that are alike.
+
+    By how much the groups differ (Korn & Graubard 1998, Survey Methodology 24:193); one a group at least, N at most.
+    """
+    from scipy.stats import t
+
+    if not len(hits):
+        return 0.0
+    group = np.unique(group, return_inverse=True)[1]
+    share, size, right = hits.mean(), np.bincount(group), np.bincount(group, hits)
+    least, degrees = len(hits) ** 2 / (size**2).sum(), max(1, len(size) - 1)
+    spread = ((right - share * size) ** 2).sum() * len(size) / degrees
+    found = share * (1 - share) * len(hits) ** 2 / spread if spread > 1e-9 else 0.0
+    return float(np.clip(found * (t.ppf(0.975, max(1, len(hits) - 1)) / t.ppf(0.975, degrees)) ** 2, least, len(hits)))
+
+
+def wilson(hits: float, of: float, rows: float) -> tuple[float, float, float]:
+    """A share and its 95 % interval (Wilson's score interval), where `rows` of what was counted are independent."""
+    if not of:
+        return math.nan, 0.0, 1.0
+    share, weight = hits / of, 1.959964**2 / rows  # the normal distribution's 97.5 %
+    half = math.sqrt(weight * (share * (1 - share) + weight / 4))
+    return share, (share + weight / 2 - half) / (1 + weight), (share + weight / 2 + half) / (1 + weight)
 
 
 def describe(classifier: dict[str, Any]) -> str:
     """Scores per class and the confusion matrix as text."""
     classes, confusion = classifier["classes"], np.array(classifier["confusion"])
-    width = max(map(len, [*classes, "accuracy"])) + 4
+    width, sizes = max(map(len, [*classes, "accuracy"])) + 4, iter(classifier["independent"])
 
     def line(name: str, *counts: tuple[int, int]) -> str:
-        cells = ("{:6.2f} [{:.2f}, {:.2f}]".format(*wilson(int(hits), int(of))) for hits, of in counts)
+        cells = ("{:6.2f} [{:.2f}, {:.2f}]".format(*wilson(hits, of, next(sizes))) for hits, of in counts)
         return f"{name:<{width}}{counts[0][1]:>6}{''.join(cells)}"
 
     right = confusion.diagonal()
@@ -219,10 +254,11 @@ def _predict(args: argparse.Namespace) -> int:
     model = model_of(classifier["made"], args.classifier, args.model or classifier["model"], args.device)
     how = Options("scene", args.window, args.window if args.hop is None else args.hop)
     recordings, count, skipped = find_recordings(args.inputs), 0, list[str]()
-    columns = ("path", "start_ms", "end_ms", "label") if args.window else ("path", "label")
+    columns = [*(COLUMNS if args.window else COLUMNS[::3])]
+    columns += [name if name not in COLUMNS else f"{name} (class)" for name in classifier["classes"]]
     with atomic_write(args.output) as path, open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*columns, *classifier["classes"]])
+        writer.writerow(columns)
         for table in compute(recordings, model, how, skipped):
             found = probabilities(classifier, table.x)
             for index, row in enumerate(found):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..audio import find_audio
-from ..embedding.inputs import identity, read_manifest
+from ..embedding.inputs import identity, in_utf8, read_manifest
 from ..errors import HearSsamError, unknown_name
 
 SPLITS = ("train", "valid", "test")
@@ -37,7 +37,7 @@ def read_labels(place: str | os.PathLike[str], known: Collection[str] | None = N
         classes = sorted(entry for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         if not classes:
             raise HearSsamError(f"{place}: has no subfolders; put the recordings of each class in one of its name.")
-        found = [Labelled(str(file), folder.name) for folder in classes for file in find_audio([folder])]
+        found = [Labelled(str(file), in_utf8(folder.name)) for folder in classes for file in find_audio([folder])]
     else:
         rows = read_manifest(place, "label", known=known)
         found = [Labelled(r["path"], r["label"], r.get("split", ""), r.get("group", "")) for r in rows]

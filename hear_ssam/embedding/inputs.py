@@ -26,8 +26,8 @@ class Recording(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What the column `path` calls it: names that are not UTF-8 have no place in Parquet."""
-        return os.fsencode(self.name).decode(errors="replace")
+        """What the column `path` calls it."""
+        return in_utf8(self.name)
 
     def read(self, rate: int, most: int | None = None) -> np.ndarray:
         """Float32 (samples,) at `rate`; more than `most` samples only where they are there anyway."""
@@ -86,10 +86,15 @@ def _all(inputs: Iterable[str | os.PathLike[str]]) -> Iterator[Recording]:
             yield from map(of_file, find_audio([given]))
 
 
+def in_utf8(name: str) -> str:
+    """The name of a file as Parquet, JSON and CSV can hold it."""
+    return os.fsencode(name).decode(errors="replace")
+
+
 def identity(path: str) -> str:
     """What tells files apart by name: their folder, however it is reached; a linked file is itself."""
     folder, name = os.path.split(os.path.abspath(path))
-    return os.path.join(os.path.realpath(folder), name)
+    return in_utf8(os.path.join(os.path.realpath(folder), name))
 
 
 def read_manifest(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import TimeoutError as StillRunning
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +33,7 @@ from .inputs import Recording
 KINDS = {"both": ("scene", "timestamps"), "scene": ("scene",), "timestamps": ("timestamps",)}
 BATCH = {"cpu": (16, 4 << 20)}  # recordings, and bytes of them, that a worker takes at once
 GPU_BATCH = (256, 64 << 20)
-CHUNK = 512  # rows of a long recording that are in memory at once
+CHUNK = 512  # rows of a long recording that are made into a table at once
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Result(NamedTuple):
 class Worker:
     """Called with a batch of recordings it gives a `Result` for each; may be called from several threads.
 
-    `scratch` is a folder for the rows of long recordings: their scene stands first, and is known last.
+    `scratch` is a folder for the rows of long recordings, which are written when all are known.
     """
 
     def __init__(self, model: HearModel, options: Options, scratch: str | os.PathLike[str]) -> None:
@@ -96,7 +97,8 @@ class Worker:
     def __call__(self, batch: Sequence[Recording]) -> list[Result]:
         """A recording that trips over a defect spoils no other."""
         results: dict[str, Result] = {}
-        rows: dict[str, list[tuple[float, int, Tensor, Tensor]]] = defaultdict(list)
+        windows: dict[str, list[tuple[float, float]]] = defaultdict(list)  # from and to, in milliseconds
+        files: dict[str, IO[bytes]] = defaultdict(self._file)  # of the scenes of windows
 
         def pieces() -> Iterator[tuple[Recording, float, Tensor]]:
             """What is embedded together: from so many ms, (samples,); long recordings are embedded on the way."""
@@ -115,12 +117,15 @@ class Worker:
             for (recording, start, clip), found in zip(group, self._embed([clip for *_, clip in group]), strict=True):
                 if isinstance(found, Exception):
                     results[recording.name] = Result(recording, error=found)
+                elif self.options.window:
+                    windows[recording.name].append((start, start + 1000 * len(clip) / self.model.sample_rate))
+                    files[recording.name].write(found[0].tobytes())
                 else:
-                    rows[recording.name].append((start, len(clip), *found))
+                    results[recording.name] = Result(recording, [self._whole(recording, len(clip), *found)])
         for recording in batch:
             if recording.name not in results:
-                some = clips.grouped(rows[recording.name], lambda row: 1, CHUNK)  # the windows of an hour are many
-                results[recording.name] = Result(recording, map(functools.partial(self._table, recording), some))
+                starts, ends = map(list, zip(*windows[recording.name], strict=True))
+                results[recording.name] = Result(recording, self._kept(recording, files[recording.name], starts, ends))
         return [results[recording.name] for recording in batch]
 
     def _cut(self, recording: Recording) -> Iterator[tuple[float, np.ndarray]]:
@@ -133,56 +138,55 @@ class Worker:
         for start, audio in cut_windows(recording.blocks(rate), window, hop, self.model.min_samples):
             yield 1000 * start / rate, audio
 
-    def _embed(self, audio: Sequence[Tensor]) -> Sequence[tuple[Tensor, Tensor] | Exception]:
+    def _embed(self, audio: Sequence[Tensor]) -> Sequence[tuple[np.ndarray, np.ndarray] | Exception]:
         """Scene (E',) and timestamp embeddings (T, E) of clips; one by one where together they fail."""
         try:
             with self.turn:
                 found = clips.embed_clips(self.model, audio)
-                if "timestamps" not in self.parts:  # a copy of none: a view would keep all of them in memory
-                    found = [(scene, rows[:0].clone()) for scene, rows in found]
-                return [(scene.cpu(), rows.cpu()) for scene, rows in found]
+                wanted = slice(None if "timestamps" in self.parts else 0)  # what nobody wants stays on the device
+                return [(scene.cpu().numpy(), rows[wanted].cpu().numpy()) for scene, rows in found]
         except Exception as error:
             return [error] if len(audio) == 1 else [found for clip in audio for found in self._embed([clip])]
 
-    def _table(self, recording: Recording, rows: Sequence[tuple[float, int, Tensor, Tensor]]) -> pa.Table:
-        starts: list[float | None] = []
-        ends, values = [], []
-        for start, size, scene, timestamps in rows:
-            if "scene" in self.parts:
-                starts.append(start if self.options.window else None)
-                ends.append(start + 1000 * size / self.model.sample_rate)
-                values.append(scene[None])
-            if "timestamps" in self.parts:
-                starts += self.model.timestamps(size).tolist()
-                values.append(timestamps)
-        return self._columns(recording, starts, values, ends)
+    def _whole(self, recording: Recording, size: int, scene: np.ndarray, rows: np.ndarray) -> pa.Table:
+        """The rows of a recording of `size` samples."""
+        starts, values = ([None], [scene[None]]) if "scene" in self.parts else ([], [])
+        if "timestamps" in self.parts:
+            starts, values = starts + self.model.timestamps(size).tolist(), [*values, rows]
+        return self._columns(recording, starts, values)
+
+    def _file(self) -> IO[bytes]:
+        """For rows (n, E) that wait to be written: without a name, and in memory while it is small."""
+        return tempfile.SpooledTemporaryFile(1 << 20, dir=os.fspath(self.scratch))
+
+    def _kept(
+        self, recording: Recording, file: IO[bytes], starts: list[float], ends: list[float] | None = None
+    ) -> Iterator[pa.Table]:
+        """Tables of the rows in such a file, a few rows at a time."""
+        with file:
+            size = file.tell() // max(1, len(starts))  # bytes of a row
+            file.seek(0)
+            for first in range(0, len(starts), CHUNK):
+                part = slice(first, first + CHUNK)
+                values = np.frombuffer(file.read(size * CHUNK), np.float32).reshape(len(starts[part]), -1)
+                yield self._columns(recording, starts[part], [values], ends and ends[part])
 
     def _long(self, recording: Recording) -> Iterable[pa.Table]:
-        """The rows of a long recording, computed now, kept in a file without a name until they are read."""
-        file, rate = tempfile.TemporaryFile(dir=self.scratch), self.model.sample_rate
+        """The rows of a long recording, computed now."""
+        file, rate = self._file(), self.model.sample_rate
         keep = file.write if "timestamps" in self.parts else len
         scene, size = clips.embed_long(
             self.model, lambda: recording.blocks(rate), lambda rows: keep(rows.cpu().numpy().tobytes())
         )
-
-        def tables() -> Iterator[pa.Table]:
-            if "scene" in self.parts:
-                yield self._columns(recording, [None], [scene.cpu()[None]])
-            times = self.model.timestamps(size).tolist() if "timestamps" in self.parts else []
-            with file:
-                file.seek(0)
-                for first in range(0, len(times), CHUNK):
-                    part = times[first : first + CHUNK]
-                    values = np.fromfile(file, np.float32, len(part) * self.model.timestamp_embedding_size)
-                    yield self._columns(recording, part, [torch.from_numpy(values).view(len(part), -1)])
-
-        return tables()
+        times = self.model.timestamps(size).tolist() if "timestamps" in self.parts else []
+        first = [self._columns(recording, [None], [scene.cpu().numpy()[None]])] if "scene" in self.parts else []
+        return itertools.chain(first, self._kept(recording, file, times))
 
     def _columns(
-        self, recording: Recording, starts: list[Any], rows: Sequence[Tensor], ends: list[float] | None = None
+        self, recording: Recording, starts: list[Any], rows: Sequence[np.ndarray], ends: list[float] | None = None
     ) -> pa.Table:
-        """A table of rows (n, E), which may differ in width from tensor to tensor."""
-        values = np.concatenate([part.numpy().ravel() for part in rows]).astype(self.options.dtype, copy=False)
+        """A table of rows (n, E), which may differ in width from array to array."""
+        values = np.concatenate([part.ravel() for part in rows]).astype(self.options.dtype, copy=False)
         kind = self.schema.field("embedding").type
         if pa.types.is_fixed_size_list(kind):
             embeddings = pa.FixedSizeListArray.from_arrays(values, kind.list_size)
