@@ -78,7 +78,6 @@ if TYPE_CHECKING:
     from .hear import load_model as load_model
 
 __version__ = "0.1.0"
-BASELINE = "logmel"  # the model without weights that counts as zero in tables
 # The API and where it lives; imported, torch with it, at its first use: `hear-ssam --help` answers at once (PEP 562).
 PLACES = {
     "HearEmbedder": "downstream.estimator", "HearModel": "hear", "HearSsamError": "errors", "available_models": "hear",

@@ -30,6 +30,7 @@ from .download import cache_folder
 from .encoder import Encoder, sincos_positions
 from .errors import HearSsamError, unknown_name
 from .hub.weights import OFFICIAL, PUBLISHED, here, hub_file, named, obtain
+from .options import BASELINE
 from .paths import atomic_write, sha256
 
 # How messages about a file end.
@@ -82,7 +83,7 @@ def find_weights(name: str, cache: str | os.PathLike[str] | None = None) -> tupl
     if path.exists():
         return path, path.stem if path.is_file() else os.path.basename(os.path.abspath(path))
     if path.name == name and path.suffix not in (".pth", ".pt", ".safetensors"):
-        raise unknown_name("model", name, [*(entry.label for entry in PUBLISHED), *CONFIGS, "logmel"])
+        raise unknown_name("model", name, [*(entry.label for entry in PUBLISHED), *CONFIGS, BASELINE])
     repository = re.fullmatch(r"([\w.-]+/([\w.-]+))(?:@([\w./-]+))?", name)
     if not repository or path.parent.is_dir() or path.suffix in (".pth", ".pt", ".safetensors"):
         raise HearSsamError(f"{name}: no such file or folder; `hear-ssam models list` tells where weights are.")
@@ -172,7 +173,8 @@ _MARKS = {
     "ssam": re.compile(r"\.mixer\.A_log"),
 }
 _CONVOLUTION = re.compile(r"(patch_embed\.proj|conv1d(_b)?(\.conv)?)\.weight$")
-_UNUSED = ("p_input_fdim", "p_input_tdim", "v.head.weight", "v.head.bias")  # SSAMBA: two sizes, an ImageNet head
+# SSAMBA: two sizes, an ImageNet head; and the count of torch's AveragedModel
+_UNUSED = ("p_input_fdim", "p_input_tdim", "v.head.weight", "v.head.bias", "n_averaged")
 
 
 def _official_name(system: str, name: str) -> str:

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import BASELINE
 from .errors import HearSsamError
+from .options import BASELINE
 from .paths import atomic_write, shipped
 
 if TYPE_CHECKING:

@@ -32,7 +32,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import BASELINE
 from .checkpoint import MODEL, find_weights, load_checkpoint, save_checkpoint
 from .config import CONFIGS, EncoderConfig
 from .encoder import Encoder, resize_positions
@@ -40,7 +39,7 @@ from .errors import HearSsamError, unknown_name
 from .frontend import HOP, SAMPLE_RATE, WINDOW, LogMel, build_frontend, join, normalize
 from .hub import layout
 from .hub.weights import PUBLISHED, Weights, here, named
-from .options import pick_device
+from .options import BASELINE, pick_device
 from .scan import available_backends, use_backend
 
 DEFAULT = "ssam_tiny"

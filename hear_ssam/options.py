@@ -11,6 +11,7 @@ from .errors import HearSsamError, unknown_name
 if TYPE_CHECKING:
     import torch
 
+BASELINE = "logmel"  # the model without weights that counts as zero in tables
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 

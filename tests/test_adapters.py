@@ -204,6 +204,10 @@ def test_what_cannot_be_loaded_is_one_line(folders, tmp_path, monkeypatch):
     (tmp_path / "preprocessor_config.json").write_bytes((folders("hubert") / "preprocessor_config.json").read_bytes())
     with pytest.raises(HearSsamError, match=r"it brings code of its own; add \{\"trust_remote_code\": true\}"):
         load_hear_model(f"hf:{tmp_path}")
+    model, extractor = build("hubert")
+    model.forward = lambda *_, **__: (torch.zeros(1, 3, 16),)
+    with pytest.raises(HearSsamError, match="hf:HubertModel: returned a tuple; it needs last_hidden_state"):
+        judged((model, extractor), "cpu")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(HearSsamError, match=r"pip install 'hear-ssam\[hf\]'"):
         load_hear_model("hf:any")
@@ -377,6 +381,12 @@ def test_evaluate_says_what_it_cannot_judge(tmp_path, serial):
     write_task(tmp_path / "tasks" / "tones")
     with pytest.raises(HearSsamError, match="ReLU: cannot be judged; give a model of a HEAR module"):
         hear_ssam.evaluate(torch.nn.ReLU(), tmp_path / "tasks")
+    facts = {"sampling_rate": 16000, "output_dim": 4, "hop_size_in_ms": 10}
+    encoder = type("TinyEncoder", (torch.nn.Module,), facts)
+    with pytest.raises(HearSsamError, match=r"tuple: cannot be judged; .* or a list of them"):
+        hear_ssam.evaluate((tiny_hear, encoder()), tmp_path / "tasks")
+    with pytest.raises(HearSsamError, match="type: cannot be judged"):
+        hear_ssam.evaluate(encoder, tmp_path / "tasks")
     with pytest.raises(HearSsamError, match="models: an empty list"):
         hear_ssam.evaluate([], tmp_path / "tasks")
     with pytest.raises(HearSsamError, match=r"tones: .*NaN"):

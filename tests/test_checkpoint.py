@@ -281,6 +281,7 @@ def test_wrapped_weights(system: str, tmp_path: Path) -> None:
     for content in (
         prefixed("_orig_mod.", state),
         prefixed("module._orig_mod.", state),
+        prefixed("module.", state) | {"n_averaged": torch.tensor(3)},  # torch's AveragedModel
         prefixed("_orig_mod.module.", state),
         {"model": inside},
         {"model": prefixed("_fsdp_wrapped_module.", state)},

@@ -232,6 +232,15 @@ def test_timestamps_in_seconds(tmp_path):
         embed_task(hear, write_task(tmp_path / "beeps", embedding_type="event"), tmp_path / "out")
 
 
+def test_a_timestamp_that_is_no_number(hear, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "tests.tiny_hear.get_timestamp_embeddings",
+        lambda audio, model: (torch.zeros(len(audio), 1, 40), torch.full((len(audio), 1), torch.nan)),
+    )
+    with pytest.raises(HearSsamError, match="must lie within the audio"):
+        embed_task(hear, write_task(tmp_path / "beeps", embedding_type="event"), tmp_path / "out")
+
+
 def test_missing_audio_is_named(hear, tmp_path):
     folder = write_task(tmp_path / "tones")
     (folder / "16000" / "valid" / "valid-3.wav").unlink()

@@ -243,6 +243,19 @@ def test_of_two_rates_a_model_gets_its_own(tmp_path, serial):
     assert {rate: folders.index(best_folder(folders, rate)) for rate in wanted} == wanted
 
 
+def test_results_may_lie_beside_the_tasks(tmp_path, serial):
+    """Archives are not unpacked onto themselves, and no limited task joins those of the user."""
+    folder = write_task(tmp_path / "source" / "tones")
+    write_task(tmp_path / "tasks" / "folds", folds=3)
+    with tarfile.open(tmp_path / "tasks" / "tones-16000.tar", "w") as tar:
+        tar.add(folder, "hear-2021.0.6/tasks/tones")
+    run = {"tasks_dir": tmp_path / "tasks", "results_dir": tmp_path, "workers": 1, "probe": "knn"}
+    for limit, names in ((4, {"folds-limit4", "tones-limit4"}), (None, {"folds", "tones"})):
+        evaluation = run_evaluation([MODULE], **run, limit=limit)
+        assert not evaluation.failures and {r["task"] for r in evaluation.records} == names
+    assert {path.name for path in (tmp_path / "tasks").iterdir()} == {"folds", "tones-16000.tar"}
+
+
 def test_always_makes_embeddings_again_too(tmp_path, serial):
     write_task(tmp_path / "tasks" / "tones")
     run = {"tasks_dir": tmp_path / "tasks", "results_dir": tmp_path / "results", "workers": 1}

@@ -173,6 +173,13 @@ def test_views_and_batch_zero(backend):
     out, last, grads = run(empty, backend, grad=True)
     assert out.shape == (0, 37, 48) and last.shape == (0, 48, 24)
     assert grads["A"].abs().max() == 0
+    if backend != "triton":
+        empty = [(0, 8, 2), (4, 0, 2), (4, 8, 0)]  # no steps, channels or states
+        for length, channels, state in empty:
+            rows, states = torch.ones(2, length, channels), torch.ones(2, length, state)
+            tensors = rows, rows, -torch.ones(channels, state), states, states
+            out, last = selective_scan(*tensors, return_last_state=True, backend=backend)
+            assert out.shape == (2, length, channels) and last.shape == (2, channels, state) and not last.any()
 
 
 @pytest.mark.parametrize("backend", backends())

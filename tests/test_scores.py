@@ -63,6 +63,13 @@ def test_fold_scores_are_averaged(golden):
     assert {f"{name}_mean": value for name, value in means.items()} == pytest.approx(
         {name: value for name, value in case["output"].items() if name.endswith("_mean")}
     )
+    undefined = [
+        {"aucroc": 0.5, "d_prime": math.inf, "mAP": math.nan},
+        {"aucroc": math.nan, "d_prime": 1.0, "mAP": math.nan},
+    ]
+    assert (
+        repr(aggregate_folds(undefined)) == "{'aucroc': 0.5, 'd_prime': inf, 'mAP': nan}"
+    )  # as pandas, and so heareval
 
 
 def test_unknown_score():

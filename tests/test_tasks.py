@@ -83,6 +83,22 @@ def test_tasks_are_found_by_name_also_below_an_unpacked_archive(tmp_path):
         ({"evaluation_params": {"task_specific_param_grid": {"lr": 1e-3}}}, "'task_specific_param_grid' must be"),
         ({"evaluation_params": {"task_specific_param_grid": {"lr": []}}}, "'task_specific_param_grid' must be"),
         ({"evaluation_params": {"event_postprocessing_grid": {"min_duration": [1]}}}, "median_filter_ms and min_durat"),
+        *(
+            ({"evaluation_params": {"task_specific_param_grid": grid}}, "'task_specific_param_grid' must be")
+            for grid in (
+                {"epochs": [50]},
+                {"lr": ["x"]},
+                {"lr": [0]},
+                {"dropout": [7]},
+                {"hidden_layers": [-1]},
+                {"hidden_dim": [0]},
+                {"batch_size": [1]},
+                {"max_epochs": [2.5]},
+                {"patience": [True]},
+                {"check_val_every_n_epoch": [0]},
+                {"initialization": ["he"]},
+            )
+        ),
     ],
 )
 def test_contradictory_metadata(tmp_path, change, message):
@@ -257,6 +273,8 @@ def test_a_split_is_parsed_once(tmp_path, monkeypatch):
         ("test.json", {"test-0.wav": [EVENT | {"end": 3}]}, "'test-0.wav': an event from"),
         ("test.json", {"test-0.wav": [{"label": "low", "start": 0.1, "end": 0.5}]}, "seconds"),
         ("test.json", {"absent.wav": [EVENT]}, "absent.wav: is missing"),
+        ("test.json", {"/etc/passwd": [EVENT]}, "must be the name of a file in the folder test"),
+        ("test.json", {"../train/train-0.wav": [EVENT]}, "must be the name of a file in the folder test"),
     ],
 )
 def test_a_wrong_task_is_refused_before_anything_is_embedded(tmp_path, monkeypatch, name, content, message):

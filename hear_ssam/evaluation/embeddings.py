@@ -220,7 +220,7 @@ def _check_timestamps(times: np.ndarray, seconds: float, function: str) -> None:
     span = f"{function} returned timestamps from {times.min():g} to {times.max():g} for {seconds:g} s of audio"
     if times.shape[1] > 2 and times.max() <= seconds:
         raise HearSsamError(f"{span}; they must be milliseconds.")
-    if times.min() < 0 or times.max() > seconds * 1000 + 1:
+    if not (times.min() >= 0 and times.max() <= seconds * 1000 + 1):  # nor NaN
         raise HearSsamError(f"{span}; they must lie within the audio.")
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 Probe = Literal["exact", "bf16", "knn", "logreg", "fewshot"]
 PROBES: tuple[Probe, ...] = get_args(Probe)
+TASKS = ".tasks"  # of archives and limits in a results folder: hidden, as tasks of one's own may lie beside it
 Loader = Callable[[str], "JudgedModule"]  # puts a model on a device
 Models = dict[tuple[str, str], tuple["JudgedModule", Loader]]  # by name and hash: the loaded one, what loads another
 Run = tuple[str, str, int]  # protocol, probe, seed
@@ -183,7 +184,7 @@ def run_evaluation(
             unpacked = []
             for archive in find_archives(tasks_dir, tasks):
                 with noted(archive.name, failures), FileLock(results_dir / ".tasks.lock"):
-                    unpacked.append(unpack(archive, results_dir / "tasks"))
+                    unpacked.append(unpack(archive, results_dir / TASKS))
             found = find_tasks(tasks_dir, tasks, unpacked)
             place = "cpu" if cluster else device
             models = _load(modules or ("hear_ssam",), model, model_options, place, failures)
@@ -304,7 +305,7 @@ def _module_sources(
         for weights, (hear, _) in models.items():
             with noted(f"{hear.name}, {name}", failures):
                 task = read_task(best_folder(folders, hear.sample_rate))
-                task = limited(task, limit, results_dir / "tasks") if limit else task
+                task = limited(task, limit, results_dir / TASKS) if limit else task
                 if task.folder not in warned:
                     _warn(task, quick)
                 warned.add(task.folder)

@@ -73,7 +73,11 @@ class HubEncoder(torch.nn.Module):
         if "is_longer" in given:  # CLAP with fusion: by chance it takes one clip of a batch for longer than its window
             given["is_longer"] = torch.zeros_like(given["is_longer"])
         output = self.encoder(**given, output_hidden_states=self.layer != -1, return_dict=True)
-        hidden = output.last_hidden_state
+        hidden = getattr(output, "last_hidden_state", None)
+        if not isinstance(hidden, Tensor) or hidden.ndim not in (3, 4):
+            shape = f"rows {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else f"a {type(output).__name__}"
+            mend = "it needs last_hidden_state (clips, rows, width); wrap the model, as xares:FILE.py"
+            raise HearSsamError(f"{self.name}: returned {shape}; {mend}.")
         if self.layer != -1:
             if hidden.ndim != 3:
                 raise HearSsamError(f"layer={self.layer}: {self.name} has rows in time at its output alone; take -1.")
@@ -145,7 +149,7 @@ def load_model(
 
 def wrap(model: object) -> HubEncoder | None:
     """A pair, a model of transformers and its feature extractor, as a HEAR model; None for another object."""
-    if not (isinstance(model, tuple) and len(model) == 2 and hasattr(model[1], "sampling_rate")):
+    if not (isinstance(model, tuple) and len(model) == 2 and hasattr(model[0], "config")):
         return None
     return HubEncoder(*model, model[0].name_or_path or type(model[0]).__name__, -1, "mean", None)
 

@@ -256,5 +256,11 @@ class EventJudge:
 
 
 def aggregate_folds(folds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of every score over the folds."""
-    return {name: float(np.mean([fold[name] for fold in folds])) for name in folds[0]}
+    """Mean of every score over the folds where it is not NaN, as heareval takes it (by pandas)."""
+    means = {}
+    for name in folds[0]:
+        values = np.array([fold[name] for fold in folds])
+        count = np.count_nonzero(~np.isnan(values))
+        with np.errstate(invalid="ignore"):  # one fold at infinity and another at minus infinity: NaN
+            means[name] = float(np.nansum(values) / count) if count else math.nan
+    return means

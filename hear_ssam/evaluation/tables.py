@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .. import BASELINE
+from ..options import BASELINE
 from .records import Record
 from .tasks import known_tasks
 

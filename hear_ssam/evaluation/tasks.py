@@ -10,7 +10,7 @@ import io
 import json
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -44,11 +44,25 @@ def _names(value: object) -> bool:
     return all(isinstance(name, str) and name[:1] not in ("", ".") and name == Path(name).name for name in names)
 
 
-def _lists(value: object, kind: Callable[[Any], bool]) -> bool:
-    """Whether a JSON value maps names to lists of one or more values of a kind."""
-    lists = value.values() if isinstance(value, dict) else [None]
-    return all(isinstance(values, list) and values and all(map(kind, values)) for values in lists)
+def _lists(value: object, kinds: Mapping[str, Callable[[Any], bool]]) -> bool:
+    """Whether a JSON value maps some of these names to lists of one or more values of their kind."""
+    lists = value if isinstance(value, dict) else {"": None}
+    return all(
+        name in kinds and isinstance(of, list) and of and all(map(kinds[name], of)) for name, of in lists.items()
+    )
 
+
+# What `task_specific_param_grid` may vary of a head (`probe.HeadConfig`), and whether a value will do.
+_HEAD: dict[str, Callable[[Any], bool]] = {
+    "initialization": lambda value: value in ("xavier_uniform", "xavier_normal"),
+    "lr": lambda value: _number(value) and value > 0,
+    "dropout": lambda value: _number(value) and 0 <= value < 1,
+    "hidden_layers": lambda value: type(value) is int and value >= 0,
+    "batch_size": lambda value: type(value) is int and value >= 2,  # batch normalisation needs two rows
+    **dict.fromkeys(("hidden_dim", "max_epochs", "check_val_every_n_epoch", "patience"),
+                    lambda value: type(value) is int and value >= 1),
+}  # fmt: skip
+_EVENTS = dict.fromkeys(POSTPROCESSING, lambda value: _number(value) and value >= 0)
 
 # Keys of the metadata, or of the evaluation_params in it: what they must be and whether they are.
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -59,11 +73,10 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "sample_duration": ("seconds above 0, or null", lambda value: value is None or (_number(value) and value > 0)),
     "use_scoring_for_early_stopping": ("true or false", lambda value: isinstance(value, bool)),
     "evaluation_params": ("an object", lambda value: isinstance(value, dict)),
-    "task_specific_param_grid": ("an object of lists of numbers or names",
-                                 lambda value: _lists(value, lambda one: isinstance(one, str) or _number(one))),
+    "task_specific_param_grid": (f"an object of lists of values for {', '.join(_HEAD)}",
+                                 lambda value: _lists(value, _HEAD)),
     "event_postprocessing_grid": ("an object of two lists of ms, median_filter_ms and min_duration",
-                                  lambda value: _lists(value, lambda one: _number(one) and one >= 0)
-                                  and set(value) == set(POSTPROCESSING)),
+                                  lambda value: _lists(value, _EVENTS) and len(value) == len(_EVENTS)),
 }  # fmt: skip
 
 
@@ -138,6 +151,8 @@ class Task:
         ends = {}  # of the last event of each clip, ms
         for name, labels in clips.items():
             where = f"{path}: {name!r}"
+            if name != Path(name).name:
+                raise HearSsamError(f"{where}: must be the name of a file in the folder {path.stem}, and no path.")
             if not isinstance(labels, list):
                 raise HearSsamError(f"{where}: its labels must be a list, not {json.dumps(labels)[:80]}.")
             if self.event:

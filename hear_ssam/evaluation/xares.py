@@ -105,11 +105,8 @@ def _own_imports(file: Path) -> Iterator[str]:
 
 def wrap(model: object) -> XaresEncoder | None:
     """An object as a HEAR model, None where it is no encoder of X-ARES."""
-    return (
-        XaresEncoder(model, object_sha256(model))
-        if all(hasattr(model, attribute) for attribute in _ATTRIBUTES)
-        else None
-    )
+    fits = not isinstance(model, type) and all(hasattr(model, attribute) for attribute in _ATTRIBUTES)
+    return XaresEncoder(model, object_sha256(model)) if fits else None
 
 
 def get_scene_embeddings(audio: Tensor, model: XaresEncoder) -> Tensor:

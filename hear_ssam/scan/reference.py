@@ -59,7 +59,7 @@ def selective_scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> t
         delta = F.softplus(delta)
     h = u_.new_zeros(len(u), u.shape[2], A.shape[1]) if initial_state is None else initial_state.to(dtype)  # (B, D, N)
     length = u.shape[1]
-    outputs: list[Tensor] = [u_[:, 0]] * length
+    outputs = [u_.new_empty(0)] * length
     for t in reversed(range(length)) if reverse else range(length):
         decay = torch.exp(delta[:, t, :, None] * A)  # (B, D, N)
         h = decay * h + (delta[:, t] * u_[:, t])[..., None] * B[:, t, None, :]

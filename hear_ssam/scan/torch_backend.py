@@ -155,7 +155,7 @@ def _run_block(u: Tensor, dt: Tensor, B: Tensor, At: Tensor, h: Tensor) -> tuple
 def _groups(u: Tensor, state: int) -> list[slice]:
     """Batch rows whose block buffers fit the cache together; a GPU takes all rows at once."""
     batch = u.shape[0]
-    rows = max(1, batch if u.device.type != "cpu" else CACHE_BYTES // (SAVE_EVERY * state * u.shape[2] * 4))
+    rows = max(1, batch if u.device.type != "cpu" else CACHE_BYTES // max(1, SAVE_EVERY * state * u.shape[2] * 4))
     return [slice(i, min(i + rows, batch)) for i in range(0, batch, rows)]
 
 
