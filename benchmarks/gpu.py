@@ -352,7 +352,7 @@ def time_training(args: argparse.Namespace, ceilings: dict[str, float]) -> list[
             encoder = Encoder(config).cuda()
             optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-4)
             spec = torch.randn(batch, config.window_frames, config.n_mels, device="cuda")
-            mask = random_mask(batch, config).cuda()
+            mask = random_mask(batch, config, torch.Generator()).cuda()
             learner = Learner(encoder, Recipe())
 
             def step(e=learner, o=optimizer, s=spec, m=mask, low=precision == "bf16") -> None:

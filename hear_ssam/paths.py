@@ -71,6 +71,32 @@ def atomic_write(path: str | os.PathLike[str], reported: type[Exception] = OSErr
         raise HearSsamError(f"{target}: cannot be written: {reason}; make room or use another place.") from error
 
 
+@contextlib.contextmanager
+def only_writer(folder: Path, what: str, name: str = ".lock") -> Iterator[None]:
+    """Make a folder and hold the lock `name` in it, which goes however the process ends, an empty folder too.
+
+    Raises HearSsamError where another `what` holds it or nothing can be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / name, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise HearSsamError(f"{folder}: another {what} writes to it; wait or choose another folder.") from None
+    except OSError as error:
+        raise HearSsamError(f"{folder}: no folder can be written here: {error.strerror}; choose another.") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows deletes nothing that is open
+            os.unlink(lock.lock_file)
+        lock.release()
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
+
+
 def link(path: str | os.PathLike[str], folder: Path) -> str:
     """The address of a file as seen from a page in `folder`, empty where it is not there (members of tars)."""
     if not os.path.isfile(path):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -43,9 +45,7 @@ What the shipped encoders were trained on (checkpoints/corpus.toml), from nothin
     )
     parser.add_argument("store", metavar="STORE", help="folder to write")
     parser.add_argument("--audio", nargs="+", metavar="PATH", help="audio files, folders, tars of them")
-    parser.add_argument(
-        "--check-against", nargs="+", default=[], metavar="PATH", help="leave out clips that sound like these (tasks)"
-    )
+    parser.add_argument("--check-against", nargs="+", metavar="PATH", help="leave out what sounds like these tasks")
     parser.add_argument("--missing", metavar="FOLDER", help="say what FOLDER lacks of the shipped encoders' corpus")
     parser.add_argument("--workers", type=int, default=usable_cpus(), metavar="N", help="decoding threads")
     parser.set_defaults(run=run_corpus)
@@ -99,9 +99,7 @@ recipes that ship: {recipes}""",
     teacher.add_argument("--module", help="a HEAR module as the teacher, or what else `evaluate` takes")
     parser.add_argument("--block", type=int, help="after which a checkpoint's tokens are taken (default 8)")
     parser.add_argument("--path", help="a module's model_file_path")
-    parser.add_argument(
-        "--student", choices=CONFIGS, metavar="MODEL", help="whose patches get a module's codes (default ssam_tiny)"
-    )
+    parser.add_argument("--student", choices=CONFIGS, metavar="MODEL", help="of a module's codes (default ssam_tiny)")
     parser.add_argument("--clusters", type=int, default=500, metavar="K", help="default 500")
     parser.add_argument("--seed", type=int, default=0)
     add_device(parser)
@@ -121,8 +119,7 @@ def run_corpus(args: argparse.Namespace) -> int:
     if args.missing and (args.audio or args.check_against):
         raise HearSsamError(f"--missing {args.missing}: only prints; use --audio and --check-against without it.")
     if args.missing:
-        table = recipe()
-        lines = missing(args.missing, [*table["package"], *table["source"]])
+        lines = missing(args.missing, recipe()["package"] + recipe()["source"])
         if not lines:
             script = shipped("checkpoints") / "corpus.py"
             print(f"nothing is missing; go on with: python {script} {args.missing} AUDIO", file=sys.stderr)
@@ -133,7 +130,7 @@ def run_corpus(args: argparse.Namespace) -> int:
     skipped: list[str] = []
     if args.audio:
         with tqdm(audio_clips(args.audio), unit=" clips") as clips:
-            info = build_store(args.store, clips, args.workers, terms)
+            info = build_store(args.store, clips, args.workers, terms())
         for row in info["sources"]:
             print(f"{row['clips']:8,} clips {row['hours']:8.2f} h  {row['name']}  {row.get('licence', '')}")
         print(f"{info['clips']:8,} clips {info['samples'] / RATE / 3600:8.2f} h  in {args.store}")
@@ -157,8 +154,7 @@ def run_pretrain(args: argparse.Namespace) -> int:
     """`hear-ssam pretrain`."""
     from .pretraining.loop import pretrain
 
-    options = {name: getattr(args, name) for name in _options()}
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name in _options() if (value := getattr(args, name)) is not None}
     recipe = read_recipe(args.recipe, **options) if args.recipe else Recipe(**options)
     probe = None
     if args.probe:
@@ -166,7 +162,10 @@ def run_pretrain(args: argparse.Namespace) -> int:
 
         probe = functools.partial(logistic_scores, tasks=named_tasks(args.probe), device=args.device)
     path = pretrain(args.store, args.out, recipe, args.device, args.save_minutes, args.keep, probe, args.probe_minutes)
-    print(f"wrote {path} and {path.with_suffix('.md')}")
+    if int(os.environ.get("RANK", 0)) == 0:  # the others of torchrun's processes are done before
+        last = json.loads((path.parent / "log.jsonl").read_text().splitlines()[-1])
+        parts = ", ".join(f"{name[3:]} {value}" for name, value in last.items() if name.startswith("ms_"))
+        print(f"wrote {path} and {path.with_suffix('.md')}; milliseconds a window: {parts}")
     return 0
 
 

@@ -18,8 +18,9 @@ from hear_ssam.cli import main
 from hear_ssam.encoder import Encoder
 from hear_ssam.errors import HearSsamError
 from hear_ssam.frontend import EPSILON
+from hear_ssam.pretraining.card import model_card
 from hear_ssam.pretraining.loop import pretrain
-from hear_ssam.pretraining.recipe import Recipe, read_recipe
+from hear_ssam.pretraining.recipe import Latents, Recipe, read_recipe
 from hear_ssam.pretraining.store import Store, build_store, open_store
 from hear_ssam.pretraining.windows import WindowSampler
 
@@ -268,6 +269,20 @@ def test_a_run_can_start_from_the_weights_of_another(store, tmp_path):
         pretrain(store, tmp_path / "other", dataclasses.replace(again, model="ssam_small"))
 
 
+@pytest.mark.parametrize("name", ["axlstm", "codes", "ssam", "ssamba", "ssast", "visible", "", "RECIPE.toml"])
+def test_the_card_tells_the_command(name):
+    changed = {"init": "my weights.pth", "seed": 3}
+    recipe = read_recipe(name, **changed) if name.islower() else Recipe(**changed)
+    if name == "RECIPE.toml":
+        recipe = dataclasses.replace(recipe, objective={"latents": Latents(block=1)})
+    training = {"recipe": recipe.to_dict(), "clips_seen": 1, "versions": {"torch": "2"}}
+    training["teacher"] = {"module": "theirs"}
+    training |= dict.fromkeys(("epochs", "hours_of_audio", "loss", "held_out_loss", "wall_minutes", "device"), 1)
+    card = model_card({"name": "x", "licence": "MIT", "training": training}, [])
+    assert f"STORE OUT {f'--recipe {name} ' if name else ''}--seed 3 --init 'my weights.pth'\n" in card
+    assert 'teacher of the codes: `{"module": "theirs"}`' in card
+
+
 def options(recipe: Recipe) -> list[str]:
     fields = {k: v for k, v in recipe.to_dict().items() if k != "objective"}
     return [
@@ -340,7 +355,7 @@ def test_one_run_at_a_time_trains_in_a_folder(store, tmp_path, capsys):
     command = ["pretrain", str(store), str(tmp_path / "run"), *options(SMALL)]
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / ".lock"):
-        assert main(command) == 2 and "run: another run trains in it; wait" in capsys.readouterr().err
+        assert main(command) == 2 and "run: another run writes to it; wait" in capsys.readouterr().err
     assert not (tmp_path / "run" / "state.pt").exists()
     assert main(command) == 0 and not (tmp_path / "run" / ".lock").exists()
 

@@ -29,7 +29,7 @@ def audio() -> list[np.ndarray]:
 @pytest.fixture()
 def store(tmp_path: Path, audio: list[np.ndarray]) -> Store:
     clips = (Clip("odd" if i % 2 else "even", f"clip {i}", lambda a=a: a) for i, a in enumerate(audio))
-    build_store(tmp_path / "store", clips, terms=lambda source: {"licence": f"terms of {source}"})
+    build_store(tmp_path / "store", clips, terms={name: {"licence": f"terms of {name}"} for name in ("even", "odd")})
     return open_store(tmp_path / "store")
 
 

@@ -20,12 +20,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tqdm import tqdm
 
 from ..errors import HearSsamError, unknown_name
 from ..machine import Cluster, engine_named, usable_cpus
 from ..options import add_model_options, add_scale, parse_options, parse_shard
+from ..paths import only_writer
 from .folders import best_folder, find_archives, find_tasks, unpack
 from .jobs import HEADS, Job, noted, run_jobs
 from .records import KEY, STORE, Record, embeddings_folder, key_of, read
@@ -176,7 +177,8 @@ def run_evaluation(
     store = results_dir / STORE
     models: Models = {}
     folders = [place for place in (results_dir, tasks_dir, embeddings_dir) if place]
-    with engine_named(engine, device, workers, *folders) as cluster, _only_driver(results_dir, shard):
+    lock = ".lock" if shard == (1, 1) else ".lock-{}-of-{}".format(*shard)
+    with engine_named(engine, device, workers, *folders) as cluster, only_writer(results_dir, "evaluation", lock):
         if embeddings_dir:
             sources = _given_sources(embeddings_dir, tasks, quick, failures)
         else:
@@ -258,19 +260,6 @@ def _outlook(work: Sequence[Work], plan: Protocol, workers: int) -> str:
     parts = [f"{duration(embeddings)} more for the embeddings of {duration(audio)} of audio"] if audio else []
     parts += [f"{duration(probes / workers)} for heareval's heads on scene tasks"] if probes else []
     return f"estimate: {', then '.join(parts)}" if parts else ""
-
-
-@contextlib.contextmanager
-def _only_driver(results_dir: Path, shard: tuple[int, int]) -> Iterator[None]:
-    """Hold a lock on a results folder, or a part of it; the system lets go of it however the process ends."""
-    try:
-        results_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(results_dir / (".lock" if shard == (1, 1) else ".lock-{}-of-{}".format(*shard)), timeout=0):
-            yield
-    except Timeout:
-        raise HearSsamError(f"{results_dir}: another evaluation writes to it; wait or choose another folder.") from None
-    except OSError as error:
-        raise HearSsamError(f"{results_dir}: cannot be written: {error.strerror}; choose another folder.") from error
 
 
 def _load(

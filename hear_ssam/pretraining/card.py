@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 from ..config import CONFIGS
@@ -11,27 +12,26 @@ from .recipe import RECIPES, Recipe, read_recipe
 
 def model_card(facts: dict[str, Any], sources: list[dict[str, Any]]) -> str:
     """The card of a checkpoint that holds `facts`."""
-    training = facts["training"]
-    lines = [
-        f"# {facts['name']}",
-        "",
-        f"An encoder of hear_ssam, pre-trained on unlabelled audio. Weights: {facts['licence']}.",
-        "",
-        "## Training",
-        "",
-        *_course(training),
-        "",
-        "## Data",
-        "",
-        "No audio is distributed here. Sources, with their licences and the attribution that they ask for:",
-        "",
-        "| source | clips | hours | licence | attribution |",
-        "|---|---|---|---|---|",
-    ]
+    rows = ""
     for row in sources:
         terms = f"{row.get('licence', 'not stated')} | {row.get('attribution', '')}"
-        lines.append(f"| {row['name']} | {row['clips']:,} | {row['hours']:.2f} | {terms} |")
-    return "\n".join(lines) + "\n"
+        rows += f"| {row['name']} | {row['clips']:,} | {row['hours']:.2f} | {terms} |\n"
+    course = "\n".join(_course(facts["training"]))
+    return f"""# {facts["name"]}
+
+An encoder of hear_ssam, pre-trained on unlabelled audio. Weights: {facts["licence"]}.
+
+## Training
+
+{course}
+
+## Data
+
+No audio is distributed here. Sources, with their licences and the attribution that they ask for:
+
+| source | clips | hours | licence | attribution |
+|---|---|---|---|---|
+{rows}"""
 
 
 def _course(training: dict[str, Any]) -> list[str]:
@@ -49,6 +49,7 @@ def _course(training: dict[str, Any]) -> list[str]:
         f"- loss {training['loss']} (on held-out clips {training['held_out_loss']})",
         f"- {training['wall_minutes']} minutes on {training['device']}, torch {training['versions']['torch']}",
         f"- recipe: `{json.dumps(recipe)}`",
+        *([f"- teacher of the codes: `{json.dumps(training['teacher'])}`"] if training.get("teacher") else []),
         "",
         *([] if before else ["    hear-ssam corpus STORE --audio FOLDERS"]),
         *(["    hear-ssam codes STORE --checkpoint TEACHER"] if "codes" in recipe.get("objective", {}) else []),
@@ -58,12 +59,14 @@ def _course(training: dict[str, Any]) -> list[str]:
 
 def _as_options(recipe: dict[str, Any]) -> str:
     """The options that make this recipe; objectives stand in a file, perhaps in one that ships."""
-    shipped = {path.stem: read_recipe(path).to_dict() for path in sorted(RECIPES.glob("*.toml"))}
-    asked = recipe.get("objective", {})
-    name = next((k for k, v in shipped.items() if v["objective"] == asked), "RECIPE.toml") if asked else ""
-    default, words = shipped.get(name, Recipe().to_dict()), [f"--recipe {name}"] if name else []
-    for field, value in recipe.items():
-        if field != "objective" and value != default.get(field):
-            option = field.replace("_", "-")
-            words.append(f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option} {value}")
-    return " ".join(words)
+    known = {path.stem: read_recipe(path).to_dict() for path in RECIPES.glob("*.toml")} | {"": Recipe().to_dict()}
+    recipe = {"objective": {}, **recipe}
+    known["RECIPE.toml"] = known[""] | {"objective": recipe["objective"]}
+    changed = {name: {k: v for k, v in recipe.items() if v != base.get(k)} for name, base in known.items()}
+    fitting = [name for name in sorted(changed) if "objective" not in changed[name]]
+    name = min(fitting, key=lambda name: (name == "RECIPE.toml", len(changed[name])))
+    words = ["--recipe", name] if name else []
+    for field, value in changed[name].items():
+        words.append(f"--{'no-' * (value is False)}{field.replace('_', '-')}")
+        words += [] if isinstance(value, bool) else [str(value)]
+    return shlex.join(words)

@@ -69,14 +69,9 @@ def open_codes(store: Store, name: str, config: EncoderConfig) -> CodeTable:
 
 
 def build_codes(
-    store: Store,
-    name: str,
-    config: EncoderConfig,
-    features: Features,
-    teacher: dict[str, Any],
-    clusters: int = 500,
+    store: Store, name: str, config: EncoderConfig, features: Features, teacher: dict[str, Any], clusters: int = 500,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Cluster a sample of `features` (drawn as training draws clips), then write the cluster of every patch.
 
     `config` gives the patch grid of the encoder that will be trained; `teacher` is kept in NAME.json. What a place in
@@ -98,13 +93,12 @@ def build_codes(
             clips = rng.choice(len(store), 64, p=weights / weights.sum()).tolist()
             rows += features([(clip, int(rng.integers(0, max(1, slots[clip] // window)))) for clip in clips])
             bar.update(sum(map(len, rows[-64:])))
-    place, every = torch.cat([torch.arange(len(x)) for x in rows]), torch.cat(rows)
-    place = place.to(every.device)
+    place, every = torch.cat([torch.arange(len(x), device=x.device) for x in rows]), torch.cat(rows)
     shift = _place_in_window(every, place, window)
     centres = k_means((every - shift[place][:, None]).flatten(0, 1), clusters, seed)
     codes = np.full((int(slots.sum()), every.shape[1]), NONE, np.uint16)
     first = slots.cumsum() - slots
-    clip = tqdm(range(len(store)), unit=" clips", desc="codes")
+    clip = tqdm(np.flatnonzero(slots).tolist(), unit=" clips", desc="codes")
     for _, group in itertools.groupby(clip, lambda i: first[i] // TOGETHER):
         clips = list(group)
         rows = [x[: slots[i]] for i, x in zip(clips, features([(i, None) for i in clips]), strict=True)]
@@ -140,9 +134,6 @@ def _grid(config: EncoderConfig) -> list[Any]:
     return [config.frontend, config.n_mels, config.patch_frames, config.patch_mels]
 
 
-# ------------------------------------------------------------------------------------------------------------ teachers
-
-
 def encoder_features(
     store: Store, path: str | os.PathLike[str], block: int, device: str = "auto"
 ) -> tuple[EncoderConfig, Features, dict[str, Any]]:
@@ -159,9 +150,7 @@ def encoder_features(
             spec = normalize(frames(torch.tensor([clip]), torch.arange(length)[None]), config)[0]
             spec = spec[: length // patch * patch]
             specs.append(spec if window is None else spec[window * size : (window + 1) * size])
-        rows = iter(model.rows_of_each([spec for spec in specs if len(spec)], [block]))
-        nothing = torch.zeros(0, config.embedding_dim, device=model.device)
-        return [(next(rows) if len(spec) else nothing).unflatten(1, (bands, -1)) for spec in specs]
+        return [rows.unflatten(1, (bands, -1)) for rows in model.rows_of_each(specs, [block])]
 
     return config, features, {"checkpoint": Path(path).name, "sha256": model.checkpoint_sha256, "block": block}
 
@@ -193,9 +182,6 @@ def module_features(
     return features
 
 
-# ------------------------------------------------------------------------------------------------------------- k-means
-
-
 def k_means(x: Tensor, clusters: int, seed: int = 0) -> Tensor:
     """Centres (clusters, D) of the rows x (N, D)."""
     from sklearn.cluster import KMeans
@@ -209,4 +195,4 @@ def k_means(x: Tensor, clusters: int, seed: int = 0) -> Tensor:
 def nearest(x: Tensor, centres: Tensor) -> Tensor:
     """Index of the nearest centre of each row (N, D): (N,) int64."""
     half = centres.square().sum(1) / 2
-    return torch.cat([(half - part @ centres.T).argmin(1) for part in x.split(1 << 14)]) if len(x) else half[:0].long()
+    return torch.cat([(half - part @ centres.T).argmin(1) for part in x.split(1 << 14)])

@@ -16,12 +16,10 @@ def recipe() -> dict[str, Any]:
     return read_toml(shipped("checkpoints") / "corpus.toml")
 
 
-def terms(name: str) -> dict[str, str]:
-    """Licence and attribution of a source that the recipe lists."""
-    for entry in recipe()["package"] + recipe()["source"]:
-        if entry["name"] == name:
-            return {"licence": entry["licence"], "attribution": entry["attribution"]}
-    return {}
+def terms() -> dict[str, dict[str, str]]:
+    """Licence and attribution of the sources that the recipe lists, by name."""
+    entries = recipe()["package"] + recipe()["source"]
+    return {entry["name"]: {key: entry[key] for key in ("licence", "attribution")} for entry in entries}
 
 
 def missing(folder: str | os.PathLike[str], entries: Iterable[dict[str, Any]]) -> list[str]:

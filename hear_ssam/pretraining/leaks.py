@@ -118,9 +118,7 @@ def _indices(known: Iterable[Clip], workers: int) -> Iterator[_Index]:
         what, peak = zip(*(landmarks(piece[1][late:]) for late in (0, HOP // 2)), strict=True)
         return np.concatenate(what), np.concatenate(peak)
 
-    names: list[str] = []
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    size = 0
+    names, found, size = list[str](), list[tuple[np.ndarray, np.ndarray]](), 0
     pieces = ((clip.name, piece) for clip in known for piece in _pieces(clip.decode()))
     for (name, _), result in work_ahead(marks, pieces, workers, 2 * workers):
         names.append(name)

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from ..encoder import Encoder
 from ..errors import HearSsamError
 from ..machine import noted_signals
 from ..options import pick_device
-from ..paths import atomic_write
+from ..paths import atomic_write, only_writer
 from .card import model_card
 from .codes import open_codes
 from .learner import Learner
@@ -45,15 +44,9 @@ PARTS = ("data", "wait", "teacher", "forward", "backward", "optimiser")  # of th
 
 
 def pretrain(
-    store_path: str | Path,
-    out: str | Path,
-    recipe: Recipe,
-    device: str = "auto",
-    save_minutes: float = 2.0,
-    keep: int = 1,
-    probe: Callable[[Path], dict[str, float]] | None = None,
-    probe_minutes: float = 30.0,
-) -> Path:
+    store_path: str | Path, out: str | Path, recipe: Recipe, device: str = "auto", save_minutes: float = 2.0,
+    keep: int = 1, probe: Callable[[Path], dict[str, float]] | None = None, probe_minutes: float = 30.0,
+) -> Path:  # fmt: skip
     """Train `recipe.model` on a store, in the folder `out`; returns the path of the checkpoint.
 
     The state is saved every `save_minutes` and when a signal (Ctrl-C, SIGTERM) stops the run, both between two steps;
@@ -66,16 +59,19 @@ def pretrain(
         if not value >= least:  # not a number, either
             raise HearSsamError(f"{name}={value}: must be at least {least}.")
     folder, config = Path(out), CONFIGS[recipe.model]
-    with _ranks(device) as ranks, _alone(folder) if ranks.rank == 0 else contextlib.nullcontext():
+    with _ranks(device) as ranks, contextlib.ExitStack() as stack:
+        if ranks.rank == 0:
+            stack.enter_context(only_writer(folder, "run"))
         store = open_store(store_path)
         asked = recipe.objectives(config).get("codes")
         codes = open_codes(store, asked.file, config) if isinstance(asked, Codes) else None
+        info = codes.info if codes else {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             encoder = Encoder(config)
             earlier = _start_from(recipe, encoder) if recipe.init else {}
-            learner = Learner(encoder, recipe, codes.info["clusters"] if codes else 0).to(ranks.device)
-        run = _Run(folder, recipe, store, learner, keep, codes.info if codes else {}, earlier, probe, probe_minutes)
+            learner = Learner(encoder, recipe, info.get("clusters", 0)).to(ranks.device)
+        run = _Run(folder, recipe, store, learner, keep, info, earlier, probe, probe_minutes)
         sampler = WindowSampler(store, recipe, config, ranks.device, codes=codes)
         held_out = WindowSampler(store, recipe, config, ranks.device, True, codes, sampler.frames)
         _loop(run, ranks, sampler, held_out, save_minutes)
@@ -93,10 +89,9 @@ def _loop(run: _Run, ranks: _Ranks, sampler: WindowSampler, held_out: WindowSamp
     clock, sums = _Clock(), torch.zeros(1 + len(learner.objectives), device=ranks.device)
     unread: list[_Unread] = []  # what the device may still be working on
     bar = tqdm(total=recipe.steps, initial=run.step, unit="step", desc=recipe.model, disable=ranks.rank > 0)
-    began, since = time.monotonic(), run.step
+    began, since, stop = time.monotonic(), run.step, False
     shown: dict[str, float | str] = {}
-    with contextlib.closing(bar), noted_signals() as noted:
-        stop = False
+    with bar, noted_signals() as noted:
         while run.step < recipe.steps and not stop:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * _schedule(run.step / recipe.steps, recipe.warmup)
@@ -138,9 +133,9 @@ def _loop(run: _Run, ranks: _Ranks, sampler: WindowSampler, held_out: WindowSamp
                 mean = (sums / (run.step - since)).tolist()
                 if not all(map(math.isfinite, mean)):
                     raise HearSsamError(f"{run.folder}: the loss of another process is not finite; see what it says.")
-                row = {"loss": mean[0], **dict(zip(learner.objectives, mean[1:], strict=True))}
-                rate = (run.step - since) * recipe.batch_size / (now - began)
-                row |= {"windows_per_second": round(rate, 1), **clock.shares((run.step - since) * recipe.batch_size)}
+                windows = (run.step - since) * recipe.batch_size
+                row = dict(zip(("loss", *learner.objectives), mean, strict=True))
+                row |= {"windows_per_second": round(windows / (now - began), 1), **clock.shares(windows)}
                 since, sums = run.step, torch.zeros_like(sums)
                 if ranks.rank == 0:
                     held: list[_Unread] = []
@@ -153,11 +148,10 @@ def _loop(run: _Run, ranks: _Ranks, sampler: WindowSampler, held_out: WindowSamp
                     run.save({**row, "held_out_loss": loss})
                     path = _publish(run)
                     draw(run.folder / "picture.png", learner, batch)
-                    if not stop:
-                        shown |= run.judge(path)
+                    shown |= {} if stop else run.judge(path)
                     waiting = row["ms_data"] / sum(value for name, value in row.items() if name.startswith("ms_"))
-                    shown |= {"loss": row["loss"], "held_out": run.log[-1]["held_out_loss"], "windows": f"{rate:.0f}/s"}
-                    bar.set_postfix(shown | {"data": f"{waiting:.0%}"})
+                    shown |= {"loss": row["loss"], "held_out": loss, "data": f"{waiting:.0%}"}
+                    bar.set_postfix(shown | {"windows": f"{row['windows_per_second']:.0f}/s"})
                 began = time.monotonic()
                 clock("save")
 
@@ -181,9 +175,6 @@ class _Clock:
         return {f"ms_{part}": round(1000 * spent[part] / windows, 2) for part in PARTS}
 
 
-# ------------------------------------------------------------------------------------------------------------ processes
-
-
 @dataclasses.dataclass(frozen=True)
 class _Ranks:
     """This process among those that `torchrun` started; alone without it."""
@@ -195,9 +186,7 @@ class _Ranks:
     def parts(self, batch: int, parts: int) -> list[slice]:
         """The rows of a batch, `parts` parts for each process."""
         if batch < self.world * parts:
-            raise HearSsamError(
-                f"recipe field batch_size={batch} is below {self.world} processes x {parts} parts; raise it."
-            )
+            raise HearSsamError(f"batch_size={batch} is below {self.world} processes x {parts} parts; raise it.")
         edges = [batch * i // (self.world * parts) for i in range(self.world * parts + 1)]
         return [slice(*edge) for edge in itertools.pairwise(edges)]
 
@@ -235,29 +224,6 @@ def _ranks(device: str) -> Iterator[_Ranks]:
         dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Make the folder of a run and hold a lock on it, which goes however the process ends; nothing stays of no run."""
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise HearSsamError(f"{folder}: another run trains in it; wait for it or choose another folder.") from None
-    except OSError as error:
-        raise HearSsamError(f"{folder}: no folder can be written here ({error.strerror}); choose another.") from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows deletes nothing that is open; a folder with states is not empty
-            os.unlink(lock.lock_file)
-            folder.rmdir()
-        lock.release()
-
-
-# ---------------------------------------------------------------------------------------------------------- the state
-
-
 @dataclasses.dataclass
 class _Run:
     """What a run must remember to go on: written to OUT/state.pt, read back without executing anything."""
@@ -277,7 +243,6 @@ class _Run:
         self.generator = torch.Generator().manual_seed(self.recipe.seed)
         self.step, self.seconds = 0, 0.0
         self.log: list[dict[str, float]] = []
-        self.saved = 0  # the step of the state on disk
         self.probed = time.monotonic()
         data = {"sha256": self.store.digest, "clips_left_out": len(self.store.left_out)}
         self.told = self.recipe.to_dict() | {"codes": self.codes, "store": data}  # what a resumed run must repeat
@@ -286,19 +251,17 @@ class _Run:
             return
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            differing = {k: v for k, v in state["recipe"].items() if v != self.told.get(k)}
+            here, now = _leaves(state["recipe"]), _leaves({name: self.told.get(name) for name in state["recipe"]})
+            differing = [name for name in {**here, **now} if here.get(name) != now.get(name)]
             if not differing:
                 self.learner.load_state_dict(state["learner"])
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.generator.set_state(state["generator"])
                 self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
-                self.saved = self.step
         except Exception as error:  # torch raises many kinds for a damaged file
             raise HearSsamError(f"{path}: cannot be resumed ({error}); delete it to start anew.") from error
         if differing:
-            here, now = _leaves(differing), _leaves({name: self.told.get(name) for name in differing})
-            names = [name for name in {**here, **now} if here.get(name) != now.get(name)]
-            told = ", ".join(f"{name}={here.get(name)!r}, not {now.get(name)!r}" for name in names)
+            told = ", ".join(f"{name}={here.get(name)!r}, not {now.get(name)!r}" for name in differing)
             raise HearSsamError(
                 f"{path}: holds a run with {told}; repeat these to resume it, or choose another folder."
             )
@@ -308,7 +271,7 @@ class _Run:
         for loss, clip, step in unread:
             if broken := (~loss.isfinite()).nonzero()[:, 0].tolist():
                 names = ", ".join(self.store.name(int(clip[i])) for i in broken[:3]) + ", ..." * (len(broken) > 3)
-                kept = f"the state of step {self.saved} is kept" if self.saved else "no state was saved yet"
+                kept = f"the state of step {self.log[-1]['step']} is kept" if self.log else "no state was saved yet"
                 raise HearSsamError(
                     f"{self.folder}: the loss became {float(loss[broken[0]])} at step {step} on {names}; {kept}. "
                     "Start again in another folder with a lower learning_rate or fp32."
@@ -331,7 +294,6 @@ class _Run:
             for old in sorted(self.folder.glob("state-*.pt"))[: -self.keep]:
                 old.unlink()
         self.write_log()
-        self.saved = self.step
 
     def judge(self, path: Path) -> dict[str, float]:
         """What the probe says about the checkpoint `path`, where it is time to ask; it goes into the log too."""
@@ -360,30 +322,28 @@ def _leaves(values: dict[str, Any], of: str = "") -> dict[str, Any]:
 def _start_from(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:
     """Put the weights of `recipe.init` into the encoder; returns what that file tells about its own training."""
     config, state, info = load_checkpoint(find_weights(recipe.init)[0])
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if shapes != {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}:
+    try:
+        encoder.load_state_dict(state)
+    except RuntimeError as error:
         raise HearSsamError(
             f"{recipe.init}: holds a {config.system} of width {config.embed_dim} and depth {config.depth}, "
             f"whose weights do not fit {recipe.model}; choose the model that it was trained as."
-        )
-    encoder.load_state_dict(state)
+        ) from error
     return {"sha256": info["sha256"], "training": info.get("training", {})}
 
 
 def _optimizer(learner: Learner, recipe: Recipe) -> torch.optim.Optimizer:
     trained = [p for p in learner.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if (p.dim() >= 2) == decayed], "weight_decay": recipe.weight_decay * decayed}
+        for decayed in (True, False)
     ]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 def _schedule(done: float, warmup: float) -> float:
     """Learning rate over its peak when the share `done` of the steps lies behind."""
-    if done < warmup:
-        return done / warmup
-    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+    return done / warmup if done < warmup else 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
 def _publish(run: _Run) -> Path:
@@ -391,24 +351,18 @@ def _publish(run: _Run) -> Path:
     recipe, store, encoder = run.recipe, run.store, run.learner.encoder
     config, device = encoder.config, next(encoder.parameters()).device
     seen = run.step * recipe.batch_size
-    facts = {
-        "name": recipe.model,
-        "source": "pre-trained by hear_ssam",
-        "licence": "Apache-2.0",
-        "training": {
-            "clips_seen": seen,
-            "epochs": round(seen * config.window_frames / 360_000 / store.hours, 1),
-            "hours_of_audio": round(store.hours, 2),
-            "loss": round(run.log[-1]["loss"], 4),
-            "held_out_loss": round(run.log[-1]["held_out_loss"], 4),
-            "wall_minutes": round(run.seconds / 60, 1),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-            "versions": {"hear_ssam": __version__, "torch": torch.__version__},
-            "recipe": recipe.to_dict() | {"init": Path(recipe.init).name},
-            "init": run.earlier,
-        },
-        "data": [{k: row.get(k, "") for k in ("name", "hours", "clips", "licence")} for row in store.info["sources"]],
-    }
+    training = {
+        "clips_seen": seen, "epochs": round(seen * config.window_frames / 360_000 / store.hours, 1),
+        "hours_of_audio": round(store.hours, 2), "loss": round(run.log[-1]["loss"], 4),
+        "held_out_loss": round(run.log[-1]["held_out_loss"], 4), "wall_minutes": round(run.seconds / 60, 1),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "versions": {"hear_ssam": __version__, "torch": torch.__version__},
+        "recipe": recipe.to_dict() | {"init": Path(recipe.init).name}, "init": run.earlier,
+        "teacher": run.codes.get("teacher", {}),
+    }  # fmt: skip
+    data = [{k: row.get(k, "") for k in ("name", "hours", "clips", "licence")} for row in store.info["sources"]]
+    facts: dict[str, Any] = {"name": recipe.model, "source": "pre-trained by hear_ssam", "licence": "Apache-2.0"}
+    facts |= {"training": training, "data": data}
     # Matrices in half precision: an embedding moves by less than 1e-3 of its size, the file is half as large.
     state = {
         name: tensor.half() if tensor.dim() == 2 and name.endswith("weight") else tensor

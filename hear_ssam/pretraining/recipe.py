@@ -64,13 +64,12 @@ class Latents:
 
 Objective = Pixels | Contrast | Codes | Latents
 OBJECTIVES: dict[str, type[Objective]] = {"pixels": Pixels, "contrast": Contrast, "codes": Codes, "latents": Latents}
-_OBJECTIVE_LIMITS: dict[str, tuple[float, float]] = {"weight": (0, 1e6), "block": (1, 1000), "momentum": (0, 1)}
 LIMITS: dict[str, tuple[float, float]] = {
     "steps": (1, math.inf), "batch_size": (1, math.inf), "accumulate": (1, math.inf), "learning_rate": (0, 1),
     "warmup": (0, 1), "weight_decay": (0, 1), "clip_norm": (0, 1e9), "min_frames": (1, math.inf),
     "max_frames": (1, math.inf), "mix": (0, 1), "mix_low": (-100, 100), "mix_high": (-100, 100), "pad": (0, 1),
     "gain": (0, 100), "mask_ratio": (0, 1), "decoder_depth": (1, 100), "decoder_expand": (1, 16),
-    "seed": (0, 2**63 - 1),
+    "seed": (0, 2**63 - 1), "weight": (0, 1e6), "block": (1, 1000), "momentum": (0, 1),
 }  # fmt: skip
 
 
@@ -114,7 +113,7 @@ class Recipe:
         for name, objective in self.objective.items():
             if type(objective) is not OBJECTIVES.get(name):
                 raise HearSsamError(f"recipe field objective.{name} must be a value of {OBJECTIVES.get(name)}.")
-            check_fields(objective, f"recipe field objective.{name}:", _OBJECTIVE_LIMITS)
+            check_fields(objective, f"recipe field objective.{name}:", LIMITS)
         config, asked = CONFIGS[self.model], self.objective
         window, low, high = config.window_frames, self.min_frames, self.max_frames
         block = max((o.block for o in asked.values() if isinstance(o, Latents)), default=0)
@@ -125,15 +124,14 @@ class Recipe:
         no_block = block > config.depth or (config.paired and block % 2)
         patches = config.grid[0] if self.mask == "time" else config.num_patches
         hidden = round(patches * (self.mask_ratio or config.mask_ratio))
-        decoder = self.decoder_depth, self.decoder_expand
-        light = Recipe.decoder_depth, Recipe.decoder_expand
+        decoder = (self.decoder_depth, self.decoder_expand) != (Recipe.decoder_depth, Recipe.decoder_expand)
         for message, wrong in {
             f"min_frames={low} is below the window of {self.model}; set at least {window}.": low < window,
             f"max_frames={high} is below min_frames={low}; raise it.": high < low,
             f"mix_high={self.mix_high} is below mix_low={self.mix_low}; raise it.": self.mix_high < self.mix_low,
             f"mix_high={self.mix_high} {louder}": "codes" in asked and self.mix and self.mix_high > 0,
             f"mask_ratio={self.mask_ratio} hides {hidden} of {patches}; hide some, not all.": not 0 < hidden < patches,
-            "decoder_*: without visible_only there is no decoder; set it.": decoder != light and not self.visible_only,
+            "decoder_*: without visible_only there is no decoder; set it.": decoder and not self.visible_only,
             f"objective.latents: block={block}, but {self.model} has {blocks}.": no_block,
             f"objective.contrast: {self.model} has {no_head}": lacks_head,
             "objective: every weight is 0; nothing would be learned.": asked

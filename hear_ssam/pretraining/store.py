@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -97,12 +97,11 @@ class Store:
 
     def leave_out(self, rows: Iterable[tuple[int, str, int]]) -> None:
         """Add clips to those left out: number, what was heard in it, votes."""
-        found = {
-            clip: " ".join(f"{clip}\t{self.name(clip)}\t{heard}\t{votes}".splitlines()) for clip, heard, votes in rows
-        }
-        found = dict(sorted({**self.left_out, **found}.items()))
+        found = self.left_out
+        for clip, heard, votes in rows:
+            found[clip] = " ".join(f"{clip}\t{self.name(clip)}\t{heard}\t{votes}".splitlines())
         with atomic_write(self.folder / "left-out.tsv") as path:
-            path.write_text("".join(f"{line}\n" for line in found.values()), "utf-8", "backslashreplace")
+            path.write_text("".join(f"{found[clip]}\n" for clip in sorted(found)), "utf-8", "backslashreplace")
 
     def name(self, index: int) -> str:
         return f"clip {index}" if self.names is None else str(self.names[index])
@@ -111,17 +110,13 @@ class Store:
 def open_store(folder: str | os.PathLike[str]) -> Store:
     """Map a store for reading. Raises HearSsamError where it is missing, unfinished or of another size than it says."""
     folder = Path(folder)
-    file = folder / "audio.s16"
+    audio = (folder / "audio.s16").exists()
+    file = folder / ("audio.s16" if audio else "frames.f16")
     try:
         info = json.loads((folder / "store.json").read_text("utf-8"))
         with np.load(folder / "clips.npz") as clips:
             offsets, source, names = clips["offsets"], clips["source"], clips.get("names")
-        data: np.ndarray
-        if file.exists():
-            data = np.memmap(file, "<i2", "c")
-        else:
-            file = folder / "frames.f16"
-            data = np.memmap(file, np.float16, "c").reshape(-1, BANDS)
+        data = np.memmap(file, "<i2" if audio else np.float16, "c").reshape(-1 if audio else (-1, BANDS))
         info["sources"]
     except (OSError, ValueError, EOFError, LookupError, TypeError, zipfile.BadZipFile) as error:
         raise HearSsamError(f"{folder}: no finished store here ({error}); make one with `hear-ssam corpus`.") from error
@@ -131,12 +126,10 @@ def open_store(folder: str | os.PathLike[str]) -> Store:
 
 
 def build_store(
-    folder: str | os.PathLike[str],
-    clips: Iterable[Clip],
-    workers: int = 2,
-    terms: Callable[[str], dict[str, str]] = lambda source: {},
-) -> dict[str, Any]:
-    """Decode clips in `workers` threads and write them, in order, as a store; `terms` gives a source's licence.
+    folder: str | os.PathLike[str], clips: Iterable[Clip], workers: int = 2,
+    terms: Mapping[str, dict[str, str]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Decode clips in `workers` threads and write them, in order, as a store; `terms` are the licences of sources.
 
     A clip that cannot be decoded is skipped and named; one under 25 ms, without any sound, or with the same samples as
     an earlier one, is counted and dropped. Returns what store.json holds: samples, clips, sha256, sources, skipped
@@ -185,7 +178,7 @@ def build_store(
     clips_of, samples_of = np.bincount(source), np.bincount(source, weights=np.diff(offsets))
     table = [
         {"name": name, "clips": int(clips_of[i]), "hours": round(samples_of[i] / RATE / 3600, 3),
-         "sha256": digest.hexdigest(), **terms(name)}
+         "sha256": digest.hexdigest(), **(terms or {}).get(name, {})}
         for i, (name, digest) in enumerate(hashes.items())
     ]  # fmt: skip
     info = {"samples": offsets[-1], "clips": len(source), "sha256": whole.hexdigest(), "sources": table}
@@ -204,8 +197,6 @@ class Frames:
     they take less than half of what is free. Raises HearSsamError where the store holds frames of another front end.
     """
 
-    lengths: Tensor  # (clips,) int64: frames of each clip
-
     def __init__(self, store: Store, config: EncoderConfig, device: torch.device) -> None:
         if not store.holds_audio and (config.frontend, config.n_mels) != ("logmel", BANDS):
             raise HearSsamError(
@@ -214,7 +205,7 @@ class Frames:
             )
         self.device, self.front_end = device, build_frontend(config).to(device)
         self.data, self.offsets = torch.from_numpy(store.data), torch.from_numpy(store.offsets)  # mapped
-        self.lengths = self.offsets.diff()
+        self.lengths = self.offsets.diff()  # (clips,) int64: frames of each clip
         if store.holds_audio:
             self.lengths = 1 + (self.lengths + 2 * self.front_end.pad - WINDOW) // HOP
         needed = 4 * config.n_mels * int(self.lengths.sum())
@@ -227,11 +218,9 @@ class Frames:
         if self.data.dim() == 2:
             return
         first = torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(self.device)
-        parts = []
-        for part in torch.arange(int(first[-1]), device=self.device).split(BLOCK):
-            clip = torch.searchsorted(first, part, right=True) - 1
-            parts.append(self(clip, (part - first[clip])[:, None])[:, 0])
-        self.data, self.offsets = join(parts, dim=0), first
+        frame = torch.arange(int(first[-1]), device=self.device)
+        clip = torch.searchsorted(first, frame, right=True) - 1
+        self.data, self.offsets = self(clip, (frame - first[clip])[:, None])[:, 0], first
 
     def __call__(self, clip: Tensor, position: Tensor) -> Tensor:
         clip, position = clip.to(self.data.device), position.to(self.data.device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +15,7 @@ from .codes import NONE, CodeTable
 from .recipe import Recipe
 from .store import Frames, Store
 
-DECIBEL = float(np.log(10) / 10)  # in nepers of power
+DECIBEL = math.log(10) / 10  # in nepers of power
 
 
 class Batch(NamedTuple):
@@ -39,19 +38,12 @@ class WindowSampler:
     """
 
     def __init__(
-        self,
-        store: Store,
-        recipe: Recipe,
-        config: EncoderConfig,
-        device: torch.device,
-        held_out: bool = False,
-        codes: CodeTable | None = None,
-        frames: Frames | None = None,
-    ) -> None:
+        self, store: Store, recipe: Recipe, config: EncoderConfig, device: torch.device, held_out: bool = False,
+        codes: CodeTable | None = None, frames: Frames | None = None,
+    ) -> None:  # fmt: skip
         self.frames = frames or Frames(store, config, device)
         lengths = self.frames.lengths.cpu().numpy()
         self.recipe, self.config, self.device, self.codes = recipe, config, device, codes
-        self.lengths = torch.from_numpy(lengths)
         self.weights = torch.from_numpy(store.weights(lengths, config.patch_frames, held_out))
         self.slots = torch.from_numpy(lengths // config.patch_frames)
         self.passes = len(recipe.objectives(config)) if recipe.separate_masks else 1
@@ -86,10 +78,9 @@ class WindowSampler:
         own = spec[own_row]
         level = spec.flatten(1).logsumexp(dim=1)  # of the whole crop
         with_other = mixed[mine].nonzero()[:, 0].to(self.device)
-        if len(with_other):
-            a, b = own_row[with_other], other_row[with_other]
-            shift = level[a] - level[b] + over[mine].to(self.device)[with_other] * DECIBEL
-            own[with_other] = torch.logaddexp(spec[a], spec[b] + shift[:, None, None])
+        a, b = own_row[with_other], other_row[with_other]
+        shift = level[a] - level[b] + over[mine].to(self.device)[with_other] * DECIBEL
+        own[with_other] = torch.logaddexp(spec[a], spec[b] + shift[:, None, None])
         own = own + (gain[mine] * DECIBEL).to(self.device)[:, None, None]
         own = normalize(own, config)[:, first * patch : (first + window) * patch]
         slot = start[mine] + first + torch.arange(window)  # (B, window)
@@ -97,8 +88,8 @@ class WindowSampler:
         codes = None
         if self.codes is not None:
             codes = self.codes.of(clip[mine], slot % slots[mine]).masked_fill(~inside[..., None], NONE)
-            codes = self._patches(codes).to(self.device)
-        asked = self._patches(inside[..., None].expand(-1, -1, config.grid[1])).to(self.device)
+            codes = as_tokens(codes, config).to(self.device)
+        asked = as_tokens(inside[..., None].expand(-1, -1, config.grid[1]), config).to(self.device)
         return Batch(own, [m[rows] for m in masks], clip[mine], asked, codes)
 
     def _spectrogram(self, clip: Tensor, position: Tensor, slots: Tensor, pad: Tensor) -> Tensor:
@@ -107,20 +98,21 @@ class WindowSampler:
         frame = ((position % slots)[..., None] * patch + torch.arange(patch)).flatten(1)
         spec = self.frames(clip, frame)
         silent = ((position >= slots) & pad).repeat_interleave(patch, dim=1)
-        return spec.masked_fill(silent.to(spec.device)[..., None], float(np.log(EPSILON)))
+        return spec.masked_fill(silent.to(spec.device)[..., None], math.log(EPSILON))
 
-    def _patches(self, grid: Tensor) -> Tensor:
-        """(B, slots, bands) → (B, n) in the order of the tokens."""
-        return (grid if self.config.patch_order == "time" else grid.transpose(1, 2)).flatten(1)
+
+def as_tokens(grid: Tensor, config: EncoderConfig) -> Tensor:
+    """(B, slots, bands) → (B, n) in the order of the tokens."""
+    return (grid if config.patch_order == "time" else grid.transpose(1, 2)).flatten(1)
 
 
 def random_mask(
-    batch: int, config: EncoderConfig, generator: torch.Generator | None = None, kind: str = "published",
-    ratio: float | None = None, device: torch.device | None = None,
+    batch: int, config: EncoderConfig, generator: torch.Generator, kind: str = "published",
+    ratio: float | None = None, device: torch.device | str = "cpu",
 ) -> Tensor:  # fmt: skip
     """Which patches to hide: bool (batch, n), exactly round(n * ratio) True per clip, on `device`.
 
-    Random numbers are drawn where the generator lives, which is also the default device; the rest is done on `device`.
+    Random numbers are drawn on the CPU, where the generator lives; the rest is done on `device`.
 
     random   patches drawn uniformly
     time     whole time slots, all bands of each: round(slots * ratio) of them
@@ -130,19 +122,16 @@ def random_mask(
 
     `published` is cluster for the joint objective, else random; the default ratio is the config's `mask_ratio`.
     """
-    source = generator.device if generator is not None else torch.device("cpu")
-    device = device or source
     n, ratio = config.num_patches, config.mask_ratio if ratio is None else ratio
     if kind == "time":
         slots, bands = config.grid
-        slot = torch.rand(batch, slots, generator=generator, device=source, dtype=torch.float32).to(device)
-        slot = slot.argsort(dim=1, stable=True)
-        hidden = (slot.argsort(dim=1) < round(slots * ratio))[..., None].expand(-1, -1, bands)
-        return (hidden if config.patch_order == "time" else hidden.transpose(1, 2)).flatten(1)
-    order = torch.rand(batch, n, generator=generator, device=source, dtype=torch.float32).to(device)  # when drawn
+        slot = torch.rand(batch, slots, generator=generator, device="cpu", dtype=torch.float32).to(device)
+        rank = slot.argsort(dim=1, stable=True).argsort(dim=1)
+        return as_tokens((rank < round(slots * ratio))[..., None].expand(-1, -1, bands), config)
+    order = torch.rand(batch, n, generator=generator, device="cpu", dtype=torch.float32).to(device)  # when drawn
     if kind == "cluster" or (kind == "published" and config.objective == "joint"):
         # A patch is hidden when the first cluster that covers it is drawn.
-        side = int(torch.randint(3, 6, (), generator=generator, device=source))
+        side = int(torch.randint(3, 6, (), generator=generator, device="cpu"))
         line = config.grid[0 if config.patch_order == "frequency" else 1]
         offsets = [line * i + j for i in range(side) for j in range(side)]
         order = torch.stack([F.pad(order, (o, 0), value=math.inf)[:, :n] for o in offsets]).amin(0)
