@@ -1,7 +1,7 @@
 """The four blocks. Each maps tokens (B, L, D) to tokens (B, L, D), residual included, and can read backwards.
 
 MambaBlock        x + Mamba(norm(x))                          Gu & Dao 2023 (arXiv 2312.00752)
-BiMambaBlock      the same with scans in both directions      Zhu et al. 2024 (arXiv 2401.09417), "v2"
+  of BiMamba      the same with scans in both directions      Zhu et al. 2024 (arXiv 2401.09417), "v2"
 TransformerBlock  x + attention(norm(x)), then x + MLP(norm(x))
 MLSTMBlock        x + mLSTM(norm(x))                          Beck et al. 2024, Alkin et al. 2024 (arXiv 2406.04303)
 
@@ -140,23 +140,15 @@ def _in_out(config: EncoderConfig) -> tuple[Projection, Projection]:
 
 
 class MambaBlock(nn.Module):
-    """x + Mamba(norm(x)), with `reverse` from the last token to the first."""
-
-    mixer_type: type[Mamba | BiMamba] = Mamba
+    """x + Mamba(norm(x)), with `reverse` from the last token to the first; BiMamba's directions swap weights then."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.norm = build_norm(config)
-        self.mixer = self.mixer_type(config)
+        self.mixer = (BiMamba if config.block == "bimamba" else Mamba)(config)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
         return x + cast(Tensor, self.mixer(self.norm(x), reverse))
-
-
-class BiMambaBlock(MambaBlock):
-    """x + BiMamba(norm(x)); `reverse` swaps the directions' weights."""
-
-    mixer_type = BiMamba
 
 
 # ---------------------------------------------------------------------------------------------------- Transformer
@@ -320,5 +312,5 @@ class MLSTMBlock(nn.Module):
 
 
 BLOCKS: dict[str, Callable[[EncoderConfig], nn.Module]] = {
-    "mamba": MambaBlock, "bimamba": BiMambaBlock, "transformer": TransformerBlock, "mlstm": MLSTMBlock,
+    "mamba": MambaBlock, "bimamba": MambaBlock, "transformer": TransformerBlock, "mlstm": MLSTMBlock,
 }  # fmt: skip

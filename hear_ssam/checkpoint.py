@@ -115,9 +115,8 @@ def convert(
     Weights are kept in float32, so embeddings stay bit-identical. Raises HearSsamError where they are not of `model`.
     """
     config, state, info = load_checkpoint(source)
-    if model and any(
-        getattr(config, size) != getattr(CONFIGS[model], size) for size in ("system", "embed_dim", "depth")
-    ):
+    wanted = CONFIGS[model] if model else config
+    if any(getattr(config, size) != getattr(wanted, size) for size in ("system", "embed_dim", "depth")):
         found = f"{config.system} of width {config.embed_dim} and depth {config.depth}"
         raise HearSsamError(f"{source}: holds {found}, not {model}; take another file or name.")
     info = {"source_sha256": info.pop("sha256"), **info}
@@ -244,9 +243,8 @@ def _read_weights(payload: Any, file: Path) -> tuple[EncoderConfig, dict[str, Te
     info["licence"] = f"{OFFICIAL[system].licence}, from {OFFICIAL[system].page}"
     if ours:
         info = {"source": f"state dict {file.name}"}
-        if config.positions == "sincos" and not state["pos_embed"].allclose(
-            sincos_positions(config), atol=4e-3
-        ):  # bfloat16 rounds by 2e-3
+        rounded = functools.partial(torch.allclose, atol=4e-3)  # bfloat16 does so by 2e-3
+        if config.positions == "sincos" and not rounded(state["pos_embed"], sincos_positions(config)):
             size = f"{config.patch_frames} x {config.patch_mels}"
             raise HearSsamError(f"its positions are not those of {size} patches; store the config, by save_checkpoint.")
         if not file.with_name("config.json").exists():

@@ -206,7 +206,7 @@ def test_what_cannot_be_loaded_is_one_line(folders, tmp_path, monkeypatch):
         load_hear_model(f"hf:{tmp_path}")
     model, extractor = build("hubert")
     model.forward = lambda *_, **__: (torch.zeros(1, 3, 16),)
-    with pytest.raises(HearSsamError, match="hf:HubertModel: returned a tuple; it needs last_hidden_state"):
+    with pytest.raises(HearSsamError, match="hf:HubertModel: returned a tuple; it needs a last_hidden_state"):
         judged((model, extractor), "cpu")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(HearSsamError, match=r"pip install 'hear-ssam\[hf\]'"):

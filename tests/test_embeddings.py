@@ -144,7 +144,7 @@ def test_weights_tell_models_apart(tmp_path):
     assert models[3].name == "tests.tiny_hear" and len(models[3].checkpoint_sha256) == 64
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "numpy"])
+@pytest.mark.parametrize("kind", ["bfloat16", "numpy", "conjugate"])
 @pytest.mark.parametrize("embedding_type", ["scene", "event"])
 def test_modules_may_return_what_real_ones_do(hear, tmp_path, kind, embedding_type):
     folder = write_task(tmp_path / "task", embedding_type=embedding_type)

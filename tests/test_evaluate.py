@@ -129,6 +129,23 @@ def test_several_models_at_once(tmp_path, serial):
         run_evaluation([MODULE + ":bands=20"], **tried)
 
 
+def test_modules_may_raise_what_is_no_exception_and_leave_the_folder(tmp_path, serial, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_task(Path("tasks/tones"))
+    odd = {
+        "wanderer": "import os\nos.chdir('/')",
+        "rude": "def get_scene_embeddings(*_):\n    raise BaseException('no')",
+    }
+    for name, code in odd.items():
+        Path(f"{name}.py").write_text(f"from tests.tiny_hear import *\n{code}\n")
+    run = {"tasks_dir": Path("tasks"), "results_dir": Path("out"), "workers": 1, "probe": "knn"}
+    evaluation = run_evaluation([*odd], **run)
+    assert {r["model"] for r in evaluation.records} == {"wanderer"} and Path.cwd() == tmp_path
+    (name, reason), *_ = evaluation.failures.items()
+    assert name == "rude, tones" and "BaseException: no (" in reason
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
 @pytest.mark.parametrize("stop", ["SIGKILL", "SIGTERM"])  # which the command takes as it takes Ctrl-C
 def test_a_killed_run_loses_no_finished_job(tmp_path, stop, serial):

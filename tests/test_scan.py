@@ -340,3 +340,6 @@ def test_shapes_are_checked_by_name():
         selective_scan(**{**values, "B": values["B"][:, :-1]})
     with pytest.raises(HearSsamError, match="initial_state must have shape"):
         causal_conv1d(torch.zeros(1, 4, 3), torch.zeros(3, 4), initial_state=torch.zeros(1, 2, 3))
+    for bias in (torch.zeros(1), torch.zeros(8), torch.zeros(3, 1)):  # a kernel would read what lies behind it
+        with pytest.raises(HearSsamError, match="bias must have shape"):
+            causal_conv1d(torch.zeros(1, 4, 3), torch.zeros(3, 4), bias)

@@ -8,7 +8,6 @@ import pytest
 from scipy.ndimage import median_filter
 from sklearn.metrics import average_precision_score
 
-from hear_ssam import HearSsamError
 from hear_ssam.evaluation.scores import (
     SCORES,
     EventJudge,
@@ -16,7 +15,6 @@ from hear_ssam.evaluation.scores import (
     active_frames,
     aggregate_folds,
     decode_events,
-    named_score,
     to_events,
 )
 
@@ -70,11 +68,6 @@ def test_fold_scores_are_averaged(golden):
     assert (
         repr(aggregate_folds(undefined)) == "{'aucroc': 0.5, 'd_prime': inf, 'mAP': nan}"
     )  # as pandas, and so heareval
-
-
-def test_unknown_score():
-    with pytest.raises(HearSsamError, match="Did you mean 'top1_acc'"):
-        named_score("top_acc")
 
 
 # ---- events

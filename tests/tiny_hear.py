@@ -21,7 +21,7 @@ def load_model(model_file_path: str = "", bands: int = 40, broken: str = "", poo
     """`pool` is mean, mean+max or mean/max. `broken` makes one fault on purpose.
 
     Of embeddings: nan, seconds, shape, batch, drift, silence, rate, short, empty, tolist, meta or exit (sys.exit); of
-    loading: exit at once, no model. bfloat16 and numpy are odd, but no faults.
+    loading: exit at once, no model. bfloat16, numpy and conjugate are odd, but no faults.
     """
     if broken == "exit at once":
         sys.exit("no licence")
@@ -51,6 +51,8 @@ def _frames(audio: torch.Tensor, model: Bands) -> tuple[torch.Tensor, torch.Tens
 def _as(kind, tensor):
     if kind in ("bfloat16", "numpy", "tolist"):
         return getattr(tensor, kind)()
+    if kind == "conjugate":  # whose imaginary part torch keeps with a note to negate it
+        return torch.complex(tensor, -tensor).conj().imag
     return tensor.to("meta") if kind == "meta" else tensor
 
 

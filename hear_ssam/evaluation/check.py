@@ -241,7 +241,9 @@ def check_model(hear: JudgedModule, long_seconds: float = LONG_SECONDS) -> Itera
             level, text = "ok", check(checks)
         except _Warning as warning:
             level, text = "warning", str(warning)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             named = isinstance(error, HearSsamError)
             level, text = "error", str(error) if named else f"{type(error).__name__}: {error}"
         yield Finding(name, level, text, validator, why)

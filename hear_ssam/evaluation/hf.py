@@ -75,9 +75,8 @@ class HubEncoder(torch.nn.Module):
         output = self.encoder(**given, output_hidden_states=self.layer != -1, return_dict=True)
         hidden = getattr(output, "last_hidden_state", None)
         if not isinstance(hidden, Tensor) or hidden.ndim not in (3, 4):
-            shape = f"rows {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else f"a {type(output).__name__}"
-            mend = "it needs last_hidden_state (clips, rows, width); wrap the model, as xares:FILE.py"
-            raise HearSsamError(f"{self.name}: returned {shape}; {mend}.")
+            mend = "it needs a last_hidden_state (clips, rows, width); wrap the model, as xares:FILE.py"
+            raise HearSsamError(f"{self.name}: returned a {type(output).__name__}; {mend}.")
         if self.layer != -1:
             if hidden.ndim != 3:
                 raise HearSsamError(f"layer={self.layer}: {self.name} has rows in time at its output alone; take -1.")

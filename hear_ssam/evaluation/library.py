@@ -173,9 +173,7 @@ def make_task(
         folder.mkdir()
         places = [folder / str(rate) / split / clip for split, clip in zip(splits, names, strict=True)]
         lengths = convert_all(zip((Path(row.path) for row in rows), places, strict=True), rate, len(rows))
-        metadata["sample_duration"] = (
-            lengths.pop() / rate if len(lengths) == 1 else None
-        )  # s; equal clips share batches
+        metadata["sample_duration"] = lengths.pop() / rate if len(lengths) == 1 else None  # s; equal ones share batches
         for file, text in {METADATA: json.dumps(metadata, indent=1), **files}.items():
             (folder / file).write_text(text, encoding="utf-8")
         read_task(folder)

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import os
 import re
 import sys
 import traceback
@@ -72,7 +73,7 @@ class JudgedModule:
             embedded, times = as_array(returned, function), np.zeros((len(audio), 1), np.float32)
         elif isinstance(returned, tuple | list) and len(returned) == 2:
             embedded, times = (as_array(part, function) for part in returned)
-            expected = (len(audio), times.shape[-1])
+            expected = (len(audio), *times.shape[-1:])
         else:
             raise HearSsamError(f"{function} must return a pair, embeddings and timestamps.")
         if embedded.shape != (*expected, size) or (kind != "scene" and times.shape != expected):
@@ -102,7 +103,7 @@ def as_array(returned: object, function: str) -> np.ndarray:
     """A tensor of any kind and device, or an array, as a NumPy array; bfloat16, which NumPy lacks, as float32."""
     if isinstance(returned, torch.Tensor):
         with blamed(f"{function} returned a tensor that cannot be read"):
-            returned = returned.detach().to("cpu")
+            returned = returned.detach().to("cpu").resolve_neg()
             returned = (returned.float() if returned.dtype == torch.bfloat16 else returned).numpy()
     if not isinstance(returned, np.ndarray):
         raise HearSsamError(f"{function} returned a {type(returned).__name__}; the HEAR API asks for a torch.Tensor.")
@@ -220,14 +221,18 @@ def _shown(value: object) -> str:
 
 @contextlib.contextmanager
 def blamed(what: str) -> Iterator[None]:
-    """Whatever a foreign module raises, sys.exit included, becomes a HearSsamError that says where it was raised."""
+    """Whatever a foreign module raises, sys.exit included, becomes a HearSsamError that says where it was raised; the
+    working folder stays what it was."""
+    here = os.getcwd()
     try:
         yield
-    except HearSsamError:
+    except (HearSsamError, KeyboardInterrupt, GeneratorExit):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # some tools of HEAR raise such
         where = ""
         for frame in traceback.extract_tb(error.__traceback__):  # the last one that is neither ours nor the importer's
             if frame.filename[0] != "<" and frame.filename not in (__file__, importlib.__file__):
                 where = f" ({frame.filename}, line {frame.lineno})"
-        raise HearSsamError(f"{what}: {type(error).__name__}: {error}{where}.") from error
+        raise HearSsamError(f"{what}: {type(error).__name__}: {str(error).rstrip('.')}{where}.") from error
+    finally:
+        os.chdir(here)

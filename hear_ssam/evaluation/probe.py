@@ -31,7 +31,7 @@ from ..errors import HearSsamError, unknown_name
 from ..machine import BF16, cpu
 from .records import FoldResult, finite
 from .rows import Rows, open_embeddings
-from .scores import named_score
+from .scores import SCORES
 from .tasks import DataSplit, Task
 
 
@@ -191,7 +191,7 @@ def train_head(
         train_x = [(x - offset).bfloat16() for x in train_x]
     optimizer = torch.optim.Adam(head.parameters(), lr=config.lr, fused=bf16 or None)
     by_score = bool(task.metadata.get("use_scoring_for_early_stopping", True))  # usual; else heads compete by loss
-    sign = 1 if by_score and named_score(task.scores[0]).maximize else -1
+    sign = 1 if by_score and SCORES[task.scores[0]].maximize else -1
     best: TrainedHead | None = None
     waited, history = 0, []
     for epoch in range(config.max_epochs):

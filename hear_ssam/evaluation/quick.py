@@ -48,10 +48,9 @@ def quick_probe(task: Task, splits: Mapping[str, Rows], probe: str, seed: int) -
             x = np.concatenate([splits[name].x.numpy() for name in split.train])
             target = np.concatenate([splits[name].target.numpy() for name in split.train])
             if target.any(0).sum() < (1 if task.multilabel else 2):
-                alone = (
-                    f"{' + '.join(split.train)} has {'no labels' if task.multilabel else 'clips of one class alone'}"
-                )
-                raise HearSsamError(f"{task.name}: {alone}; a probe needs something to tell apart.")
+                alone = "no labels" if task.multilabel else "clips of one class alone"
+                reason = f"{' + '.join(split.train)} has {alone}; a probe needs something to tell apart"
+                raise HearSsamError(f"{task.name}: {reason}.")
             valid, test = splits[split.valid], splits[split.test]
             if probe.startswith("fewshot"):
                 few = draw(target, int(probe.removeprefix("fewshot")), seed)
@@ -127,10 +126,8 @@ def _regression(x: np.ndarray, target: np.ndarray, multilabel: bool, strength: f
     """Logistic regression: softmax over the classes that occur, or one per class."""
     model = LogisticRegression(C=strength, max_iter=100)
     if multilabel:
-        several = OneVsRestClassifier(model).fit(x, target.astype(int))
-        return lambda rows: several.predict_proba(rows)[:, -target.shape[1] :].astype(
-            np.float32
-        )  # of one class: no, yes
+        several, classes = OneVsRestClassifier(model).fit(x, target.astype(int)), target.shape[1]
+        return lambda rows: several.predict_proba(rows)[:, -classes:].astype(np.float32)  # of one class: no, yes
     model.fit(x, target.argmax(1))
 
     def classify(rows: np.ndarray) -> np.ndarray:

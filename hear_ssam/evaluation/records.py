@@ -109,7 +109,7 @@ def make_records(
 
     `identity` holds the fields of KEY that all share. What says that the job is done, the leading score, comes last.
     """
-    from .scores import aggregate_folds, named_score
+    from .scores import SCORES, aggregate_folds
 
     several = len(folds) > 1
     rows = [(fold.fold if several else None, fold.scores, fold.details) for fold in folds]
@@ -117,7 +117,7 @@ def make_records(
     records = [
         {
             **identity, "fold": fold, "metric": metric, "score": finite(score), "primary": metric == task.scores[0],
-            "maximize": next(named_score(name).maximize for name in task.scores if metric.startswith(name)),
+            "maximize": next(SCORES[name].maximize for name in task.scores if metric.startswith(name)),
             **details, **common,
         }
         for fold, scores, details in rows for metric, score in scores.items()

@@ -8,6 +8,7 @@ without negatives, the F-measure of no estimated events.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -18,8 +19,6 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from scipy.special import ndtri
 from sklearn.metrics import roc_auc_score
-
-from ..errors import unknown_name
 
 
 def top1_accuracy(prediction: np.ndarray, target: np.ndarray) -> float:
@@ -184,13 +183,6 @@ SCORES: dict[str, Score] = {
 }
 
 
-def named_score(name: str) -> Score:
-    """The score with HEAR's name for it."""
-    if name not in SCORES:
-        raise unknown_name("score", name, SCORES)
-    return SCORES[name]
-
-
 class SceneJudge:
     """Scores predictions of the clips of one split; `names` are HEAR's, the first one leads."""
 
@@ -199,11 +191,11 @@ class SceneJudge:
 
     def validate(self, probability: np.ndarray) -> tuple[float, None]:
         """The leading score (and no postprocessing)."""
-        return named_score(self.names[0]).compute(probability, self.target), None
+        return SCORES[self.names[0]].compute(probability, self.target), None
 
     def test(self, probability: np.ndarray, postprocessing: Mapping[str, float] | None = None) -> dict[str, float]:
         """Every score by name."""
-        return {name: named_score(name).compute(probability, self.target) for name in self.names}
+        return {name: SCORES[name].compute(probability, self.target) for name in self.names}
 
 
 class EventJudge:
@@ -235,7 +227,7 @@ class EventJudge:
             events[file] = decode_events(active, times, postprocessing["min_duration"])
         scores: dict[str, float] = {}
         for name in names:
-            parts = named_score(name).compute(events, self.reference, self.classes)
+            parts = SCORES[name].compute(events, self.reference, self.classes)
             scores |= {name: next(iter(parts.values()))} | {f"{name}_{part}": value for part, value in parts.items()}
         return scores
 
@@ -257,10 +249,6 @@ class EventJudge:
 
 def aggregate_folds(folds: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Mean of every score over the folds where it is not NaN, as heareval takes it (by pandas)."""
-    means = {}
-    for name in folds[0]:
-        values = np.array([fold[name] for fold in folds])
-        count = np.count_nonzero(~np.isnan(values))
-        with np.errstate(invalid="ignore"):  # one fold at infinity and another at minus infinity: NaN
-            means[name] = float(np.nansum(values) / count) if count else math.nan
-    return means
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # NaN in all of them, or infinity and minus infinity: NaN
+        return {name: float(np.nanmean([fold[name] for fold in folds])) for name in folds[0]}

@@ -44,12 +44,10 @@ def _names(value: object) -> bool:
     return all(isinstance(name, str) and name[:1] not in ("", ".") and name == Path(name).name for name in names)
 
 
-def _lists(value: object, kinds: Mapping[str, Callable[[Any], bool]]) -> bool:
-    """Whether a JSON value maps some of these names to lists of one or more values of their kind."""
+def _lists(value: object, fits: Mapping[str, Callable[[Any], bool]]) -> bool:
+    """Whether a JSON value maps some of these names to lists of one or more values that fit."""
     lists = value if isinstance(value, dict) else {"": None}
-    return all(
-        name in kinds and isinstance(of, list) and of and all(map(kinds[name], of)) for name, of in lists.items()
-    )
+    return all(name in fits and isinstance(of, list) and of and all(map(fits[name], of)) for name, of in lists.items())
 
 
 # What `task_specific_param_grid` may vary of a head (`probe.HeadConfig`), and whether a value will do.

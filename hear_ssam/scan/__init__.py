@@ -17,7 +17,7 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, List, Protocol, cast  # noqa: UP035
 
 import torch
@@ -77,15 +77,15 @@ def causal_conv1d(
 
     Returns (batch, length, channels) in x's dtype, with `return_last_state` also the state after the last token.
     """
-    if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[2]:
+    if x.dim() != 3 or weight.dim() != 2:
         needed = "causal_conv1d needs x (batch, length, channels) and weight (channels, kernel)"
         raise HearSsamError(f"{needed}, not {tuple(x.shape)} and {tuple(weight.shape)}.")
-    before = (x.shape[0], weight.shape[1] - 1, x.shape[2])
-    if initial_state is not None and tuple(initial_state.shape) != before:
-        raise HearSsamError(f"causal_conv1d: initial_state must have shape {before}, not {tuple(initial_state.shape)}.")
-    name = _choose("torch" if backend == "mamba_ssm" else backend, x.device.type, x.dtype, _beyond(weight.shape[1]))
+    (batch, _, channels), kernel, tensors = x.shape, weight.shape[1], (x, weight, bias, initial_state)
+    before = (batch, kernel - 1, channels)
+    names = "x", "weight", "bias", "initial_state"
+    _check("causal_conv1d", names, tensors, (tuple(x.shape), (channels, kernel), (channels,), before))
+    name = _choose("torch" if backend == "mamba_ssm" else backend, x.device.type, x.dtype, _beyond(kernel))
     name = "torch" if name == "mamba_ssm" else name  # the adapter has no convolution
-    tensors = (x, weight, bias, initial_state)
     if name == "reference":
         out = reference.causal_conv1d(*tensors, activation, reverse)
     elif _needs_grad(tensors) or torch.compiler.is_compiling():
@@ -334,8 +334,14 @@ def _check_scan(inputs: ScanInputs) -> None:
     (batch, length, channels), state = u.shape, A.shape[1]
     row, column = (batch, length, channels), (batch, length, state)
     shapes = (row, row, (channels, state), column, column, (channels,), row, (channels,), (batch, channels, state))
-    for name, tensor, shape in zip(ScanInputs._fields, inputs, shapes, strict=True):
+    _check("selective_scan", ScanInputs._fields, inputs, shapes)
+
+
+def _check(function: str, names: Iterable[str], tensors: tuple[Tensor | None, ...], shapes: Iterable[Any]) -> None:
+    """Kernels trust shapes; the first tensor tells the device."""
+    device = cast(Tensor, tensors[0]).device
+    for name, tensor, shape in zip(names, tensors, shapes, strict=True):
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise HearSsamError(f"selective_scan: {name} must have shape {shape}, not {tuple(tensor.shape)}.")
-        if tensor is not None and tensor.device != u.device:
-            raise HearSsamError(f"selective_scan: {name} is on {tensor.device}, u on {u.device}; move one of them.")
+            raise HearSsamError(f"{function}: {name} must have shape {shape}, not {tuple(tensor.shape)}.")
+        if tensor is not None and tensor.device != device:
+            raise HearSsamError(f"{function}: {name} is on {tensor.device}, not on {device}; move one of them.")
