@@ -1,7 +1,7 @@
 """Decodes the audio that the shipped encoders were trained on: packages and repositories, as corpus.toml (beside) says.
 
     hear-ssam corpus STORE --missing FOLDER         # prints the commands that get what FOLDER lacks
-    python checkpoints/corpus.py FOLDER AUDIO       # writes AUDIO/SOURCE/00000.wav ..., 16 kHz float32
+    python checkpoints/corpus.py FOLDER AUDIO       # writes AUDIO/SOURCE/00000-HASH.wav ..., 16 kHz float32
     hear-ssam corpus STORE --audio AUDIO
 
 Needs hear_ssam, and ffmpeg for G.722.
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,17 @@ def main(folder: str, output: str) -> int:
 
 
 def write_audio(clips: Iterable[Clip], output: Path) -> list[str]:
-    """Write each clip as OUTPUT/SOURCE/NUMBER.wav, float32 at 16 kHz; returns why some could not be decoded.
+    """Write each clip as OUTPUT/SOURCE/NUMBER-HASH.wav, float32 at 16 kHz; returns why some could not be decoded.
 
-    What is there already, of an earlier run, is not decoded again.
+    What is there already, of an earlier run, is not decoded again. Raises HearSsamError in the end where there are
+    other files, of another version of the recipe: this one may leave them out.
     """
     skipped: list[str] = []
+    others = set(output.rglob("*.wav"))
     for number, clip in enumerate(clips):
-        file = output / clip.source / f"{number:05}.wav"
+        name = clip.name.rpartition(clip.source)[2].encode("utf-8", "surrogateescape")
+        file = output / clip.source / f"{number:05}-{zlib.crc32(name):08x}.wav"
+        others.discard(file)
         if not file.exists():
             try:
                 audio = clip.decode()
@@ -57,6 +62,8 @@ def write_audio(clips: Iterable[Clip], output: Path) -> list[str]:
                 continue
             with atomic_write(file) as path:
                 soundfile.write(path, audio, RATE, format="WAV", subtype="FLOAT")
+    if others:
+        raise HearSsamError(f"{min(others)}: not of this recipe, as {len(others)} files in {output}; delete them.")
     return skipped
 
 

@@ -377,6 +377,10 @@ def test_decoded_packages_make_the_store_of_their_clips(tmp_path: Path, capsys: 
     direct, store = (open_store(tmp_path / name) for name in ("direct", "store"))
     np.testing.assert_array_equal(store.data, direct.data)
     assert store.info["sources"] == direct.info["sources"]
+    entries[1]["exclude"] = "x"  # such as a clip in which an evaluation was heard
+    soundfile.write(tmp_path / "packages" / "second" / "a.wav", noise(0.5, 7), 16_000)
+    with pytest.raises(HearSsamError, match=r"decoded/second/00002-\w+\.wav: not of this recipe, as 1 files in "):
+        script["write_audio"](recipe_clips(tmp_path / "packages", entries), tmp_path / "decoded")
 
 
 def test_the_script_says_what_is_missing(tmp_path: Path) -> None:

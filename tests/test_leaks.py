@@ -137,6 +137,8 @@ def test_the_command_leaves_them_out_of_training(tmp_path, capsys):
     with pytest.raises(HearSsamError, match="too few"):  # a is held out, b left out
         WindowSampler(opened, Recipe(), CONFIGS["ssam_tiny"], torch.device("cpu"))
     assert main(["corpus", str(store)]) == 2 and "--check-against" in capsys.readouterr().err
+    (store / "store.json").unlink()
+    assert main(["corpus", str(store), "--audio", str(tmp_path / "train")]) == 0 and not open_store(store).left_out
     for lines in ("clip name", "0\n7\tof another store"):
         (store / "left-out.tsv").write_text(lines)
         with pytest.raises(HearSsamError, match=r"left-out\.tsv: not the clips of this store; delete it"):

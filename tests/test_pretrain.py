@@ -357,7 +357,8 @@ def test_one_run_at_a_time_trains_in_a_folder(store, tmp_path, capsys):
     with FileLock(tmp_path / "run" / ".lock"):
         assert main(command) == 2 and "run: another run writes to it; wait" in capsys.readouterr().err
     assert not (tmp_path / "run" / "state.pt").exists()
-    assert main(command) == 0 and not (tmp_path / "run" / ".lock").exists()
+    (tmp_path / "run" / ".state.pt.x1y2z3_4").write_text("torn")  # by a run that was killed
+    assert main(command) == 0 and not list((tmp_path / "run").glob(".*"))
 
 
 def test_a_missing_or_small_store_is_named(store, tmp_path):

@@ -59,19 +59,16 @@ def pretrain(
         if not value >= least:  # not a number, either
             raise HearSsamError(f"{name}={value}: must be at least {least}.")
     folder, config = Path(out), CONFIGS[recipe.model]
-    with _ranks(device) as ranks, contextlib.ExitStack() as stack:
-        if ranks.rank == 0:
-            stack.enter_context(only_writer(folder, "run"))
+    with _ranks(device) as ranks, only_writer(folder, "run") if ranks.rank == 0 else contextlib.nullcontext():
         store = open_store(store_path)
         asked = recipe.objectives(config).get("codes")
         codes = open_codes(store, asked.file, config) if isinstance(asked, Codes) else None
-        info = codes.info if codes else {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             encoder = Encoder(config)
             earlier = _start_from(recipe, encoder) if recipe.init else {}
-            learner = Learner(encoder, recipe, info.get("clusters", 0)).to(ranks.device)
-        run = _Run(folder, recipe, store, learner, keep, info, earlier, probe, probe_minutes)
+            learner = Learner(encoder, recipe, codes.info["clusters"] if codes else 0).to(ranks.device)
+        run = _Run(folder, recipe, store, learner, keep, codes.info if codes else {}, earlier, probe, probe_minutes)
         sampler = WindowSampler(store, recipe, config, ranks.device, codes=codes)
         held_out = WindowSampler(store, recipe, config, ranks.device, True, codes, sampler.frames)
         _loop(run, ranks, sampler, held_out, save_minutes)
@@ -246,6 +243,8 @@ class _Run:
         self.probed = time.monotonic()
         data = {"sha256": self.store.digest, "clips_left_out": len(self.store.left_out)}
         self.told = self.recipe.to_dict() | {"codes": self.codes, "store": data}  # what a resumed run must repeat
+        for torn in self.folder.glob(".*.????????"):  # what a run that was killed was writing
+            torn.unlink(missing_ok=True)
         path = self.folder / "state.pt"
         if not path.exists():
             return

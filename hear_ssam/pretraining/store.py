@@ -183,6 +183,7 @@ def build_store(
     ]  # fmt: skip
     info = {"samples": offsets[-1], "clips": len(source), "sha256": whole.hexdigest(), "sources": table}
     info |= {"skipped": skipped, **dropped}
+    (folder / "left-out.tsv").unlink(missing_ok=True)  # numbers of clips of an earlier store
     with atomic_write(folder / "store.json") as path:
         path.write_text(json.dumps(info, indent=1, ensure_ascii=False), "utf-8", "backslashreplace")
     return info
