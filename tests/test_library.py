@@ -310,6 +310,17 @@ def test_make_takes_given_splits(tmp_path):
     assert {split: len(task.clips(split)) for split in task.splits} == {"train": 12, "valid": 6, "test": 6}
 
 
+def test_a_recording_that_is_named_twice_is_there_once(tmp_path):
+    """Spelled in two ways it was in two folds."""
+    recordings(tmp_path, {"cat": 4, "doggy": 4})
+    rows = [
+        {"path": f"{here}{label}/{i}.wav", "label": label}
+        for here in ("", "./") for label in ("cat", "doggy") for i in range(4)
+    ]  # fmt: skip
+    task = read_task(make_task(table(tmp_path / "labels.csv", rows), tmp_path / "tasks", folds=3))
+    assert sum(len(task.clips(split)) for split in task.splits) == 8
+
+
 def test_labels_that_make_no_task(tmp_path, capsys):
     one = recordings(tmp_path / "one", {"cat": 3})
     two = recordings(tmp_path / "two", {"cat": 3, "doggy": 2})

@@ -41,11 +41,11 @@ def read_labels(place: str | os.PathLike[str], known: Collection[str] | None = N
     else:
         rows = read_manifest(place, "label", known=known)
         found = [Labelled(r["path"], r["label"], r.get("split", ""), r.get("group", "")) for r in rows]
-    _check(place, found)
-    return found
+    return _checked(place, found)
 
 
-def _check(place: Path, found: list[Labelled]) -> None:
+def _checked(place: Path, found: list[Labelled]) -> list[Labelled]:
+    """The recordings once each, however often and by what paths they are named."""
     alike: dict[str, str] = {}
     by_path: dict[str, Labelled] = {}
     for row in found:
@@ -77,3 +77,4 @@ def _check(place: Path, found: list[Labelled]) -> None:
             raise HearSsamError(
                 f"{place}: group {row.group!r} is in {by_group[row.group]} and {row.split}; keep it in one."
             )
+    return [*by_path.values()]
