@@ -130,7 +130,7 @@ def _read_safetensors(file: Path) -> tuple[EncoderConfig, dict[str, Tensor], dic
             metadata = stream.metadata() or {}
             state = {name: stream.get_tensor(name).to(torch.float32, copy=True) for name in stream.keys()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise HearSsamError(f"damaged or truncated safetensors file ({error}); fetch it again.") from error
+        raise HearSsamError(f"damaged safetensors file ({error}); delete it and fetch it again.") from error
     if METADATA not in metadata:
         config, state, info = _read_weights(state, file)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # transformers keeps the config beside

@@ -20,6 +20,7 @@ def about(path: object, error: Exception) -> HearSsamError:
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> HearSsamError:
     """An error for a name that is not in a table: lists the table, suggests the nearest entry."""
     names = sorted(known)
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    lower = {each.lower(): each for each in names}
+    close = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)
+    hint = f" Did you mean {lower[close[0]]!r}?" if close else ""
     return HearSsamError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")

@@ -23,7 +23,7 @@ import math
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -196,19 +196,10 @@ class EncoderModel(HearModel):
         return self.config.patch_frames * len(self.timestamps(samples))
 
     def _rows(self, audio: Tensor) -> Tensor:
-        return self.rows_of(self.spectrogram(audio))
+        return torch.stack(self.rows_of_each(self.spectrogram(audio)))
 
-    def rows_of(self, spec: Tensor) -> Tensor:
-        """All rows computed for the output of `spectrogram`: (B, T', E)."""
-        window, clips = self.config.window_frames, len(spec)
-        full = spec.shape[1] // window
-        parts = [spec[:, : full * window].reshape(clips * full, window, spec.shape[2]), spec[:, full * window :]]
-        rows = [self.encode(part) for part in parts if part.numel()]  # (B * full, slots, E) and (B, slots, E)
-        del spec, parts  # an hour of rows needs the memory
-        return join([part.reshape(clips, -1, part.shape[2]) for part in rows], dim=1)
-
-    def rows_of_each(self, specs: Sequence[Tensor], layers: Sequence[int] | None = None) -> list[Tensor]:
-        """Rows (T', E) of each spectrogram (frames, mels): windows of one length are encoded together, whosever."""
+    def rows_of_each(self, specs: Iterable[Tensor], layers: Sequence[int] | None = None) -> list[Tensor]:
+        """All rows (T', E) of each spectrogram (frames, mels): windows of one length are encoded together, whosever."""
         windows = [spec.split(self.config.window_frames) for spec in specs]
         together: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for number, parts in enumerate(windows):
@@ -218,7 +209,7 @@ class EncoderModel(HearModel):
         for places in together.values():
             rows = self.encode(torch.stack([windows[number][index] for number, index in places]), layers)
             encoded.update(zip(places, rows, strict=True))
-        return [torch.cat([encoded[number, i] for i in range(len(parts))]) for number, parts in enumerate(windows)]
+        return [join([encoded[number, i] for i in range(len(parts))], dim=0) for number, parts in enumerate(windows)]
 
     def spectrogram(self, audio: Tensor) -> Tensor:
         """What is encoded of clips (B, samples): their normalised spectrograms (B, frames, mels), cut or padded with
@@ -310,8 +301,10 @@ def load_model(
     """
     for option in unknown:
         raise unknown_name("option of load_model", option, load_model.__kwdefaults__ or ())
+    path_like, model_file_path = (str, os.PathLike), model_file_path or ""
     typed: list[tuple[str, Any, Any]] = [("pretrained", pretrained, bool), ("seed", seed, Integral)]
-    for option, value, kind in [*typed, ("model", model, str), ("cache", cache or "", (str, os.PathLike))]:
+    typed += [("model_file_path", model_file_path, path_like), ("device", device, (str, torch.device))]
+    for option, value, kind in [*typed, ("model", model, str), ("cache", cache or "", path_like)]:
         if not isinstance(value, kind):
             raise HearSsamError(f"{option}={value!r}: has a wrong type, {type(value).__name__}; see help(load_model).")
     if backend not in (None, "auto"):
@@ -320,7 +313,7 @@ def load_model(
             raise unknown_name("backend", backend, ["auto", *backends])
         if backends[backend]:
             raise HearSsamError(f"the backend {backend!r} cannot run here: {backends[backend]}.")
-    path = os.fspath(model_file_path or "")
+    path = os.fspath(model_file_path)
     if path and model:
         raise HearSsamError(f"load_model got both model_file_path={path!r} and model={model!r}; give one.")
     name = path or model or DEFAULT

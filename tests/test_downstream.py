@@ -473,7 +473,7 @@ def test_a_step_of_a_pipeline(sounds: Path) -> None:
     np.testing.assert_array_equal(found, hear_ssam.embed(files, "logmel"))
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(embedder)).transform(files), found)
     np.testing.assert_array_equal(clone(embedder).fit_transform(files), found)
-    assert list(embedder.get_feature_names_out()[:2]) == ["hear0", "hear1"] and found.shape == (18, 160)
+    assert list(embedder.get_feature_names_out()[:2]) == ["hearembedder0", "hearembedder1"] and found.shape == (18, 160)
     arrays = [read_audio(file, RATE) for file in files]
     np.testing.assert_allclose(embedder.transform(arrays), found, atol=1e-6)
     assert embedder.set_params(model="ssam_tiny").transform(files[:1]).shape == (1, 1920)

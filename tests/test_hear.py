@@ -376,6 +376,8 @@ def test_bf16_is_close(files: dict[str, Path]) -> None:
         ({"modell": "ssam_tiny"}, "unknown option of load_model 'modell'. Did you mean 'model'.*window_frames"),
         ({"model": "ssam_tiny", "pretrained": "false"}, "pretrained='false': has a wrong type, str"),
         ({"cache": 3}, "cache=3: has a wrong type, int"),
+        ({"device": None}, "device=None: has a wrong type, NoneType"),
+        ({"model_file_path": 3}, "model_file_path=3: has a wrong type, int"),
         ({"model": "ssam_tinny", "pretrained": False}, "unknown model 'ssam_tinny'. Did you mean 'ssam_tiny'"),
         ({"model_file_path": "ssam_tiney"}, "unknown model 'ssam_tiney'. Did you mean 'ssam_tiny'"),
         ({"model_file_path": "folder/weights.pth"}, r"^folder/weights\.pth: no such file or folder"),

@@ -107,7 +107,7 @@ def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> di
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import confusion_matrix, log_loss
-    from sklearn.model_selection import cross_val_predict
+    from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from tqdm import tqdm
@@ -132,7 +132,10 @@ def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> di
     fitted = ~test
     chooses = valid if valid.any() else fitted  # the rows by which the strength is chosen
     scored = test if test.any() else fitted
-    cv = _folds(y[fitted], group[fitted], min(5, least))
+    grouped = x[fitted], y[fitted], group[fitted]
+    cv = list(StratifiedGroupKFold(min(5, least), shuffle=True, random_state=0).split(*grouped))
+    if any(len(set(grouped[1][fit])) < len(classes) for fit, _ in cv):  # few groups, and several classes in some
+        cv = list(LeaveOneGroupOut().split(*grouped))
 
     def pipeline(strength: float) -> Any:
         return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
@@ -162,16 +165,6 @@ def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> di
         "intercept": [float(f"{value:.7g}") for value in intercept],
         "coefficients": [[float(f"{value:.7g}") for value in line] for line in coefficients],
     }  # fmt: skip
-
-
-def _folds(y: np.ndarray, group: np.ndarray, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows to fit to and rows to predict: `count` times, or once a group where some fit would not see every class."""
-    from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold
-
-    folds = list(StratifiedGroupKFold(count, shuffle=True, random_state=0).split(y, y, group))
-    if any(len(set(y[fit])) < len(set(y)) for fit, _ in folds):
-        folds = list(LeaveOneGroupOut().split(y, y, group))
-    return folds
 
 
 def independent(hits: np.ndarray, group: np.ndarray) -> float:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 
 from ..embedding.clips import embed
 from ..hear import HearModel, load_model
 
 
-class HearEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class HearEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Paths or arrays of audio → scene embeddings (clips, E): `hear_ssam.embed` with the methods of a transformer.
 
     model, rate, pooling, layers as of `embed`; `model` is what `load_model` takes or gives. There is nothing to fit.
@@ -43,10 +43,6 @@ class HearEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         found = embed(X, self.model_, rate=self.rate, pooling=self.pooling, layers=self.layers)
         self._n_features_out = found.shape[1]
         return found
-
-    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
-        """`hear0`, `hear1`, ..., after the first `transform`."""
-        return np.array([f"hear{index}" for index in range(self._n_features_out)], dtype=object)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

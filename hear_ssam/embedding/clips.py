@@ -11,6 +11,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Real
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -55,9 +56,11 @@ def embed(
     if pooling not in (None, "mean", "mean_std"):
         raise unknown_name("pooling", pooling, ("mean", "mean_std"))
     if layers is not None and not isinstance(model, EncoderModel):
-        raise HearSsamError(f"layers={list(layers)}: {model.name} has no blocks; leave it away.")
-    if not 1_000 <= rate <= 1_000_000:
-        raise HearSsamError(f"rate={rate}: no sample rate; give that of the arrays in Hz.")
+        raise HearSsamError(f"layers={layers!r}: {model.name} has no blocks; leave it away.")
+    if layers is not None and np.ndim(layers) != 1:
+        raise HearSsamError(f"layers={layers!r}: is not a list of blocks; give [6, 12], say.")
+    if not isinstance(rate, Real) or not 1_000 <= rate <= 1_000_000:
+        raise HearSsamError(f"rate={rate!r}: no sample rate; give that of the arrays in Hz.")
     most, rows = LONG * model.sample_rate, dict[int, np.ndarray]()
 
     def short() -> Iterator[tuple[int, Tensor]]:
@@ -113,14 +116,15 @@ def _items(x: Any, lengths: Sequence[int] | None) -> list[Any]:
             return list(x)
         except TypeError as error:
             raise HearSsamError(f"x: {error}; give paths or arrays of audio.") from error
-    if not isinstance(x, np.ndarray) or x.ndim != 2 or len(lengths) != len(x):
-        raise HearSsamError("lengths: has one number per row of a two-dimensional x, and no meaning for others.")
-    for index, length in enumerate(lengths):
+    counts = _array(lengths) if isinstance(lengths, Tensor) else np.asarray(lengths)
+    if not isinstance(x, np.ndarray) or x.ndim != 2 or counts.shape != x.shape[:1] or counts.dtype.kind not in "iu":
+        raise HearSsamError("lengths: has one number per row of a two-dimensional x, an integer; leave it away.")
+    for index, length in enumerate(counts):
         if not 0 < length <= x.shape[1]:
             raise HearSsamError(
                 f"lengths: {length} of clip {index} is not between 1 and {x.shape[1]}, the samples of x."
             )
-    return [row[:length] for row, length in zip(x, lengths, strict=True)]
+    return [row[:length] for row, length in zip(x, counts, strict=True)]
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -82,7 +82,7 @@ def export_onnx(
             self.model = model
 
         def forward(self, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            computed = self.model.rows_of(given if spectrogram else self.model.spectrogram(given))
+            computed = torch.stack(self.model.rows_of_each(given if spectrogram else self.model.spectrogram(given)))
             rows = computed[:, : len(times)]
             return self.model.scene(rows, computed), rows
 
