@@ -41,28 +41,26 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         keep_freed_memory()
-        with _Float32():
-            self._build(config)
-
-    def _build(self, config: EncoderConfig) -> None:
         dim, pixels = config.embed_dim, config.patch_dim
-        self.patch_embed = nn.Linear(pixels, dim)
-        xavier_init(self.patch_embed)
-        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
-        self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
-        if config.positions == "sincos":
-            self.pos_embed = nn.Parameter(sincos_positions(config), requires_grad=False)
-        else:
-            self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1 + config.num_patches, dim), std=0.02))
-        self.blocks = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.depth))
-        self.norm = build_norm(config)
-        if config.objective == "reconstruction":
-            self.head = _head(dim, nn.GELU(), pixels)
-            if config.block == "transformer":
-                xavier_init(self.head)
-        else:
-            nn.init.xavier_normal_(self.mask_token)
-            self.contrast, self.generate = (_head(dim, nn.ReLU(), pixels) for _ in range(2))
+        with _Float32():
+            self.patch_embed = nn.Linear(pixels, dim)
+            xavier_init(self.patch_embed)
+            self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+            self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+            if config.positions == "sincos":
+                self.pos_embed = nn.Parameter(sincos_positions(config), requires_grad=False)
+            else:
+                positions = torch.empty(1, 1 + config.num_patches, dim)
+                self.pos_embed = nn.Parameter(nn.init.trunc_normal_(positions, std=0.02))
+            self.blocks = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.depth))
+            self.norm = build_norm(config)
+            if config.objective == "reconstruction":
+                self.head = _head(dim, nn.GELU(), pixels)
+                if config.block == "transformer":
+                    xavier_init(self.head)
+            else:
+                nn.init.xavier_normal_(self.mask_token)
+                self.contrast, self.generate = (_head(dim, nn.ReLU(), pixels) for _ in range(2))
 
     def patchify(self, spec: Tensor) -> Tensor:
         """Spectrogram (B, F, n_mels) → flattened patches (B, n, P), in the order of the tokens.

@@ -146,6 +146,9 @@ def test_formats_mark_the_best_and_state_the_protocol():
     text = latex(RECORDS)
     assert r"birds & top1\_acc & \textbf{82.0 $\pm$ 5.0} & 79.0 \\" in text
     assert text.count("&") == 5 * 3
+    odd = [record(model, "birds", 0, 0.5) for model in ("a|b", r"c\^<d>")]
+    assert r"| task | metric | a\|b |" in markdown(odd)
+    assert r"a|b & c\textbackslash{}\textasciicircum{}\textless{}d\textgreater{} \\" in latex(odd)
     equal = markdown([record(model, "birds", 0, 0.5) for model in ("ours", "theirs")])
     assert "| birds | top1_acc | **50.0** | **50.0** |" in equal  # whoever comes first is not the better one
 

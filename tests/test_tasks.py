@@ -83,6 +83,10 @@ def test_tasks_are_found_by_name_also_below_an_unpacked_archive(tmp_path):
         ({"evaluation_params": {"task_specific_param_grid": {"lr": 1e-3}}}, "'task_specific_param_grid' must be"),
         ({"evaluation_params": {"task_specific_param_grid": {"lr": []}}}, "'task_specific_param_grid' must be"),
         ({"evaluation_params": {"event_postprocessing_grid": {"min_duration": [1]}}}, "median_filter_ms and min_durat"),
+        (
+            {"embedding_type": "event", "evaluation": ["segment_1s_er"], "use_scoring_for_early_stopping": False},
+            "'use_scoring_for_early_stopping' is false, with several postprocessings",
+        ),
         *(
             ({"evaluation_params": {"task_specific_param_grid": grid}}, "'task_specific_param_grid' must be")
             for grid in (
@@ -308,6 +312,7 @@ def test_archives_are_unpacked_once_and_safely(tmp_path):
     assert find_archives(tmp_path / "tasks", ["chords"]) == []
     assert find_archives(tmp_path / "tasks", ["tones"]) == [archive]
     cache = tmp_path / "cache"
+    (cache / ".unpacking-killed").mkdir(parents=True)  # of a process that was
     (found,) = find_tasks(tmp_path / "tasks", ["tones"], [unpack(archive, cache)])["tones"]
     assert read_task(found).clips("train") == read_task(folder).clips("train")
     (found / "train.json").unlink()  # a second unpacking would bring it back

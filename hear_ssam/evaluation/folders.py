@@ -56,6 +56,8 @@ def unpack(archive: Path, folder: Path, most: int | None = None) -> Path:
     if target.is_dir() and int(target.stat().st_mtime) == int(time):
         return target
     folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".unpacking-*"):  # of a process that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     total = 0
 
     def plain(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:

@@ -8,7 +8,6 @@ import csv
 import io
 import itertools
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from ..audio import read_audio
 from ..downstream.labels import read_labels
+from ..embedding.inputs import in_utf8
 from ..errors import HearSsamError, unknown_name
 from ..machine import usable_cpus
 from .folders import find_tasks, require_audio, unpack
@@ -139,7 +139,7 @@ def make_task(
         raise HearSsamError(f"--name {name}: names a folder; use letters, digits, _ and -.")
     if target.exists():
         raise HearSsamError(f"{target}: is there already; delete it or give another --name.")
-    classes, groups = [_utf8(row.label) for row in rows], [row.group or row.path for row in rows]
+    classes, groups = [row.label for row in rows], [row.group or row.path for row in rows]
     splits = [row.split for row in rows]
     if any(splits):
         if "valid" not in splits:
@@ -207,17 +207,12 @@ def _folds(classes: list[str], groups: list[str], folds: int, seed: int) -> list
     return numbers
 
 
-def _utf8(name: str) -> str:
-    """The name of a file or folder as text that every program can write."""
-    return os.fsencode(name).decode(errors="replace")
-
-
 def _names(paths: list[str]) -> list[str]:
     """File names of clips, told apart where recordings in different folders have the same."""
     names: dict[str, str] = {}  # by what a file system may take for the same
     numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
     for path in paths:
-        stem = _utf8(Path(path).stem.lstrip(".")) or "clip"
+        stem = in_utf8(Path(path).stem.lstrip(".")) or "clip"
         tried = (f"{stem}~{number}" if number > 1 else stem for number in numbers[stem.casefold()])
         name = next(name for name in tried if name.casefold() not in names)
         names[name.casefold()] = f"{name}.wav"

@@ -229,7 +229,7 @@ def markdown(records: list[Record], published: bool = False) -> str:
     """Pipe tables; the best of a row in bold."""
 
     def piped(rows: list[list[str]]) -> str:
-        header, *lines = (f"| {' | '.join(row)} |" for row in rows)
+        header, *lines = ("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
         return "\n".join([header, "|" + "---|" * len(rows[0]), *lines]) + "\n"
 
     texts = [f"{caption(t, published)}\n\n{piped(grid(t, published, '**{}**'.format))}" for t in tables(records)]
@@ -237,7 +237,8 @@ def markdown(records: list[Record], published: bool = False) -> str:
 
 
 _LATEX = str.maketrans(
-    {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "±": r"$\pm$", "≈": r"$\approx$", "†": r"$\dagger$"}
+    {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}"}
+    | {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "±": r"$\pm$", "≈": r"$\approx$", "†": r"$\dagger$"}
     | {"×": r"$\times$", "−": "--", "–": "--", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "≥": r"$\geq$"}
 )
 

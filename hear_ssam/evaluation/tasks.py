@@ -248,6 +248,11 @@ def _check_metadata(metadata: dict[str, Any], path: Path) -> None:
             raise HearSsamError(f"{path}: {unknown_name('score', name, SCORES)}")
         if SCORES[name].event != (kind == "event"):
             raise HearSsamError(f"{path}: the score {name} does not fit the embedding_type {kind!r}; choose another.")
+    grid = metadata.get("evaluation_params", {}).get("event_postprocessing_grid", POSTPROCESSING)
+    by_score = metadata.get("use_scoring_for_early_stopping", True)
+    if kind == "event" and not by_score and any(len(values) > 1 for values in grid.values()):
+        mend = "without scores nothing chooses one; give event_postprocessing_grid a single value of each"
+        raise HearSsamError(f"{path}: 'use_scoring_for_early_stopping' is false, with several postprocessings: {mend}.")
 
 
 def _check_event(event: object, where: str) -> None:
