@@ -186,7 +186,7 @@ def run_codes(args: argparse.Namespace) -> int:
         hear = load_hear_model(args.module, args.path or "", device=args.device)
         features = module_features(store, functools.partial(hear.embed, "timestamp"), hear.sample_rate, config)
         digest = hear.checkpoint_sha256 or weights_sha256(hear.model)
-        teacher = {**hear.source, "model": Path(args.path or "").name, "sha256": digest}
+        teacher = {"name": hear.name, **hear.source, "model": Path(args.path or "").name, "sha256": digest}
     info = build_codes(store, args.name, config, features, teacher, args.clusters, args.seed)
     print(f"wrote {store.folder / args.name}.npy: {info['used']} of {info['clusters']} codes are used")
     return 0

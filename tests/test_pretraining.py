@@ -373,7 +373,9 @@ def test_the_recipe_codes_from_nothing_by_the_public_commands(tmp_path, capsys):
     for line in lines:
         assert main(line) == 0, line
     assert "of 9 codes are used" in capsys.readouterr().out
-    assert json.loads((tmp_path / "store" / "codes.json").read_text())["teacher"]["module"] == "tests.tiny_hear"
+    taught = json.loads((tmp_path / "store" / "codes.json").read_text())["teacher"]
+    assert taught["module"] == "tests.tiny_hear" and taught["name"] == load_hear_model("tests.tiny_hear").name
+    assert json.dumps(taught) in (tmp_path / "distilled" / "ssam_tiny.md").read_text()
     for run in ("run", "distilled"):
         (row,) = [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
         assert 0 < row["codes"] < 6 and row["pixels"] > 0 and row["step"] == 2

@@ -144,7 +144,7 @@ def build_store(
     if (folder / "store.json").exists():
         raise HearSsamError(f"{folder}: holds a store already; name another folder or delete this one.")
     offsets, source, names, skipped = [0], [], [], []
-    hashes: dict[str, Any] = {}  # of the audio of each source
+    hashes: dict[str, tuple[int, Any]] = {}  # number of each source, and of its audio
     whole, seen = hashlib.sha256(), set()
     dropped = {"short": 0, "silent": 0, "repeated": 0}
     with (
@@ -159,16 +159,17 @@ def build_store(
                 skipped.append(str(about(clip.name, error)))
                 continue
             data = samples.tobytes()
-            digest = hashlib.sha1(data, usedforsecurity=False).digest()
-            reason = "short" if len(samples) < SHORTEST else "repeated" if digest in seen else ""
+            same = hashlib.sha1(data, usedforsecurity=False).digest()
+            reason = "short" if len(samples) < SHORTEST else "repeated" if same in seen else ""
             if reason or np.ptp(samples) == 0:
                 dropped[reason or "silent"] += 1
                 continue
-            seen.add(digest)
+            seen.add(same)
             file.write(data)
             offsets.append(offsets[-1] + len(samples))
-            hashes.setdefault(clip.source, hashlib.sha256()).update(data)
-            source.append(list(hashes).index(clip.source))
+            number, digest = hashes.setdefault(clip.source, (len(hashes), hashlib.sha256()))
+            digest.update(data)
+            source.append(number)
             names.append(clip.name)
             whole.update(data)
         if not source:
@@ -179,7 +180,7 @@ def build_store(
     table = [
         {"name": name, "clips": int(clips_of[i]), "hours": round(samples_of[i] / RATE / 3600, 3),
          "sha256": digest.hexdigest(), **(terms or {}).get(name, {})}
-        for i, (name, digest) in enumerate(hashes.items())
+        for name, (i, digest) in hashes.items()
     ]  # fmt: skip
     info = {"samples": offsets[-1], "clips": len(source), "sha256": whole.hexdigest(), "sources": table}
     info |= {"skipped": skipped, **dropped}
