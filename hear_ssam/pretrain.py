@@ -10,6 +10,7 @@ import argparse
 import functools
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -121,8 +122,8 @@ def run_corpus(args: argparse.Namespace) -> int:
     if args.missing:
         lines = missing(args.missing, recipe()["package"] + recipe()["source"])
         if not lines:
-            script = shipped("checkpoints") / "corpus.py"
-            print(f"nothing is missing; go on with: python {script} {args.missing} AUDIO", file=sys.stderr)
+            command = shlex.join(["python", str(shipped("checkpoints") / "corpus.py"), args.missing, "AUDIO"])
+            print(f"nothing is missing; go on with: {command}", file=sys.stderr)
         print(*lines, sep="\n")
         return 1 if lines else 0
     if not (args.audio or args.check_against):

@@ -303,7 +303,7 @@ def test_what_is_missing_is_said_with_the_commands_that_get_it(tmp_path: Path, m
     assert main(command) == 1
     lines = capsys.readouterr().out
     subprocess.run(["bash", "-e", "-c", lines], check=True)
-    assert main(command) == 0 and "checkpoints/corpus.py" in capsys.readouterr().err
+    assert main(command) == 0 and f"corpus.py '{tmp_path}/my sources' AUDIO" in capsys.readouterr().err
     (clip,) = recipe_clips(tmp_path / "my sources", [source])
     np.testing.assert_allclose(clip.decode(), noise(0.5, 0), atol=1e-4)
     source["commit"] = commits[1]  # another commit than is there

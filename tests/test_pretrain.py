@@ -255,6 +255,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(
     pretrain(store, tmp_path / "run", recipe)  # goes on from there
 
 
+def test_sources_may_have_any_name(store, tmp_path):
+    info = json.loads((store / "store.json").read_text())
+    info["sources"][1]["name"] = "Küche, no UTF-8: \udcff"
+    (store / "store.json").write_text(json.dumps(info))
+    card = pretrain(store, tmp_path / "run", SMALL).with_suffix(".md")
+    assert "\n| Küche, no UTF-8: \\udcff | 1 |" in card.read_text("utf-8")
+
+
 def test_a_run_can_start_from_the_weights_of_another(store, tmp_path):
     first = pretrain(store, tmp_path / "first", dataclasses.replace(SMALL, steps=20, learning_rate=3e-3))
     again = dataclasses.replace(SMALL, steps=1, learning_rate=1e-9, init=str(first))

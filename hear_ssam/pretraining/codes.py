@@ -120,9 +120,8 @@ def build_codes(
 
 def _place_in_window(x: Tensor, place: Tensor, window: int) -> Tensor:
     """(window, D): mean over clips and bands of the rows (N, bands, D) at each place, less the mean over places."""
-    total = x.new_zeros(window, x.shape[2]).index_add_(0, place, x.mean(1))
     count = torch.bincount(place, minlength=window)[:, None]
-    mean = total / count.clamp(min=1)
+    mean = x.new_zeros(window, x.shape[2]).index_add_(0, place, x.mean(1)) / count.clamp(min=1)
     return torch.where(count > 0, mean - mean[count[:, 0] > 0].mean(0), 0.0)
 
 

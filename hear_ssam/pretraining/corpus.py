@@ -18,8 +18,8 @@ def recipe() -> dict[str, Any]:
 
 def terms() -> dict[str, dict[str, str]]:
     """Licence and attribution of the sources that the recipe lists, by name."""
-    entries = recipe()["package"] + recipe()["source"]
-    return {entry["name"]: {key: entry[key] for key in ("licence", "attribution")} for entry in entries}
+    table = recipe()
+    return {e["name"]: {k: e[k] for k in ("licence", "attribution")} for e in table["package"] + table["source"]}
 
 
 def missing(folder: str | os.PathLike[str], entries: Iterable[dict[str, Any]]) -> list[str]:

@@ -28,10 +28,9 @@ class Decoder(nn.Module):
     def __init__(self, config: EncoderConfig, recipe: Recipe) -> None:
         super().__init__()
         depth = recipe.decoder_depth
-        light = dataclasses.replace(
+        self.config = light = dataclasses.replace(
             config, depth=depth, expand=recipe.decoder_expand, state_dim=min(16, config.state_dim), paired=False
         )
-        self.config = light
         self.enter = nn.Linear(config.embed_dim, config.embed_dim)
         self.mask_token = nn.Parameter(torch.randn(1, 1, config.embed_dim) * 0.02)
         self.blocks = nn.ModuleList(BLOCKS[config.block](light) for _ in range(depth))

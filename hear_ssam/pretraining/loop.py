@@ -370,5 +370,5 @@ def _publish(run: _Run) -> Path:
     path = run.folder / f"{recipe.model}.safetensors"
     save_checkpoint(path, config, state, facts)
     with atomic_write(run.folder / f"{recipe.model}.md") as card:
-        card.write_text(model_card(facts, store.info["sources"]))
+        card.write_text(model_card(facts, store.info["sources"]), "utf-8", "backslashreplace")
     return path
