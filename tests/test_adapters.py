@@ -360,7 +360,8 @@ def test_evaluate_takes_names_modules_and_objects(tmp_path, serial, encoder):
 
 def test_evaluate_takes_a_transformers_model_with_its_extractor(tmp_path, serial):
     write_task(tmp_path / "tasks" / "tones")
-    pairs = [build("wav2vec2"), build("hubert")]
+    model, extractor = build("hubert")
+    pairs = [build("wav2vec2"), (model, types.SimpleNamespace(feature_extractor=extractor))]  # the latter: a processor
     records = hear_ssam.evaluate(pairs, str(tmp_path / "tasks"), "logreg", results_dir=str(tmp_path / "r"), workers=1)
     assert {r["model"] for r in records} == {"hf:Wav2Vec2Model", "hf:HubertModel"} and records[0]["checkpoint_sha256"]
 
@@ -381,6 +382,8 @@ def test_evaluate_says_what_it_cannot_judge(tmp_path, serial):
     write_task(tmp_path / "tasks" / "tones")
     with pytest.raises(HearSsamError, match="ReLU: cannot be judged; give a model of a HEAR module"):
         hear_ssam.evaluate(torch.nn.ReLU(), tmp_path / "tasks")
+    with pytest.raises(HearSsamError, match="tuple: cannot be judged"):
+        hear_ssam.evaluate((build("hubert")[0], "a tokenizer"), tmp_path / "tasks")
     facts = {"sampling_rate": 16000, "output_dim": 4, "hop_size_in_ms": 10}
     encoder = type("TinyEncoder", (torch.nn.Module,), facts)
     with pytest.raises(HearSsamError, match=r"tuple: cannot be judged; .* or a list of them"):

@@ -147,10 +147,13 @@ def load_model(
 
 
 def wrap(model: object) -> HubEncoder | None:
-    """A pair, a model of transformers and its feature extractor, as a HEAR model; None for another object."""
-    if not (isinstance(model, tuple) and len(model) == 2 and hasattr(model[0], "config")):
+    """A pair, a model of transformers and its feature extractor (or processor), as a HEAR model; None for another
+    object."""
+    pair: tuple[Any, Any] = model if isinstance(model, tuple) and len(model) == 2 else (None, None)
+    encoder, extractor = pair[0], getattr(pair[1], "feature_extractor", pair[1])  # of a processor
+    if not (hasattr(encoder, "config") and hasattr(extractor, "sampling_rate")):
         return None
-    return HubEncoder(*model, model[0].name_or_path or type(model[0]).__name__, -1, "mean", None)
+    return HubEncoder(encoder, extractor, encoder.name_or_path or type(encoder).__name__, -1, "mean", None)
 
 
 def get_scene_embeddings(audio: Tensor, model: HubEncoder) -> Tensor:
