@@ -70,10 +70,8 @@ def _audio_below(folder: Path) -> list[Path]:
                 files.append(path)
     if not files:
         there = _counts(left_out) or "nothing else"
-        more = f", or {INSTALL_AV}" if UNREAD & left_out.keys() else ""
-        raise HearSsamError(
-            f"{folder}: no audio files below it, {there}; convert audio to one of {' '.join(sorted(readable))}{more}."
-        )
+        mend = " ".join(sorted(readable)) + (f", or {INSTALL_AV}" if UNREAD & left_out.keys() else "")
+        raise HearSsamError(f"{folder}: no audio files below it, {there}; convert audio to one of {mend}.")
     tell_left_out(folder, left_out)
     return sorted(files)
 
@@ -213,9 +211,8 @@ def _decode_av(handle: BinaryIO, name: str | os.PathLike[str], sample_rate: int)
                 promised = (container.duration or 0) / 1e6
             promised *= container.format.name not in GUESSED
     except av.FFmpegError as error:
-        raise HearSsamError(
-            f"{name}: is damaged or no audio, after {seconds:.2f} s: {error.strerror}; {MEND}."
-        ) from error
+        text = f"{name}: is damaged or no audio, after {seconds:.2f} s: {error.strerror}; {MEND}."
+        raise HearSsamError(text) from error
     if seconds < promised - 0.5:
         raise HearSsamError(f"{name}: is cut off: {seconds:.2f} of {promised:.2f} s are there; {MEND}.")
     if resampler:

@@ -37,10 +37,8 @@ def add_scale(parser: argparse.ArgumentParser, what: str) -> None:
     """The options --shard, which `parse_shard` reads, and --engine, for `machine.engine_named`."""
     text = f"every N-th {what} from the I-th (from 1): N jobs that write to one folder"
     parser.add_argument("--shard", metavar="I/N", help=text)
-    text = (
-        "ray: on the Ray cluster at RAY_ADDRESS or of this machine, --workers per node or all GPUs, where every node "
-    )
-    text += "must see the files by the same names (default: local)"
+    text = "ray: on the Ray cluster at RAY_ADDRESS or of this machine, --workers per node or all GPUs; every node must "
+    text += "see the files by the same names (default: local)"
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help=text)
 
 

@@ -156,58 +156,50 @@ def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> di
         coefficients, intercept = np.stack([0 * coefficients[0], coefficients[0]]), np.array([0.0, intercept[0]])
     truth, guess = y[scored], final.predict(x[test]) if test.any() else tried[strength].argmax(1)
     confusion = confusion_matrix(truth, guess, labels=range(len(classes)))
-    shares = [rows for c in range(len(classes)) for rows in (truth == c, guess == c)] + [truth >= 0]
+    shares = [rows for c in range(len(classes)) for rows in (truth == c, guess == c)]  # of recall, of precision
     return {
         "format": FORMAT, "version": __version__, "model": "", "made": tables[0].made, "classes": classes,
         "C": strength, "clips": int(fitted.sum()), "confusion": confusion.tolist(),
         "scored": "the test split" if test.any() else f"{len(cv)} folds, each by the fit to the others",
-        "independent": [independent((truth == guess)[rows], group[scored][rows]) for rows in shares],
+        "scores": [interval((truth == guess)[rows], group[scored][rows]) for rows in [*shares, truth >= 0]],
         "intercept": [float(f"{value:.7g}") for value in intercept],
         "coefficients": [[float(f"{value:.7g}") for value in line] for line in coefficients],
     }  # fmt: skip
 
 
-def independent(hits: np.ndarray, group: np.ndarray) -> float:
-    """How many independent rows would tell as much as these (N,), right or not, in groups of rows that are alike.
+def interval(hits: np.ndarray, group: np.ndarray) -> tuple[float | None, float, float]:
+    """The share of hits (N,) and its 95 % interval (Wilson's score interval), where those of one group are alike.
 
-    By how much the groups differ (Korn & Graubard 1998, Survey Methodology 24:193); one a group at least, N at most.
+    They tell as much as fewer independent ones, by how much the groups differ (Korn & Graubard 1998, Survey Methodology
+    24:193): one a group at least.
     """
-    from scipy.stats import t
+    from scipy.stats import norm, t
 
-    if not len(hits):
-        return 0.0
+    if not (count := len(hits)):
+        return None, 0.0, 1.0
     group = np.unique(group, return_inverse=True)[1]
     share, size, right = hits.mean(), np.bincount(group), np.bincount(group, hits)
-    least, degrees = len(hits) ** 2 / (size**2).sum(), max(1, len(size) - 1)
+    least, degrees = count**2 / (size**2).sum(), max(1, len(size) - 1)
     spread = ((right - share * size) ** 2).sum() * len(size) / degrees
-    found = share * (1 - share) * len(hits) ** 2 / spread if spread > 1e-9 else 0.0
-    return float(np.clip(found * (t.ppf(0.975, max(1, len(hits) - 1)) / t.ppf(0.975, degrees)) ** 2, least, len(hits)))
-
-
-def wilson(hits: float, of: float, rows: float) -> tuple[float, float, float]:
-    """A share and its 95 % interval (Wilson's score interval), where `rows` of what was counted are independent."""
-    if not of:
-        return math.nan, 0.0, 1.0
-    share, weight = hits / of, 1.959964**2 / rows  # the normal distribution's 97.5 %
-    half = math.sqrt(weight * (share * (1 - share) + weight / 4))
-    return share, (share + weight / 2 - half) / (1 + weight), (share + weight / 2 + half) / (1 + weight)
+    independent = share * (1 - share) * count**2 / spread if spread > 1e-9 else 0.0
+    independent *= (t.ppf(0.975, max(1, count - 1)) / t.ppf(0.975, degrees)) ** 2
+    weight = norm.ppf(0.975) ** 2 / np.clip(independent, least, count)
+    centre, half = share + weight / 2, math.sqrt(weight * (share * (1 - share) + weight / 4))
+    return float(share), float((centre - half) / (1 + weight)), float((centre + half) / (1 + weight))
 
 
 def describe(classifier: dict[str, Any]) -> str:
     """Scores per class and the confusion matrix as text."""
     classes, confusion = classifier["classes"], np.array(classifier["confusion"])
-    width, sizes = max(map(len, [*classes, "accuracy"])) + 4, iter(classifier["independent"])
+    width, scores = max(map(len, [*classes, "accuracy"])) + 4, np.array(classifier["scores"], float)
 
-    def line(name: str, *counts: tuple[int, int]) -> str:
-        cells = ("{:6.2f} [{:.2f}, {:.2f}]".format(*wilson(hits, of, next(sizes))) for hits, of in counts)
-        return f"{name:<{width}}{counts[0][1]:>6}{''.join(cells)}"
+    def line(name: str, clips: int, *scores: np.ndarray) -> str:
+        return f"{name:<{width}}{clips:>6}{''.join('{:6.2f} [{:.2f}, {:.2f}]'.format(*score) for score in scores)}"
 
-    right = confusion.diagonal()
     lines = [f"{'class':<{width}}{'clips':>6}{'recall':>10}{'precision':>22}"]
     for index, name in enumerate(classes):
-        recall, precision = (right[index], confusion[index].sum()), (right[index], confusion[:, index].sum())
-        lines.append(line(f"{index + 1:>2}  {name}", recall, precision))
-    lines += [line("accuracy", (right.sum(), confusion.sum())), ""]
+        lines.append(line(f"{index + 1:>2}  {name}", confusion[index].sum(), *scores[2 * index : 2 * index + 2]))
+    lines += [line("accuracy", confusion.sum(), scores[-1]), ""]
     size = max(4, len(str(confusion.max())) + 1)
     lines.append(f"{'true, predicted as':<{width}}" + "".join(f"{i + 1:>{size}}" for i in range(len(classes))))
     for index, name in enumerate(classes):
@@ -226,9 +218,7 @@ def read_classifier(file: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError("another format")
         return dict(found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HearSsamError(
-            f"{file}: is not a classifier ({error}); make one with `hear-ssam classify train`."
-        ) from error
+        raise HearSsamError(f"{file}: is not a classifier ({error}); name one of `classify train`.") from error
 
 
 def probabilities(classifier: dict[str, Any], x: np.ndarray) -> np.ndarray:

@@ -73,8 +73,6 @@ def _checked(place: Path, found: list[Labelled]) -> list[Labelled]:
             raise HearSsamError(f"{place}: class {label!r} has {counts[label]} {kind} to train on; it needs two.")
     by_group: dict[str, str] = {}
     for row in found:
-        if row.group and by_group.setdefault(row.group, row.split) != row.split:
-            raise HearSsamError(
-                f"{place}: group {row.group!r} is in {by_group[row.group]} and {row.split}; keep it in one."
-            )
+        if row.group and (its := by_group.setdefault(row.group, row.split)) != row.split:
+            raise HearSsamError(f"{place}: group {row.group!r} is in {its} and {row.split}; keep it in one.")
     return [*by_path.values()]

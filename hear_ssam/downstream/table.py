@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +81,5 @@ def compute(
     recordings: Iterable[Recording], model: HearModel, options: Options, skipped: list[str]
 ) -> Generator[Embeddings, None, None]:
     """Embeddings of each recording; those that cannot be read are named on stderr and added to `skipped`."""
-    with tempfile.TemporaryDirectory() as scratch:
-        for tables in embed_all(recordings, Worker(model, options, scratch), share_cpus(recordings), skipped):
-            yield as_embeddings(tables, options.made(model))
+    for tables in embed_all(recordings, Worker(model, options), share_cpus(recordings), skipped):
+        yield as_embeddings(tables, options.made(model))

@@ -52,7 +52,10 @@ def embed(
 
     A clip gets the same row in any company, up to rounding. Raises HearSsamError that names the file or the clip.
     """
-    model = model if isinstance(model, HearModel) else _load(os.fspath(model or ""))
+    if not isinstance(model, HearModel):
+        name = os.fspath(model or "")
+        file = os.stat(name) if os.path.exists(name) else None
+        model = _loaded(name, file and (file.st_dev, file.st_ino, file.st_mtime_ns))
     if pooling not in (None, "mean", "mean_std"):
         raise unknown_name("pooling", pooling, ("mean", "mean_std"))
     if layers is not None and not isinstance(model, EncoderModel):
@@ -90,11 +93,6 @@ def embed(
     return np.stack([rows[i] for i in sorted(rows)])
 
 
-def _load(name: str) -> HearModel:
-    file = os.stat(name) if os.path.exists(name) else None
-    return _loaded(name, file and (file.st_dev, file.st_ino, file.st_mtime_ns))
-
-
 @functools.lru_cache(1)
 def _loaded(name: str, file: object) -> HearModel:
     """Once for the same file; one that was written anew is another."""
@@ -122,7 +120,7 @@ def _items(x: Any, lengths: Sequence[int] | None) -> list[Any]:
     for index, length in enumerate(counts):
         if not 0 < length <= x.shape[1]:
             raise HearSsamError(
-                f"lengths: {length} of clip {index} is not between 1 and {x.shape[1]}, the samples of x."
+                f"lengths: {length} of clip {index} is not between 1 and the {x.shape[1]} samples of x."
             )
     return [row[:length] for row, length in zip(x, counts, strict=True)]
 

@@ -73,8 +73,7 @@ class Output:
         self.schema, self.prefix, self.row_group = schema, prefix, row_group
         self.single = Path(output).suffix == ".parquet"
         self.folder = self.output.with_name(f".{self.output.name}.parts") if self.single else self.output
-        exists = os.path.lexists(self.output)
-        if exists and (not self.output.is_file() if self.single else not self.output.is_dir()):
+        if os.path.lexists(self.output) and not (self.output.is_file() if self.single else self.output.is_dir()):
             kind, mend = ("folder", "file") if self.single else ("file", "folder, or NAME.parquet")
             raise HearSsamError(f"{output}: cannot be written: it is a {kind} or a device; name a {mend}.")
         self.pending: list[pa.Table] = []
@@ -113,12 +112,10 @@ class Output:
                     self.folder.rmdir()
 
     def _resume(self) -> None:
-        if strange := next((file for file in self.folder.glob("[!._]*") if file.suffix != ".parquet"), None):
-            raise HearSsamError(
-                f"{self.output}: holds other things than embeddings ({strange.name}); name a new folder."
-            )
+        if other := next((file for file in self.folder.glob("[!._]*") if file.suffix != ".parquet"), None):
+            raise HearSsamError(f"{self.output}: holds other things than embeddings ({other.name}); name a new folder.")
         parts = parquet_files(self.folder)
-        older = [self.output] if self.single and self.output.exists() else []
+        self.kept = older = [self.output] if self.single and self.output.exists() else []
         made, mend = json.loads(self.schema.metadata[KEY]), "name another output, or delete this one"
         same_provenance(self.output, older + parts, made, mend)
         self.done = {path for file in older for path in _paths(file)}
@@ -129,7 +126,6 @@ class Output:
                 self.done |= found
         mine = [file.stem.rpartition("-")[2] for file in parts if file.name.startswith(f"{self.prefix}-")]
         self.number = 1 + max(map(int, mine), default=-1)
-        self.kept = older
 
     def close_if(self, seconds: float) -> None:
         """Close a shard that has been open that long."""

@@ -49,9 +49,8 @@ class Options:
     def __post_init__(self) -> None:
         window, hop = self.window, self.hop
         if (window or hop) and not (0.02 <= window <= 600 and 0.001 <= hop <= 600):
-            raise HearSsamError(
-                f"--window {window:g} --hop {hop:g}: take seconds, windows from 0.02 to 600, hops from 0.001 to 600."
-            )
+            given = f"--window {window:g} --hop {hop:g}"
+            raise HearSsamError(f"{given}: take seconds, windows from 0.02 to 600, hops from 0.001 to 600.")
 
     def schema(self, model: HearModel) -> pa.Schema:
         """The columns of the rows, and in the metadata all that made them."""
@@ -83,11 +82,13 @@ class Result(NamedTuple):
 class Worker:
     """Called with a batch of recordings it gives a `Result` for each; may be called from several threads.
 
-    `scratch` is a folder for the rows of long recordings, which are written when all are known.
+    `scratch` is a folder for the rows of long recordings, which are given when all are known; None: that of the system.
     """
 
-    def __init__(self, model: HearModel, options: Options, scratch: str | os.PathLike[str]) -> None:
-        self.model, self.options, self.scratch = model, options, scratch
+    def __init__(self, model: HearModel, options: Options, scratch: str | os.PathLike[str] | None = None) -> None:
+        self.model, self.options = model, options
+        # Rows (n, E) that wait in a file without a name, and in memory while it is small.
+        self.file = functools.partial(tempfile.SpooledTemporaryFile, 1 << 20, dir=scratch and os.fspath(scratch))
         self.schema = options.schema(model)
         self.parts = ("scene",) if options.window else KINDS[options.kind]
         self.most = clips.LONG * model.sample_rate
@@ -98,7 +99,7 @@ class Worker:
         """A recording that trips over a defect spoils no other."""
         results: dict[str, Result] = {}
         windows: dict[str, list[tuple[float, float]]] = defaultdict(list)  # from and to, in milliseconds
-        files: dict[str, IO[bytes]] = defaultdict(self._file)  # of the scenes of windows
+        files: dict[str, IO[bytes]] = defaultdict(self.file)  # of the scenes of windows
 
         def pieces() -> Iterator[tuple[Recording, float, Tensor]]:
             """What is embedded together: from so many ms, (samples,); long recordings are embedded on the way."""
@@ -150,14 +151,8 @@ class Worker:
 
     def _whole(self, recording: Recording, size: int, scene: np.ndarray, rows: np.ndarray) -> pa.Table:
         """The rows of a recording of `size` samples."""
-        starts, values = ([None], [scene[None]]) if "scene" in self.parts else ([], [])
-        if "timestamps" in self.parts:
-            starts, values = starts + self.model.timestamps(size).tolist(), [*values, rows]
-        return self._columns(recording, starts, values)
-
-    def _file(self) -> IO[bytes]:
-        """For rows (n, E) that wait to be written: without a name, and in memory while it is small."""
-        return tempfile.SpooledTemporaryFile(1 << 20, dir=os.fspath(self.scratch))
+        scenes, times = scene[None][: "scene" in self.parts], self.model.timestamps(size).tolist()[: len(rows)]
+        return self._columns(recording, [None] * len(scenes) + times, [scenes, rows])
 
     def _kept(
         self, recording: Recording, file: IO[bytes], starts: list[float], ends: list[float] | None = None
@@ -173,7 +168,7 @@ class Worker:
 
     def _long(self, recording: Recording) -> Iterable[pa.Table]:
         """The rows of a long recording, computed now."""
-        file, rate = self._file(), self.model.sample_rate
+        file, rate = self.file(), self.model.sample_rate
         keep = file.write if "timestamps" in self.parts else len
         scene, size = clips.embed_long(
             self.model, lambda: recording.blocks(rate), lambda rows: keep(rows.cpu().numpy().tobytes())
@@ -266,7 +261,7 @@ def embed_all(
 
 def _far_worker(model: HearModel, options: Options, device: str) -> Callable[[Sequence[Recording]], list[Result]]:
     """A `Worker` in a process of a cluster, whose results travel."""
-    worker = Worker(model.to(pick_device(device)), options, tempfile.gettempdir())
+    worker = Worker(model.to(pick_device(device)), options)
 
     def work(batch: Sequence[Recording]) -> list[Result]:
         return [

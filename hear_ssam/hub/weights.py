@@ -124,10 +124,8 @@ def obtain(
         lie = f"no program can fetch these weights from {weights.origin.page}; use a browser"
         if weights.file:
             lie = f"{weights.file} lies in {weights.origin.page}, not in the package; get it there"
-        raise HearSsamError(
-            f"{weights.label}: {lie} and pass the file or folder, or keep it for good: "
-            f"hear-ssam models fetch {weights.label} --from PATH."
-        )
+        keep = f"pass the file or folder, or keep it for good: hear-ssam models fetch {weights.label} --from PATH"
+        raise HearSsamError(f"{weights.label}: {lie} and {keep}.")
     with locked(target):
         if source:
             if weights.sha256 and os.path.isfile(source):
