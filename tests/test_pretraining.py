@@ -279,15 +279,26 @@ def test_features_are_tokens_of_whole_clips_and_centres_the_means_of_their_rows(
     torch.testing.assert_close(centres, torch.stack([x[found == i].mean(0) for i in range(4)]), rtol=0, atol=0.2)
 
 
-def test_a_module_reads_only_what_is_near_a_window_that_is_drawn():
+def test_a_module_reads_only_what_is_near():
     class Long(list):
         holds_audio = True
         name = staticmethod(str)
 
-    sound = np.random.default_rng(0).normal(0, 3000, 9 * 16000).astype(np.int16)
-    features = module_features(Long([sound]), "tests.tiny_hear", config.CONFIGS["ssam_tiny"])
-    whole, *windows = features([(0, None), *((0, window) for window in range(5))])
-    for window, part in enumerate(windows):  # frames of tiny_hear hear 50 ms and no more
+    sound = np.random.default_rng(0).normal(0, 3000, 35 * 16000).astype(np.int16)
+    hear, given = load_hear_model("tests.tiny_hear"), []
+
+    def embed(audio, name):
+        given.append(audio.shape[1] / hear.sample_rate)
+        return hear.embed("timestamp", audio, name)
+
+    features = codes.module_features(Long([sound]), embed, hear.sample_rate, config.CONFIGS["ssam_tiny"])
+    whole, *windows = features([(0, None), *((0, window) for window in range(18))])
+    assert len(whole) == 35 * 25 + 1 and max(given) <= 20 < sum(given[:3])
+    rows, ms = (x[0] for x in hear.embed("timestamp", np.float32(sound / 32768)[None], "all"))
+    for slot in range(0, 875, 7):  # frames of tiny_hear hear 50 ms and no more
+        want = rows[np.abs(ms - (40 * slot + 20)).argmin()]
+        np.testing.assert_allclose(whole[slot, 0], want, rtol=1e-4, atol=1e-4)
+    for window, part in enumerate(windows):
         torch.testing.assert_close(part, whole[50 * window : 50 * (window + 1)])
 
 

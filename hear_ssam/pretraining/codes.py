@@ -163,19 +163,22 @@ def module_features(
         raise HearSsamError(f"{store.folder}: holds log-mel frames, and a module reads audio; build the store again.")
     hop, size = config.patch_frames * HOP, config.grid[0]  # samples of a time slot, slots of a window
 
+    def near(clip: int, first: int, count: int) -> Tensor:
+        start = max(0, first - size)  # all of a long recording is too much for somebody's model
+        audio = np.array(store[clip][start * hop : (first + count + size) * hop], np.float32) / 32768
+        rows, times = (x[0] for x in embed(resample(audio, SAMPLE_RATE, rate)[None], store.name(clip)))
+        if not np.isfinite(rows).all():
+            raise HearSsamError(f"{store.name(clip)}: has embeddings that are not finite; take another teacher.")
+        centre = (np.arange(len(audio) // hop + 1) + 0.5) * hop * 1000 / SAMPLE_RATE
+        at = np.abs(times.astype(np.float64) - centre[:, None]).argmin(1)
+        return torch.from_numpy(rows[at[first - start :][:count]])[:, None]
+
     def features(asked: Sequence[tuple[int, int | None]]) -> list[Tensor]:
         found = []
         for clip, window in asked:
-            # of a long recording only what is near the window is worth the time of somebody's model
-            first, stop = (0, None) if window is None else (max(0, (window - 1) * size), (window + 2) * size * hop)
-            audio = np.array(store[clip][first * hop : stop], np.float32) / 32768
-            rows, times = (x[0] for x in embed(resample(audio, SAMPLE_RATE, rate)[None], store.name(clip)))
-            if not np.isfinite(rows).all():
-                raise HearSsamError(f"{store.name(clip)}: has embeddings that are not finite; take another teacher.")
-            centre = (np.arange(len(audio) // hop + 1) + 0.5) * hop * 1000 / SAMPLE_RATE
-            near = np.abs(times.astype(np.float64) - centre[:, None]).argmin(1)
-            moments = torch.from_numpy(rows[near])[:, None]
-            found.append(moments if window is None else moments[window * size - first :][:size])
+            count = 8 * size if window is None else size
+            begins = range(0, len(store[clip]) // hop + 1, count) if window is None else [window * size]
+            found.append(torch.cat([near(clip, first, count) for first in begins]))
         return found
 
     return features

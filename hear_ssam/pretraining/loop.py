@@ -93,8 +93,7 @@ def _loop(run: _Run, ranks: _Ranks, sampler: WindowSampler, held_out: WindowSamp
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * _schedule(run.step / recipe.steps, recipe.warmup)
             optimizer.zero_grad(set_to_none=True)
-            told = torch.zeros_like(sums)
-            before = run.generator.get_state()
+            told, before = torch.zeros_like(sums), run.generator.get_state()
             for rows in mine:
                 run.generator.set_state(before)  # every part draws the same batch and takes its own rows
                 batch = sampler.draw(recipe.batch_size, run.generator, rows)

@@ -142,11 +142,9 @@ class Recipe:
 
     def objectives(self, config: EncoderConfig) -> dict[str, Objective]:
         """What is asked: the table of the recipe, or what the system was published with."""
-        if self.objective:
-            return dict(self.objective)
-        if config.objective == "joint":
+        if config.objective == "joint" and not self.objective:
             return {"contrast": Contrast(), "pixels": Pixels(weight=10.0, patches="hidden")}
-        return {"pixels": Pixels()}
+        return dict(self.objective) or {"pixels": Pixels()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in a file."""
