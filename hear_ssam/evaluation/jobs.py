@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -87,7 +87,7 @@ def run_jobs(
     Raises HearSsamError where no worker lives long enough to take a job.
     """
     longest_first = sorted(jobs, key=lambda job: -job.size)  # so that no core waits for one at the end
-    outcomes = cluster.work(lambda _: _work, longest_first, "cpu") if cluster else _work_here(longest_first, workers)
+    outcomes = cluster.work(_far_worker, longest_first, "cpu") if cluster else _work_here(longest_first, workers)
     with contextlib.closing(outcomes), tqdm(total=len(jobs), desc="probe", unit="job", disable=None) as bar:
         for job, outcome in outcomes:
             with noted(job.label, failures):
@@ -141,6 +141,10 @@ def _work_here(
         reason = "its process was killed or crashed (out of memory?); run again what is missing"
         future.set_exception(HearSsamError(reason))
         yield job, future
+
+
+def _far_worker(_: str) -> Callable[[Job], list[Record]]:
+    return _work
 
 
 def _start_worker(leash: Connection) -> None:
