@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from .errors import HearSsamError, unknown_name
 
@@ -56,11 +57,8 @@ def _list(args: argparse.Namespace) -> int:
 
     rows = available_models(args.cache)
     if args.json:
-        table = {}
-        for name, row in rows.items():
-            published = row.published and asdict(row.published)
-            table[name] = row._asdict() | {"weights": row.weights and str(row.weights), "published": published}
-        print(json.dumps(table, indent=2))
+        table = {name: row._asdict() for name, row in rows.items()}
+        print(json.dumps(table, indent=2, default=lambda x: str(x) if isinstance(x, Path) else asdict(x)))
         return 0
     cells = [("name", "system", "parameters", "scene", "timestamp", "window", "weights", "licence")]
     drives = {}

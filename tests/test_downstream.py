@@ -503,8 +503,12 @@ def test_the_commands_start_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_labels_are_read_from_a_folder(sounds: Path) -> None:
+def test_labels_are_read_from_a_folder(sounds: Path, tmp_path: Path) -> None:
     found = read_labels(sounds)
     assert [row.label for row in found] == ["high"] * 6 + ["low"] * 6 + ["noise"] * 6
     with pytest.raises(HearSsamError, match="cannot be read as a CSV"):
         read_labels(sounds / "absent")
+    for link in ("low", "high", "some.wav"):
+        (tmp_path / link).symlink_to(sounds / link if link in CLASSES else sounds / "low" / "0.wav")
+    with pytest.warns(UserWarning, match="left out 1 recordings beside the subfolders; move each"):
+        assert len(read_labels(tmp_path)) == 12

@@ -145,8 +145,7 @@ def train(tables: list[Embeddings], labels: list[Labelled], place: object) -> di
             return pipeline(strength).fit(x[split == "train"], y[split == "train"]).predict_proba(x[valid])
         return cross_val_predict(pipeline(strength), x[fitted], y[fitted], cv=cv, method="predict_proba")
 
-    bar = tqdm(STRENGTHS, desc="strengths", leave=False, disable=None)
-    tried = {strength: attempt(strength) for strength in bar}
+    tried = {strength: attempt(strength) for strength in tqdm(STRENGTHS, "strengths", leave=False, disable=None)}
     strength = min(STRENGTHS, key=lambda c: log_loss(y[chooses], tried[c], labels=range(len(classes))))
     final = pipeline(strength).fit(x[fitted], y[fitted])
     scaler, regression = final[0], final[1]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from ..audio import find_audio
+from ..audio import SUFFIXES, UNREAD, find_audio
 from ..embedding.inputs import identity, in_utf8, read_manifest
 from ..errors import HearSsamError, unknown_name
 
@@ -34,9 +35,13 @@ def read_labels(place: str | os.PathLike[str], known: Collection[str] | None = N
     """
     place = Path(place)
     if place.is_dir():
-        classes = sorted(entry for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        entries = [entry for entry in place.iterdir() if not entry.name.startswith(".")]
+        classes = sorted(filter(Path.is_dir, entries))
         if not classes:
             raise HearSsamError(f"{place}: has no subfolders; put the recordings of each class in one of its name.")
+        if loose := sum(entry.is_file() and entry.suffix.lower() in SUFFIXES | UNREAD for entry in entries):
+            text = f"{place}: left out {loose} recordings beside the subfolders; move each to that of its class."
+            warnings.warn(text, stacklevel=2)
         found = [Labelled(str(file), in_utf8(folder.name)) for folder in classes for file in find_audio([folder])]
     else:
         rows = read_manifest(place, "label", known=known)

@@ -35,8 +35,7 @@ def run(args: argparse.Namespace) -> int:
         raise HearSsamError(f"-k {args.k}: asks for nothing; take 1 or more.")
     table = read_embeddings(args.embeddings)
     query = embed(args.query, model_of(table.made, args.embeddings, args.model, args.device))[0]
-    length = np.linalg.norm(table.x, axis=1) * np.linalg.norm(query)
-    cosine = table.x @ query / np.maximum(length, 1e-30)
+    cosine = table.x @ query / np.maximum(np.linalg.norm(table.x, axis=1) * np.linalg.norm(query), 1e-30)
     for index in np.argsort(-cosine, kind="stable")[: args.k]:
         start, end = table.starts[index] / 1000, table.ends[index] / 1000
         window = "" if np.isnan(start) else f"{start:.2f}-{end:.2f} s  "

@@ -54,8 +54,7 @@ def as_embeddings(tables: Iterable[pa.Table], made: dict[str, Any]) -> Embedding
     rows = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     x = rows.astype(np.float32).reshape(table.num_rows, -1)
     none = np.full(len(x), np.nan)
-    starts = table["start_ms"].to_numpy() if made["window"] else none
-    ends = table["end_ms"].to_numpy() if made["window"] else none
+    starts, ends = (table[name].to_numpy() if made["window"] else none for name in ("start_ms", "end_ms"))
     return Embeddings(table["path"].to_pylist(), starts, ends, x, made)
 
 

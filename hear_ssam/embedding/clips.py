@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any, Literal, TypeVar
@@ -142,7 +141,7 @@ def _as_float(item: Any) -> np.ndarray:
 
 
 def grouped(
-    items: Iterable[Item], size: Callable[[Item], int], most: int, count: int = sys.maxsize
+    items: Iterable[Item], size: Callable[[Item], int], most: int, count: int | None = None
 ) -> Iterator[list[Item]]:
     """Items in groups of up to `count`, each of which ends with the item that makes it larger than `most`."""
     group: list[Item] = []
