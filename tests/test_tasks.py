@@ -56,6 +56,8 @@ def test_tasks_are_found_by_name_also_below_an_unpacked_archive(tmp_path):
     assert places == {"tones": [tmp_path / "hear-2021.0.6" / "tasks" / "tones", tmp_path / "elsewhere" / "tones"]}
     with pytest.raises(HearSsamError, match="Did you mean 'tones'"):
         find_tasks(tmp_path, ["tone"])
+    with pytest.raises(HearSsamError, match="tones: is a task itself; name the folder that holds it"):
+        find_tasks(tmp_path / "elsewhere" / "tones")
     with pytest.raises(HearSsamError, match="nowhere: no such folder"):
         find_tasks(tmp_path / "nowhere")
 

@@ -30,7 +30,9 @@ def find_tasks(tasks_dir: Path, names: Sequence[str] = (), unpacked: Iterable[Pa
                 if not any(part.startswith(".") for part in path.relative_to(root).parts):
                     folders.setdefault(path.parent.name, []).append(path.parent)
     if not folders:
-        raise HearSsamError(f"{tasks_dir}: holds no HEAR task; put a folder with {METADATA} there.")
+        what = f"holds no HEAR task; put a folder with {METADATA} there"
+        what = "is a task itself; name the folder that holds it" if (tasks_dir / METADATA).exists() else what
+        raise HearSsamError(f"{tasks_dir}: {what}.")
     names = [name if name in folders else folder_named(name) for name in names]
     for name in (name for name in names if name not in folders):
         if card := known_tasks().get(name):
