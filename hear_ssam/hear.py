@@ -196,7 +196,7 @@ class EncoderModel(HearModel):
         return self.config.patch_frames * len(self.timestamps(samples))
 
     def _rows(self, audio: Tensor) -> Tensor:
-        return torch.stack(self.rows_of_each(self.spectrogram(audio)))
+        return join([rows[None] for rows in self.rows_of_each(self.spectrogram(audio))], dim=0)
 
     def rows_of_each(self, specs: Iterable[Tensor], layers: Sequence[int] | None = None) -> list[Tensor]:
         """All rows (T', E) of each spectrogram (frames, mels): windows of one length are encoded together, whosever."""
