@@ -43,10 +43,11 @@ METADATA = "hear_ssam"  # one safetensors entry: several would be written in ran
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[EncoderConfig, dict[str, Tensor], dict[str, Any]]:
     """Read weights: one of our files, an official `.pth` file or weights folder, or a state dict of either's names.
 
-    A folder stands for its `model.safetensors`, or for the highest-numbered `checkpoints/checkpoint-N.pth` in it. The
-    state dict may lie deeper in the file (`model`, Lightning's `state_dict`), under a common prefix, and beside an
-    average of itself. Without a config in the file, all sizes are read off the shapes; how embeddings are made of
-    tokens cannot be: official files are read as published, a state dict of ours as new weights, with a warning.
+    A folder stands for its `model.safetensors`, for the highest-numbered `checkpoints/checkpoint-N.pth` in it, or for
+    its only file of safetensors. The state dict may lie deeper in the file (`model`, Lightning's `state_dict`), under a
+    common prefix, and beside an average of itself. Without a config in the file, all sizes are read off the shapes; how
+    embeddings are made of tokens cannot be: official files are read as published, a state dict of ours as new weights,
+    with a warning.
 
     Returns the config, the state dict for `Encoder(config)` (float32, CPU; stored half precision is widened) and an
     info dict: whatever the file tells about itself (source, licence, training facts, dropped keys) and the `sha256` of
@@ -78,6 +79,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[EncoderConfig, dict[s
 def find_weights(name: str, cache: str | os.PathLike[str] | None = None) -> tuple[Path, str]:
     """The file or folder behind whatever names a model, fetched if need be, and what the model is to be called."""
     path, published = Path(name), named(name)
+    if name == BASELINE:
+        raise HearSsamError(f"{name}: has no weights; name an encoder.")
     if published and (published.downloadable or here(published, cache) or not path.exists()):
         return obtain(published, convert, cache), name
     if path.exists():
@@ -356,9 +359,12 @@ def _find(path: Path) -> Path:
     if (path / MODEL).is_file():
         return path / MODEL
     numbered = [file for file in path.glob("checkpoints/checkpoint-*.pth") if file.stem[11:].isdecimal()]
+    trained = [*path.glob("*.safetensors")]  # what `hear-ssam pretrain` leaves
+    if not numbered and len(trained) == 1:
+        return trained[0]
     if not numbered:
-        wanted = "checkpoints/checkpoint-<number>.pth"
-        raise HearSsamError(f"{path}: no official weights folder (no {wanted} in it); pass the file itself.")
+        wanted = f"neither {MODEL}, nor one other .safetensors, nor checkpoints/checkpoint-<number>.pth"
+        raise HearSsamError(f"{path}: no folder of weights ({wanted} in it); pass the file itself.")
     return max(numbered, key=lambda file: int(file.stem[11:]))
 
 

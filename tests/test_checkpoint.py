@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
 import threading
 import types
@@ -28,6 +29,7 @@ from hear_ssam.checkpoint import METADATA, _official_name, convert, load_checkpo
 from hear_ssam.cli import main
 from hear_ssam.config import SYSTEMS, EncoderConfig, build_config
 from hear_ssam.encoder import Encoder
+from hear_ssam.paths import shipped
 
 SMALL: dict[str, dict[str, Any]] = {"ssamba": {"depth": 2, "window_frames": 128}}
 
@@ -175,7 +177,14 @@ def test_heads_of_ssast_follow_the_width(tmp_path: Path) -> None:
 
 
 def test_a_folder_stands_for_its_last_epoch(tmp_path: Path) -> None:
-    with pytest.raises(HearSsamError, match="no official weights folder"):
+    with pytest.raises(HearSsamError, match="logmel: has no weights"):
+        checkpoint.find_weights("logmel")
+    with pytest.raises(HearSsamError, match="no folder of weights"):
+        load_checkpoint(tmp_path)
+    shutil.copy(shipped("checkpoints") / "ssam_tiny.safetensors", tmp_path)  # as a training leaves it
+    assert load_checkpoint(tmp_path)[0].embed_dim == 192
+    shutil.copy(shipped("checkpoints") / "ssam_tiny.safetensors", tmp_path / "other.safetensors")
+    with pytest.raises(HearSsamError, match="nor one other"):
         load_checkpoint(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     state = official_weights(small_config("ssam"))
