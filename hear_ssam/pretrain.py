@@ -19,7 +19,7 @@ from .config import CONFIGS
 from .errors import HearSsamError
 from .machine import usable_cpus
 from .options import add_device
-from .paths import shipped
+from .paths import only_writer, shipped
 from .pretraining.corpus import missing, recipe, terms
 from .pretraining.recipe import RECIPES, Recipe, read_recipe
 
@@ -130,7 +130,7 @@ def run_corpus(args: argparse.Namespace) -> int:
         raise HearSsamError(f"{args.store}: name what to do: --audio, --check-against or --missing.")
     skipped: list[str] = []
     if args.audio:
-        with tqdm(audio_clips(args.audio), unit=" clips") as clips:
+        with only_writer(Path(args.store), "run of corpus"), tqdm(audio_clips(args.audio), unit=" clips") as clips:
             info = build_store(args.store, clips, args.workers, terms())
         for row in info["sources"]:
             print(f"{row['clips']:8,} clips {row['hours']:8.2f} h  {row['name']}  {row.get('licence', '')}")
@@ -188,6 +188,7 @@ def run_codes(args: argparse.Namespace) -> int:
         features = module_features(store, functools.partial(hear.embed, "timestamp"), hear.sample_rate, config)
         digest = hear.checkpoint_sha256 or weights_sha256(hear.model)
         teacher = {"name": hear.name, **hear.source, "model": Path(args.path or "").name, "sha256": digest}
-    info = build_codes(store, args.name, config, features, teacher, args.clusters, args.seed)
+    with only_writer(store.folder, "run of codes"):
+        info = build_codes(store, args.name, config, features, teacher, args.clusters, args.seed)
     print(f"wrote {store.folder / args.name}.npy: {info['used']} of {info['clusters']} codes are used")
     return 0

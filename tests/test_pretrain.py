@@ -367,6 +367,12 @@ def test_one_run_at_a_time_trains_in_a_folder(store, tmp_path, capsys):
     assert not (tmp_path / "run" / "state.pt").exists()
     (tmp_path / "run" / ".state.pt.x1y2z3_4").write_text("torn")  # by a run that was killed
     assert main(command) == 0 and not list((tmp_path / "run").glob(".*"))
+    with FileLock(tmp_path / "run" / ".lock"):  # nor do two corpora or codes come into one
+        assert main(["corpus", str(tmp_path / "run"), "--audio", str(tmp_path)]) == 2
+        assert "run: another run of corpus writes to it" in capsys.readouterr().err
+    with FileLock(store / ".lock"):
+        assert main(["codes", str(store), "--checkpoint", str(tmp_path / "run"), "--block", "1"]) == 2
+        assert "another run of codes writes to it" in capsys.readouterr().err
 
 
 def test_a_missing_or_small_store_is_named(store, tmp_path):
