@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
         "demo",
         help="embed and judge a small real task, print a table, draw a picture",
         description="Embed 706 clips of 25 kinds of sound with the default model and with the log-mel baseline, train "
-        "a probe on each, print both scores, and draw what the model hears. Takes about a minute.",
+        "a probe on each, print both scores, and draw what the model hears. Takes a minute or two.",
         epilog="""examples:
   hear-ssam demo
   hear-ssam demo --out somewhere
