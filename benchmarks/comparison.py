@@ -107,11 +107,20 @@ def interval(values: Sequence[float]) -> float:
     return 1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
+def averaged(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The mean of values with halves of their 95 % intervals, and half of its own: tasks are taken as independent."""
+    return statistics.mean(v for v, _ in values), sum(half**2 for _, half in values) ** 0.5 / len(values)
+
+
 def mean(judged: Any, means: Any, probe: str, model: str) -> tuple[float, float]:
     """A model's mean score over tasks, and half of its 95 % interval over the test clips of those that count clips."""
     tasks = [key for key, found in means.items() if key[1] == probe and model in found]
-    halves = [interval(clips(judged[key][model])) for key in tasks]
-    return statistics.mean(means[key][model] for key in tasks), sum(half**2 for half in halves) ** 0.5 / len(tasks)
+    return averaged([(means[key][model], interval(clips(judged[key][model]))) for key in tasks])
+
+
+def verdict(gap: float, half: float, p: float) -> tuple[str, str, str]:
+    """The cells of a difference: itself, its p, whether that is below 5 %."""
+    return f"{gap:+.1f} ± {half:.1f}", f"{p:.2g}", "yes" if p < 0.05 else "no"
 
 
 def page(rows: Sequence[Row], folder: Path) -> str:
@@ -139,16 +148,14 @@ def page(rows: Sequence[Row], folder: Path) -> str:
             if one and len(one) == len(other):
                 p = float(ttest_rel(one, other).pvalue)
                 half = interval([x - y for x, y in zip(one, other, strict=True)])
-                pairs.append((*key, f"{a} − {b}", f"{gap:+.1f} ± {half:.1f}", f"{p:.2g}", "yes" if p < 0.05 else "no"))
+                pairs.append((*key, f"{a} − {b}", *verdict(gap, half, p)))
                 x, y = sorted((a, b))
                 gaps.setdefault((key[1], x, y), []).append((gap if x == a else -gap, half))
     for (probe, a, b), values in gaps.items():
-        if len(values) > 1:  # tasks are independent of each other
-            gap = statistics.mean(gap for gap, _ in values)
-            half = sum(half**2 for _, half in values) ** 0.5 / len(values)
+        if len(values) > 1:
+            gap, half = averaged(values)
             p = float(2 * norm.sf(1.96 * abs(gap) / half)) if half else 1.0
-            pairs.append((f"mean of {len(values)}", probe, f"{a} − {b}", f"{gap:+.1f} ± {half:.1f}", f"{p:.2g}",
-                          "yes" if p < 0.05 else "no"))  # fmt: skip
+            pairs.append((f"mean of {len(values)}", probe, f"{a} − {b}", *verdict(gap, half, p)))
     probes = list(dict.fromkeys(probe for _, probe in means))
     overall = {(p, m): mean(judged, means, p, m) for (_, p), found in means.items() for m in found}
     for model in dict.fromkeys(row["model"] for row in rows):

@@ -359,13 +359,13 @@ def _find(path: Path) -> Path:
     if (path / MODEL).is_file():
         return path / MODEL
     numbered = [file for file in path.glob("checkpoints/checkpoint-*.pth") if file.stem[11:].isdecimal()]
+    if numbered:
+        return max(numbered, key=lambda file: int(file.stem[11:]))
     trained = [*path.glob("*.safetensors")]  # what `hear-ssam pretrain` leaves
-    if not numbered and len(trained) == 1:
+    if len(trained) == 1:
         return trained[0]
-    if not numbered:
-        wanted = f"neither {MODEL}, nor one other .safetensors, nor checkpoints/checkpoint-<number>.pth"
-        raise HearSsamError(f"{path}: no folder of weights ({wanted} in it); pass the file itself.")
-    return max(numbered, key=lambda file: int(file.stem[11:]))
+    wanted = f"neither {MODEL}, nor one other .safetensors, nor checkpoints/checkpoint-<number>.pth"
+    raise HearSsamError(f"{path}: no folder of weights ({wanted} in it); pass the file itself.")
 
 
 def _match_keys(
