@@ -1,10 +1,10 @@
 """What in the recipe of SSAM matters: equal trainings that differ in one thing, judged by logistic regression.
 
     hear-ssam corpus store --audio recordings/
-    python -m benchmarks ablations store --tasks-dir tasks       # eight times 20 minutes of one core
+    python -m benchmarks ablations store --tasks-dir tasks       # nine times 20 minutes of one core
 
 All read the same store for the same number of steps, with the same seed. The codes are those of block 8 of the
-baseline; 10 % of the data are a tenth of the clips, drawn at random. Trainings stay in the folder of --runs and go on
+baseline; A tenth of the data are a tenth of the clips, drawn at random. Trainings stay in the folder of --runs and go on
 there when the command is repeated.
 """
 
@@ -31,6 +31,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "objective: joint": {"objective": "joint"},
     "objective: cluster codes": {"codes": True},
     "10 % of the data": {"share": 0.1},
+    "30 % of the data": {"share": 0.3},
 }
 
 
