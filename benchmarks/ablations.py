@@ -4,7 +4,7 @@
     python -m benchmarks ablations store --tasks-dir tasks       # nine times 20 minutes of one core
 
 All read the same store for the same number of steps, with the same seed. The codes are those of block 8 of the
-baseline; A tenth of the data are a tenth of the clips, drawn at random. Trainings stay in the folder of --runs and go on
+baseline; shares of the data are shares of the clips, drawn at random. Trainings stay in the folder of --runs and go on
 there when the command is repeated.
 """
 
