@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -77,7 +78,6 @@ def test_a_folder_of_shards(recordings: Path, weights: Path, tmp_path: Path, mon
     folder, one = columns(tmp_path / "out"), columns(tmp_path / "one.parquet")
     np.testing.assert_allclose(folder.pop("embedding"), one.pop("embedding"), atol=2e-6)
     assert folder == one
-    pandas = pytest.importorskip("pandas")
     assert len(pandas.read_parquet(tmp_path / "out").query("start_ms.isnull()")) == 12
 
 

@@ -410,6 +410,8 @@ def test_search_refuses_other_weights(
     random = '{"model": "ssam_tiny", "pretrained": false}'
     out = "-o", tmp_path / "random.parquet", "--kind", "scene"
     assert run("embed", sounds / "low" / "0.wav", *out, "--model-options", random) == 0
+    assert run("embed", sounds / "low", *out, "--model", "ssam_tiny", "--model-options", '{"pretrained": false}') == 0
+    assert ", 1 were there already" in capsys.readouterr().err  # one model, however it is named
     for place, other, message in [
         (embeddings, "ssam_tiny", "was made with weights (none) of logmel, not "),
         (tmp_path / "random.parquet", "ssast_tiny", "of ssam_tiny, not (none) of ssast_tiny"),

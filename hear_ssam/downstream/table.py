@@ -63,9 +63,8 @@ def model_of(made: dict[str, Any], place: object, name: str, device: str) -> Hea
 
     Raises HearSsamError where the weights of that name are others.
     """
-    options = {key: value for key, value in made["model_options"].items() if key != "model"}
     try:
-        model = load_model(name or made["model"], **{**options, "device": device})
+        model = load_model(name or made["model"], **{**made["model_options"], "device": device})
     except HearSsamError as error:
         raise HearSsamError(f"{place}: needs the model {made['model']}: {error} Or name it with --model.") from error
     wanted, found = made["checkpoint_sha256"], model.checkpoint_sha256

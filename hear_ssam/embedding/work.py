@@ -31,6 +31,7 @@ from . import clips
 from .inputs import Recording
 
 KINDS = {"both": ("scene", "timestamps"), "scene": ("scene",), "timestamps": ("timestamps",)}
+ELSEWHERE = ("model", "device", "cache")  # options of `load_model` that change no row, or say what `made` says
 BATCH = {"cpu": (16, 4 << 20)}  # recordings, and bytes of them, that a worker takes at once
 GPU_BATCH = (256, 64 << 20)
 CHUNK = 512  # rows of a long recording that are made into a table at once
@@ -44,7 +45,7 @@ class Options:
     window: float = 0.0  # seconds; 0: whole recordings
     hop: float = 0.0  # seconds
     dtype: str = "float32"  # or float16
-    model_options: dict[str, Any] = field(default_factory=dict)  # what `load_model` was given beside the name
+    model_options: dict[str, Any] = field(default_factory=dict)  # what `load_model` was given
 
     def __post_init__(self) -> None:
         window, hop = self.window, self.hop
@@ -68,7 +69,8 @@ class Options:
         found = {"version": __version__, "model": model.name, "checkpoint_sha256": model.checkpoint_sha256}
         if model.config:
             found |= {"token_order": model.config.token_order, "pooling": model.config.pooling}
-        return found | asdict(self)
+        options = {name: value for name, value in self.model_options.items() if name not in ELSEWHERE}
+        return found | asdict(self) | {"model_options": options}
 
 
 class Result(NamedTuple):
