@@ -167,7 +167,7 @@ def run(
             continue
         row = {**cell, **found, **limits, **facts(cell.get("threads", 1))}
         row = {column: str(value) for column, value in row.items() if not column.startswith("_")}
-        rows = [old for old in rows if key(old) != key(cell)]  # what ended at a lower limit
+        rows = [old for old in read(table) if key(old) != key(cell)]  # without what ended at a lower limit
         write(table, rows := [*rows, row])
     publish(name, module.page(rows, args.output), args.output / "README.md")
     return 1 if failed else 0

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -190,11 +191,22 @@ def test_another_origin_is_made_again(hear, tmp_path, monkeypatch):
     assert made_again(load_hear_model("tests.tiny_hear", options={"bands": 20})) and embedded_by(out)["dim"] == 20
     assert made_again() and not made_again()
     monkeypatch.setattr(tiny_hear, "__version__", "2.0", raising=False)
-    assert made_again() and embedded_by(out)["module_version"] == "2.0"
+    assert not made_again()  # what was loaded before is what it was, whatever is in its file meanwhile
+    newer = load_hear_model("tests.tiny_hear")
+    assert made_again(newer) and embedded_by(out)["module_version"] == "2.0"
     monkeypatch.setattr(tiny_hear, "__file__", str(tmp_path / "tones" / "train.json"))
-    assert made_again() and not made_again()
+    assert not made_again(newer) and made_again(load_hear_model("tests.tiny_hear")) and made_again()
     (task / "labelvocabulary.csv").write_text("idx,label\n0,low\n1,mid\n2,high\n")
     assert made_again() and not made_again()
+
+
+def test_a_task_that_was_changed_after_it_was_read_is_taken_as_it_is(hear, tmp_path):
+    """Its digest, its labels and the copies of its files belong together."""
+    task = read_task(write_task(tmp_path / "tones"))
+    before = task.clips("train")
+    (task.folder / "train.json").write_text(json.dumps({name: ["mid"] for name in before}))
+    out = embed_task(hear, task, tmp_path / "out")
+    assert pickle.loads((out / "train.target-labels.pkl").read_bytes()) == [["mid"]] * len(before)
 
 
 def test_resampling_is_part_of_the_origin(hear, tmp_path):
@@ -249,6 +261,14 @@ def test_missing_audio_is_named(hear, tmp_path):
     shutil.rmtree(folder / "16000")
     with pytest.raises(HearSsamError, match="has no audio: the folder 16000/train is missing"):
         embed_task(hear, folder, tmp_path / "out")
+
+
+def test_a_module_in_the_current_folder_will_do(tmp_path, monkeypatch):
+    """For every command that names one: the script `hear-ssam` does not look there by itself."""
+    (tmp_path / "lies_here.py").write_text("from tests.tiny_hear import *\n")
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    monkeypatch.chdir(tmp_path)
+    assert load_hear_model("lies_here").name == "lies_here"
 
 
 def test_modules_without_the_hear_api(monkeypatch):

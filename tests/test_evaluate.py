@@ -335,6 +335,12 @@ def test_results_of_another_origin_are_not_used_again(tmp_path, serial, monkeypa
         monkeypatch.delitem(sys.modules, "judged", raising=False)
         digests += [r["embeddings"]["module_sha256"] for r in run_evaluation(["judged"], **run).records]
     assert len(set(digests)) == 3  # what a module imports beside it is a part of it
+    broken = "from tests.tiny_hear import *\ndef get_scene_embeddings(*_):\n    return 1\n"
+    (tmp_path / "b" / "judged.py").write_text(broken)
+    monkeypatch.delitem(sys.modules, "judged")
+    failed = run_evaluation(["judged"], **run)
+    assert failed.failures and not failed.records  # results of its earlier code are not its own
+    assert len(read(run["results_dir"])) > 0
 
 
 def test_seeds_of_a_task_read_it_once(tmp_path, serial, monkeypatch):

@@ -147,9 +147,13 @@ def test_damaged_embedding_folders_are_named(tmp_path):
     x.tofile(folder / "valid.embeddings.npy")
     with pytest.raises(HearSsamError, match=r"valid\.embeddings\.npy: row 7 \(5\.wav\) is not finite"):
         run_probe(folder, "ssam", 0)
-    x[:50].tofile(folder / "valid.embeddings.npy")
-    with pytest.raises(HearSsamError, match=r"valid\.embeddings\.npy: does not have the size .*again"):
-        run_probe(folder, "ssam", 0)
+    x[4 * 7] = 0
+    with open(folder / "valid.embeddings.npy", "wb") as file:
+        np.save(file, x)  # with a header, which would shift every row
+    for _ in range(2):
+        with pytest.raises(HearSsamError, match=r"valid\.embeddings\.npy: does not have the size .* bytes, .*again"):
+            run_probe(folder, "ssam", 0)
+        x[:50].tofile(folder / "valid.embeddings.npy")
     (folder / "valid.embeddings.npy").unlink()
     with pytest.raises(HearSsamError, match=r"valid\.embeddings\.npy: cannot be read"):
         run_probe(folder, "ssam", 0)

@@ -55,5 +55,7 @@ def test_bad_stores_are_named(tmp_path):
     (tmp_path / STORE).write_text('{"a": 1}\n')
     with pytest.raises(HearSsamError, match="line 1 is not a result record"):
         read(tmp_path)
+    (tmp_path / "scores.xlsx").write_bytes(bytes(range(256)))
+    assert read(tmp_path / "scores.xlsx") == []
     with pytest.raises(HearSsamError, match=r"records\.jsonl: cannot be written: .*; make room"):
         append(tmp_path / STORE / STORE, [record()])

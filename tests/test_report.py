@@ -321,6 +321,8 @@ def test_cells_play_the_clips_that_they_count(heard, monkeypatch):
     audio = embeddings_folder(heard, "ours", "", "birds") / "16000" / "test"
     assert [name for name, _ in inside["high → mid: 1"]] == ["test-0.wav"]
     assert {name for name, _ in inside["high → high: 2"]} == {"test-3.wav", "test-6.wav"}  # 0, 3, 6 are high
+    monkeypatch.setattr("mimetypes.guess_type", lambda path: (None, None))  # as for .ogg where no system file tells
+    assert "data:None" not in str(command(heard / "page.html")) and command(heard / "page.html").keys() == inside.keys()
     for name, source in (clip for clips in inside.values() for clip in clips):
         assert base64.b64decode(source.partition(";base64,")[2]) == (audio / name).read_bytes()
     monkeypatch.setattr(report, "MOST_MB", 0.1)  # less than seven clips of 32 kB

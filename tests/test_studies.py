@@ -30,6 +30,7 @@ def measure(cell):
     if cell["kind"] == "large": bytearray(int(4e9))
     if cell["kind"] == "slow": timed(spin, limit=cell["limit_s"])
     if cell["kind"] == "broken": raise ValueError("oh")
+    if cell.get("_meanwhile"): open(cell["_meanwhile"], "a").write("other,1,,\\n")
     yield {"found": 2}
 
 def page(rows, folder):
@@ -63,6 +64,9 @@ def test_cells_end_cleanly_and_are_not_run_twice(tmp_path: Path, monkeypatch: py
     assert run(9.0)["large"]["ended"] == ""  # what ended at a limit runs again when it is raised
     assert sorted(log.read_text().split()[4:]) == ["broken", "large", "slow"]
     assert (tmp_path / "README.md").read_text().count("3 rows") == 1
+    meanwhile = [{"kind": "new", "_log": str(log), "_meanwhile": str(tmp_path / "fake.csv")}]
+    assert cells.run("fake", meanwhile, args, lambda cell: 0) == 0
+    assert {row["kind"] for row in cells.read(tmp_path / "fake.csv")} == {*rows, "new", "other"}  # of another run
 
 
 def test_timed_counts_memory_of_the_first_call():

@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -278,7 +276,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     from .module import load_hear_model
 
-    sys.path.append(os.getcwd())  # a module in the current folder can be judged too
     hear = load_hear_model(args.module, args.model, parse_options(args.model_options), args.device)
     levels = set()
     for finding in check_model(hear, args.long):

@@ -22,6 +22,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def embed_task(
     Raises HearSsamError that names the file or clip: missing or damaged audio, wrong rate, an embedding that is not
     finite or not of the promised shape; and for an `out_dir` that holds something else, which stays as it is.
     """
-    task = task if isinstance(task, Task) else read_task(task)
+    # its files are read now, when their digest is taken: since `task` was read hours may have passed
+    task = replace(read_task(task.folder), audio=task.audio) if isinstance(task, Task) else read_task(task)
     made_by = origin(hear, task, out_dir, resample)
     if not again and (out_dir / DONE).exists() and made_by.items() <= provenance(out_dir).items():
         return out_dir

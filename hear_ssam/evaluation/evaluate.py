@@ -212,8 +212,9 @@ def run_evaluation(
             if number == first and not cluster and (outlook := _outlook(work, plan, cores)):
                 tqdm.write(outlook, file=sys.stderr)
         run_jobs(jobs, store, cores, failures, cluster)
-        keys = {source.key(run)[:-2] for source in sources for run in runs}
-        records = [r for r in read(store) if key_of(r)[:-2] in keys] if store.exists() else []  # folds and metrics
+        judged = {source.key(run)[:-2]: source for source in sources for run in runs}
+        every = [(judged.get(key_of(r)[:-2]), r) for r in read(store)] if store.exists() else []  # folds and metrics
+        records = [r for source, r in every if source and source.made(r)]  # none of before, where it failed now
     return Evaluation(records, failures)
 
 
@@ -372,7 +373,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    sys.path.append(os.getcwd())  # a module in the current folder can be judged too
     shard, options = parse_shard(args.shard), parse_options(args.model_options)
     given = {**vars(args), "model_options": options, "shard": shard}
     evaluation = run_evaluation(**{name: given[name] for name in inspect.signature(run_evaluation).parameters})

@@ -41,6 +41,7 @@ class JudgedModule:
     name: str  # names a model in records: the module (or the model's own name) and its options
     checkpoint_sha256: str
     device: torch.device
+    source: dict[str, str]  # which module of its name it is, as it was loaded: its version, the SHA-256 of its code
 
     @property
     def sample_rate(self) -> int:
@@ -49,14 +50,6 @@ class JudgedModule:
     def size(self, kind: str) -> int:
         """What the model promises as the width of its scene or timestamp embeddings."""
         return int(getattr(self.model, f"{kind}_embedding_size"))
-
-    @property
-    def source(self) -> dict[str, str]:
-        """Which module of its name this is: its version, and the SHA-256 of its code."""
-        file, version = getattr(self.module, "__file__", None), getattr(self.module, "__version__", "")
-        version = version if isinstance(version, str) else ""
-        digest = _code_sha256(self.module.__name__, Path(file)) if file and Path(file).is_file() else ""
-        return {"module": self.module.__name__, "module_version": version, "module_sha256": digest}
 
     def embed(self, kind: str, audio: np.ndarray, clips: str) -> tuple[np.ndarray, np.ndarray]:
         """Scene (n, size) or timestamp (n, rows, size) embeddings of audio (n, samples), float32, and ms (n, rows).
@@ -125,6 +118,8 @@ def load_hear_model(
         module = module.__name__
     if not isinstance(module, str):
         return judged(module, device)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a module in the current folder can be judged too
     place = pick_device(device)
     name, _, own_options = module.partition(":")
     called = module if name in ADAPTERS else f"{name}.load_model"
@@ -209,8 +204,11 @@ def _placed(module: ModuleType, model: object, name: str, digest: str, place: to
         if not isinstance(value, int) or value < 1:
             wanted = f"the attribute {attribute} (an int above 0, not {value!r}); the HEAR API asks for it"
             raise HearSsamError(f"the model of {module.__name__} needs {wanted}.")
+    file, version = getattr(module, "__file__", None), getattr(module, "__version__", "")
+    source = {"module": module.__name__, "module_version": version if isinstance(version, str) else ""}
+    source["module_sha256"] = _code_sha256(module.__name__, Path(file)) if file and Path(file).is_file() else ""
     with blamed(f"the model of {module.__name__} cannot be moved to the device {place}"):
-        return JudgedModule(module, model.to(place), name, digest, place)
+        return JudgedModule(module, model.to(place), name, digest, place, source)
 
 
 def _shown(value: object) -> str:

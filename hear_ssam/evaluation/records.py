@@ -156,7 +156,7 @@ def read(path: Path) -> list[Record]:
     path = path / STORE if path.is_dir() else path
     found: dict[tuple[Any, ...], Record] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text("utf-8", "replace").splitlines()
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"
         raise HearSsamError(f"{path}: {reason}; `hear-ssam evaluate` puts results there.") from error

@@ -125,8 +125,9 @@ def page(records: list[Record], results: Path, output: Path | None = None, publi
     beside = (output or Path("page")).resolve().parent
     sources = [link(path, beside) for path in clips]
     if inside := sum(path.stat().st_size for path in clips) <= 1e6 * MOST_MB:
-        coded = ((mimetypes.guess_type(path)[0], base64.b64encode(path.read_bytes()).decode()) for path in clips)
-        sources = [f"data:{kind};base64,{data}" for kind, data in coded]
+        kinds = (mimetypes.guess_type(path)[0] or f"audio/{path.suffix[1:]}" for path in clips)  # not all systems know
+        coded = (base64.b64encode(path.read_bytes()).decode() for path in clips)
+        sources = [f"data:{kind};base64,{data}" for kind, data in zip(kinds, coded, strict=True)]
     merged = [{**r, **r.get("embeddings", {}), **r.get("versions", {})} for r in records]
     origins = sorted({tuple(str(one.get(name) or "–") for name in ORIGIN) for one in merged})
     text = Path(__file__).with_name("report.html.j2").read_text("utf-8")

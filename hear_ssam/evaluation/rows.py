@@ -97,6 +97,8 @@ def read_rows(task: Task, split: str) -> Rows:
     dimensions = task.folder / f"{split}.embedding-dimensions.json"
     with _made_again(path, f"does not have the size that {dimensions.name} states"):
         rows, dim = json.loads(dimensions.read_text())
+        if (size := path.stat().st_size) != 4 * rows * dim:  # as where numpy.save put its header before the rows
+            raise ValueError(f"{size:,} bytes, not {4 * rows * dim:,}")
         mapped = np.memmap(path, np.float32, mode="c", shape=(rows, dim))  # private pages: torch wants them writable
     labels_path = task.folder / f"{split}.target-labels.pkl"
     labels = read_labels(labels_path)
