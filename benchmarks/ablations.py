@@ -10,6 +10,7 @@ there when the command is repeated.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -122,13 +123,14 @@ demo (`sound_kinds`) is 1.9 points by its clips alone: a difference below 4 poin
 
 
 def page(rows: Sequence[Row], folder: Path) -> str:
-    tasks = sorted({column.removeprefix("score ") for row in rows for column in row if column.startswith("score ")})
+    judged = [{name.removeprefix("score ") for name in row if name.startswith("score ") and row[name]} for row in rows]
+    tasks = sorted(set.intersection(*judged)) if judged else []  # on which all trainings were judged
 
     def score(row: Row, task: str) -> float:
         return 100 * float(row[f"score {task}"])
 
     def mean(row: Row) -> float:
-        return sum(score(row, task) for task in tasks) / len(tasks)
+        return sum(score(row, task) for task in tasks) / len(tasks) if tasks else math.nan
 
     shown = [row for name in TRAININGS for row in rows if row["training"] == name]
     base = {tuple(row[key] for key in KEYS[1:]): mean(row) for row in shown if row["training"] == BASELINE}

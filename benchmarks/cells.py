@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from hear_ssam.errors import HearSsamError
-from hear_ssam.paths import atomic_write
+from hear_ssam.paths import atomic_write, write_whole
 
 from .cpu import facts
 
@@ -202,8 +202,7 @@ def publish(name: str, text: str, page: Path) -> None:
     if begin not in before:
         before += f"\n{begin}{end}\n"
     head, tail = before.split(begin)[0], before.split(end)[1]
-    with atomic_write(page) as path:
-        path.write_text(f"{head}{begin}{text.strip()}\n{end}{tail}", "utf-8")
+    write_whole(page, f"{head}{begin}{text.strip()}\n{end}{tail}")
 
 
 def piped(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

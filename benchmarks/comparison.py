@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,12 @@ def averaged(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return statistics.mean(v for v, _ in values), sum(half**2 for _, half in values) ** 0.5 / len(values)
 
 
-def mean(judged: Any, means: Any, probe: str, model: str) -> tuple[float, float]:
-    """A model's mean score over tasks, and half of its 95 % interval over the test clips of those that count clips."""
-    tasks = [key for key, found in means.items() if key[1] == probe and model in found]
-    return averaged([(means[key][model], interval(clips(judged[key][model]))) for key in tasks])
+def mean(judged: Any, means: Any, probe: str, model: str) -> tuple[float, float] | None:
+    """A model's mean score over the tasks on which the probe has judged all models, None where there are none, and half
+    of its 95 % interval over the test clips of those that count clips."""
+    rivals = {model for (_, by), found in means.items() if by == probe for model in found}
+    tasks = [key for key, found in means.items() if key[1] == probe and found.keys() == rivals]
+    return averaged([(means[key][model], interval(clips(judged[key][model]))) for key in tasks]) if tasks else None
 
 
 def verdict(gap: float, half: float, p: float) -> tuple[str, str, str]:
@@ -126,6 +129,8 @@ def verdict(gap: float, half: float, p: float) -> tuple[str, str, str]:
 def page(rows: Sequence[Row], folder: Path) -> str:
     from scipy.stats import norm, ttest_rel
 
+    count = Counter(model for model, _ in {(row["model"], row["sha256"]) for row in rows})
+    rows = [row | {"model": row["model"] + f"@{row['sha256'][:8]}" * (count[row["model"]] > 1)} for row in rows]
     speed = {(row["model"], row["audio_s"]): row for row in rows if row["what"] == "speed"}
     judged: dict[tuple[str, str], dict[str, list[Row]]] = {}  # task, probe → model → its seeds
     for row in rows:
@@ -157,7 +162,8 @@ def page(rows: Sequence[Row], folder: Path) -> str:
             p = float(2 * norm.sf(1.96 * abs(gap) / half)) if half else 1.0
             pairs.append((f"mean of {len(values)}", probe, f"{a} − {b}", *verdict(gap, half, p)))
     probes = list(dict.fromkeys(probe for _, probe in means))
-    overall = {(p, m): mean(judged, means, p, m) for (_, p), found in means.items() for m in found}
+    every = {(p, m): mean(judged, means, p, m) for (_, p), found in means.items() for m in found}
+    overall = {key: one for key, one in every.items() if one}
     for model in dict.fromkeys(row["model"] for row in rows):
         cells = [speed.get((model, str(seconds))) for seconds in LENGTHS]
         said = [f"{float(c['cpu_ms']):,.0f} ms, {float(c['peak_mb']):,.0f} MB" if c else "not run" for c in cells]

@@ -24,7 +24,7 @@ from typing import Any
 
 from hear_ssam.errors import HearSsamError, unknown_name
 from hear_ssam.machine import FEATURES, cpu
-from hear_ssam.paths import atomic_write
+from hear_ssam.paths import atomic_write, write_whole
 
 from .cpu_process import PARTS, PEERS, REST, SCAN, WHOLE, Measurement, Worker
 
@@ -314,8 +314,7 @@ def _write(folder: Path, rows: list[Row], text: str, conditions: dict[str, str])
     device = re.sub(r"[^a-z0-9]+", "-", conditions["CPU"].lower()).strip("-")
     dtypes = "-".join(sorted({row.dtype for row in rows}, reverse=True))
     name = f"{rows[0].mode}_{dtypes}_{device}_{conditions['threads']}-threads_torch-{torch.__version__}"
-    with atomic_write(folder / f"{name}.md") as path:
-        path.write_text(text, encoding="utf-8")
+    write_whole(folder / f"{name}.md", text)
     with atomic_write(folder / f"{name}.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*(f.name for f in fields(Row)), *conditions])
         writer.writeheader()

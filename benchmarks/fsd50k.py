@@ -22,8 +22,7 @@ import numpy as np
 import soundfile
 
 from hear_ssam.audio import find_audio
-from hear_ssam.evaluation.embeddings import write
-from hear_ssam.paths import shipped
+from hear_ssam.paths import shipped, write_whole
 
 from .collections import measure
 from .cpu import facts, heading
@@ -52,14 +51,14 @@ def describe(folder: Path, clips: dict[str, list[str]], epochs: int, validate: i
         "evaluation": ["mAP", "d_prime", "aucroc", "top1_acc"],
         "evaluation_params": {"task_specific_param_grid": grid},
     }  # fmt: skip
-    write(folder / "task_metadata.json", json.dumps(metadata).encode())
+    write_whole(folder / "task_metadata.json", json.dumps(metadata))
     vocabulary = "".join(f"{i},label {i}\n" for i in range(LABELS))
-    write(folder / "labelvocabulary.csv", f"idx,label\n{vocabulary}".encode())
+    write_whole(folder / "labelvocabulary.csv", f"idx,label\n{vocabulary}")
     random = np.random.default_rng(0)
     for split, names in clips.items():
         labels = {name: [f"label {i}" for i in random.choice(LABELS, 5, False)] for name in names}
-        write(folder / f"{split}.json", json.dumps(labels).encode())
-        write(folder / f"{split}.target-labels.pkl", pickle.dumps(list(labels.values())))
+        write_whole(folder / f"{split}.json", json.dumps(labels))
+        write_whole(folder / f"{split}.target-labels.pkl", pickle.dumps(list(labels.values())))
 
 
 def random_embeddings(folder: Path, width: int, epochs: int, validate: int) -> None:
@@ -67,7 +66,7 @@ def random_embeddings(folder: Path, width: int, epochs: int, validate: int) -> N
     describe(folder, {split: [f"{i}.wav" for i in range(n)] for split, n in SPLITS.items()}, epochs, validate)
     random = np.random.default_rng(1)
     for split, count in SPLITS.items():
-        write(folder / f"{split}.embedding-dimensions.json", json.dumps([count, width]).encode())
+        write_whole(folder / f"{split}.embedding-dimensions.json", json.dumps([count, width]))
         with open(folder / f"{split}.embeddings.npy", "wb") as file:
             for start in range(0, count, 4096):
                 random.standard_normal((min(4096, count - start), width), np.float32).tofile(file)

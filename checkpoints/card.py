@@ -23,7 +23,7 @@ from hear_ssam.demo import TASK
 from hear_ssam.errors import HearSsamError
 from hear_ssam.evaluation.records import Record, read
 from hear_ssam.evaluation.tables import markdown, tables
-from hear_ssam.paths import atomic_write, shipped
+from hear_ssam.paths import shipped, write_whole
 
 MARKS = "<!-- made by checkpoints/card.py -->\n", "<!-- end -->\n"
 PRIVATE = """These tasks are a private development pack in HEAR's format that stands in for HEAR's tasks: **these are no
@@ -65,8 +65,7 @@ def write(checkpoint: Path, results: Sequence[Path], private: Sequence[Path], re
     if readme:
         filled[readme] = _fill(readme, readme.read_text("utf-8"), _demo(public, told))
     for path, text in filled.items():
-        with atomic_write(path) as temporary:
-            temporary.write_text(text, "utf-8")
+        write_whole(path, text)
 
 
 def _fill(path: Path, text: str, content: str) -> str:

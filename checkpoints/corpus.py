@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -115,14 +114,12 @@ def _audio_file(path: Path) -> Decoded:
 
 def _g722_files(files: list[Path]) -> Decoded:
     """Headerless ITU-T G.722 at 16 kHz, which libsndfile does not read."""
-    lock = threading.Lock()  # who asks for the first file of a group decodes all of it
 
     def decode(group: tuple[Path, ...], i: int) -> np.ndarray:
-        with lock:
-            try:
-                return _ffmpeg(group)[i]
-            except HearSsamError:
-                return _ffmpeg(group[i : i + 1])[0]  # one damaged file spoils no other
+        try:
+            return _ffmpeg(group)[i]
+        except HearSsamError:
+            return _ffmpeg(group[i : i + 1])[0]  # one damaged file spoils no other
 
     for start in range(0, len(files), GROUP):
         group = tuple(files[start : start + GROUP])
@@ -133,7 +130,7 @@ def _g722_files(files: list[Path]) -> Decoded:
 GROUP = 100  # files for one process
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)
 def _ffmpeg(files: tuple[Path, ...]) -> list[np.ndarray]:
     """Float32 at 16 kHz of several files by one process."""
     if not shutil.which("ffmpeg"):

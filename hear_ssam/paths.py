@@ -97,6 +97,12 @@ def only_writer(folder: Path, what: str, name: str = ".lock") -> Iterator[None]:
             folder.rmdir()
 
 
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """A file with this content by `atomic_write`; text in UTF-8, where what it does not hold is escaped."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+
+
 def link(path: str | os.PathLike[str], folder: Path) -> str:
     """The address of a file as seen from a page in `folder`, empty where it is not there (members of tars)."""
     if not os.path.isfile(path):

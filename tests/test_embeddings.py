@@ -12,11 +12,24 @@ import torch
 
 from hear_ssam import HearSsamError
 from hear_ssam.evaluation.embeddings import embed_task, frame_labels, require_done
+from hear_ssam.evaluation.evaluate import run_evaluation
 from hear_ssam.evaluation.module import load_hear_model
 from hear_ssam.evaluation.tasks import read_task
 
 from . import tiny_hear
 from .tiny_tasks import write_task
+
+TRAINED = """
+from pathlib import Path
+import torch
+from tests import tiny_hear
+from tests.tiny_hear import *
+
+def load_model(model_file_path="latest.txt"):
+    model = tiny_hear.load_model()
+    model.register_buffer("weight", torch.tensor(float(Path(model_file_path).read_text())))
+    return model
+"""
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +156,22 @@ def test_weights_tell_models_apart(tmp_path):
         f"tests.tiny_hear{name}" for name in ("", "-weights=base", "-weights=large")
     ]
     assert models[3].name == "tests.tiny_hear" and len(models[3].checkpoint_sha256) == 64
+
+
+def test_weights_that_a_module_finds_itself_are_a_part_of_the_origin(tmp_path, monkeypatch, serial):
+    """As those of a training that goes on writing to the same file."""
+    write_task(tmp_path / "tasks" / "tones")
+    (tmp_path / "trained.py").write_text(TRAINED)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run = {"tasks_dir": tmp_path / "tasks", "results_dir": tmp_path / "out", "workers": 1, "probe": "knn"}
+    times = []
+    for weight in "1122":
+        (tmp_path / "latest.txt").write_text(weight)
+        records = run_evaluation(["trained"], **run).records
+        assert {(r["model"], r["checkpoint_sha256"]) for r in records} == {("trained", "")}
+        times += [len((tmp_path / "out" / "records.jsonl").read_text().splitlines())]
+    assert times[0] == times[1] < times[2] == times[3]
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "numpy", "conjugate"])

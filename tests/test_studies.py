@@ -153,6 +153,23 @@ def test_the_page_of_the_comparison_pairs_clips(tmp_path: Path):
     one = next(line for line in text.splitlines() if "| t | logreg | good − bad |" in line).split(" | ")[3].split(" ± ")
     mean = next(line for line in text.splitlines() if "| mean of 2 | logreg | bad − good |" in line).split(" | ")[3]
     assert mean == f"-{one[0].strip('+')} ± {float(one[1]) / 2**0.5:.1f}"
+    newer = rows[0] | {"sha256": "y" * 12, "score": "0.1", "right": "0" * 400}
+    text = comparison.page([*rows, newer], tmp_path)  # trained on, and judged again under the same name
+    assert f"| t | logreg | good@x | {share:.1f} ± " in text and "| t | logreg | good@yyyyyyyy | 10.0 | 1 |" in text
+    text = comparison.page([*rows, rows[0] | {"task": "u", "score": "1"}], tmp_path)  # which others have not had yet
+    assert f" 34 MB | {share:.1f} ± " in text and "| u | logreg | good | 100.0 " in text
+
+
+def test_the_page_of_ablations_takes_the_tasks_that_all_were_judged_on(tmp_path: Path):
+    facts = (
+        cpu.facts(1) | dict(zip(ablations.KEYS[1:], "abcd", strict=True)) | {"held_out_loss": "1", "clips_seen": "4"}
+    )
+    rows = [
+        facts | {"training": training, "score one": "0.5", "score two": two}
+        for training, two in ((ablations.BASELINE, "0.9"), ("patches 4x8", ""))
+    ]
+    text = ablations.page(rows, tmp_path)
+    assert "| 50.0 | +0.0 | 50.0 |" in text and "two" not in text
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import HearSsamError
-from ..paths import atomic_write, link
+from ..paths import link, write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,8 +59,7 @@ def run(args: argparse.Namespace) -> int:
         points.append([*place, label, table.paths[index], link(path, folder), *times])
     words = f"{len(chosen):,} of {len(table.x):,} clips of {Path(args.embeddings).name}"
     words += f", embedded by {table.made['model']}; {args.method.upper()}"
-    with atomic_write(args.output) as temporary:
-        temporary.write_text(page(points, words), "utf-8")
+    write_whole(args.output, page(points, words))
     silent = sum(not point[4] for point in points)
     note = f", {silent:,} of them silent: no files of these names are found from this folder" if silent else ""
     print(f"{args.output}: {len(points):,} clips{note}")

@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import pickle
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from tqdm import tqdm
 from ..audio import read_audio
 from ..errors import HearSsamError
 from ..machine import work_ahead
-from ..paths import atomic_write, sha256
+from ..paths import atomic_write, sha256, write_whole
 from .folders import audio_folder, audio_rates, require_audio
 from .module import JudgedModule
 from .tasks import DONE, METADATA, VOCABULARY, Task, read_task
@@ -66,10 +65,9 @@ def embed_task(
     for stale in (out_dir / DONE, *out_dir.glob(".*.embeddings.npy.*")):  # the latter: of a process that was killed
         stale.unlink(missing_ok=True)
     started = time.time()
-    write(out_dir / PROVENANCE, json.dumps(made_by, indent=1).encode())
+    write_whole(out_dir / PROVENANCE, json.dumps(made_by, indent=1))
     for name in _described_by(task):
-        with atomic_write(out_dir / name) as temporary:
-            shutil.copyfile(task.folder / name, temporary)
+        write_whole(out_dir / name, (task.folder / name).read_bytes())
     count, dim = 0, 0
     for split, order in task.shuffled_clips():
         dim = _embed_split(hear, task, split, order, audio[split], out_dir, resample)
@@ -79,17 +77,11 @@ def embed_task(
     made_by |= {"clips": count, "dim": dim, "device": device, "backend": getattr(hear.model, "backend", None)}
     made_by |= {"dtype": dtype, "seconds": round(seconds, 3)}
     made_by["audio"] = {split: str(folder.resolve()) for split, folder in audio.items()}  # for those who want to listen
-    write(out_dir / PROVENANCE, json.dumps(made_by, indent=1).encode())
+    write_whole(out_dir / PROVENANCE, json.dumps(made_by, indent=1))
     profile = {"time_elapsed": seconds, "gpu_max_mem": None, "gpu_device_name": device}
-    write(out_dir / "profile.embeddings.json", json.dumps(profile).encode())
-    write(out_dir / DONE, b"")
+    write_whole(out_dir / "profile.embeddings.json", json.dumps(profile))
+    write_whole(out_dir / DONE, "")
     return out_dir
-
-
-def write(path: Path, content: bytes) -> None:
-    """A file that is whole or absent."""
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content)
 
 
 def _described_by(task: Task) -> list[str]:
@@ -120,7 +112,8 @@ def origin(hear: JudgedModule, task: Task, out_dir: Path, resample: bool) -> dic
 def given_origin(task: Task) -> dict[str, Any]:
     """`origin` of a folder of embeddings, where heareval may have made it and noted nothing."""
     noted = provenance(task.folder)
-    names = ("model", "checkpoint_sha256", "module", "module_version", "module_sha256", "audio_hz")
+    names = ["model", "checkpoint_sha256", "module", "module_version", "module_sha256", "audio_hz"]
+    names += ["weights_sha256"] * ("weights_sha256" in noted)  # where nothing else tells weights apart
     given = {name: noted.get(name) for name in names} if noted else {"folder": str(task.folder.resolve())}
     return {**given, "task_sha256": task_digest(task)}
 
@@ -172,11 +165,11 @@ def _embed_split(
         with open(shuffled, "wb") as file:
             for name in order:
                 file.write(mapped[slice(*spans[name])].tobytes())
-    write(out_dir / f"{split}.embedding-dimensions.json", json.dumps([rows, dim]).encode())
-    write(out_dir / f"{split}.target-labels.pkl", pickle.dumps([row for name in order for row in labels[name]]))
+    write_whole(out_dir / f"{split}.embedding-dimensions.json", json.dumps([rows, dim]))
+    write_whole(out_dir / f"{split}.target-labels.pkl", pickle.dumps([row for name in order for row in labels[name]]))
     if task.event:
         stamped = [[f"{out_dir / split / name}", ms] for name in order for ms in timestamps[name]]
-        write(out_dir / f"{split}.filename-timestamps.json", json.dumps(stamped).encode())
+        write_whole(out_dir / f"{split}.filename-timestamps.json", json.dumps(stamped))
     return dim
 
 

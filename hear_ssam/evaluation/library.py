@@ -27,7 +27,7 @@ from ..downstream.labels import read_labels
 from ..embedding.inputs import in_utf8
 from ..errors import HearSsamError, unknown_name
 from ..machine import usable_cpus
-from .folders import find_tasks, require_audio, unpack
+from .folders import audio_rates, find_tasks, require_audio, unpack
 from .jobs import noted
 from .tasks import METADATA, VOCABULARY, differences, folder_named, known_tasks, read_task
 
@@ -107,7 +107,7 @@ def task_table(folder: Path | None) -> list[list[str]]:
     rows = [["task", "folder", "clips", "hours", "classes", "licence", "here"]]
     for name in dict.fromkeys([*known_tasks(), *here]):
         places = here.get(name, [])
-        rates = sorted(int(path.name) for place in places for path in place.iterdir() if path.name.isdigit())
+        rates = sorted(rate for place in places for rate in audio_rates(place))
         used = sum(file.stat().st_size for place in places for file in place.rglob("*") if file.is_file())
         what = f"{', '.join(map(str, rates)) or 'no'} Hz, {used / 1e6:,.0f} MB" if places else "–"
         if card := known_tasks().get(name):

@@ -41,7 +41,7 @@ class JudgedModule:
     name: str  # names a model in records: the module (or the model's own name) and its options
     checkpoint_sha256: str
     device: torch.device
-    source: dict[str, str]  # which module of its name it is, as it was loaded: its version, the SHA-256 of its code
+    source: dict[str, str]  # which one of its name it is, as it was loaded: version, SHA-256 of code, of untold weights
 
     @property
     def sample_rate(self) -> int:
@@ -207,6 +207,9 @@ def _placed(module: ModuleType, model: object, name: str, digest: str, place: to
     file, version = getattr(module, "__file__", None), getattr(module, "__version__", "")
     source = {"module": module.__name__, "module_version": version if isinstance(version, str) else ""}
     source["module_sha256"] = _code_sha256(module.__name__, Path(file)) if file and Path(file).is_file() else ""
+    if not digest and not hasattr(model, "checkpoint_sha256"):  # weights that the module finds itself
+        with contextlib.suppress(Exception):  # of a kind that cannot be read
+            source |= {"weights_sha256": told} if (told := weights_sha256(model)) else {}
     with blamed(f"the model of {module.__name__} cannot be moved to the device {place}"):
         return JudgedModule(module, model.to(place), name, digest, place, source)
 

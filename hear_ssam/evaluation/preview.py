@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import HearSsamError
-from .embeddings import embed_task, write
+from ..paths import write_whole
+from .embeddings import embed_task
 from .folders import find_tasks
 from .module import load_hear_model
 from .quick import quick_probe
@@ -32,8 +33,8 @@ def limited(task: Task, count: int, folder: Path) -> Task:
     if all(len(task.clips(split)) <= count for split in task.splits):
         return task
     target, generator = folder / f"{task.name}-limit{count}", random.Random(0)
-    files = {METADATA: json.dumps({**task.metadata, "limit": count}).encode()}
-    files[VOCABULARY] = (task.folder / VOCABULARY).read_bytes()
+    write_whole(target / METADATA, json.dumps({**task.metadata, "limit": count}))
+    write_whole(target / VOCABULARY, (task.folder / VOCABULARY).read_bytes())
     for split in task.splits:
         clips, seen, turn = task.clips(split), Counter[str](), {}
         for name in generator.sample(sorted(clips), len(clips)):
@@ -41,9 +42,7 @@ def limited(task: Task, count: int, folder: Path) -> Task:
             turn[name] = seen[label]
             seen[label] += 1
         chosen = set(sorted(turn, key=turn.__getitem__)[:count])
-        files[f"{split}.json"] = json.dumps({name: clips[name] for name in clips if name in chosen}).encode()
-    for name, content in files.items():
-        write(target / name, content)
+        write_whole(target / f"{split}.json", json.dumps({name: clips[name] for name in clips if name in chosen}))
     return replace(read_task(target), audio=task.audio)
 
 

@@ -24,13 +24,13 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler, normalize
 from threadpoolctl import threadpool_limits
 
+from ..downstream.classify import STRENGTHS
 from ..errors import HearSsamError
 from .records import FoldResult, finite
 from .rows import Rows
 from .tasks import Task
 
 NEIGHBOURS = (1, 3, 5, 10, 20, 50)
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 MOST_TO_CHOOSE = 5000  # training rows that a strength is chosen with; the fit that is tested takes all
 
 Classify = Callable[[np.ndarray], np.ndarray]  # rows (n, dim) → probabilities float32 (n, classes)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import HearSsamError
-from ..paths import atomic_write, link
+from ..paths import link, write_whole
 from .jobs import noted
 from .records import Record, embeddings_folder, predictions_file, read
 from .tables import FORMATS, Cell, Table, agreement, caption, grid, tables
@@ -64,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         sys.stdout.write(text)
     else:
-        with atomic_write(args.output) as path:
-            path.write_text(text, encoding="utf-8")
+        write_whole(args.output, text)
     return 0
 
 

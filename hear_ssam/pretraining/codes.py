@@ -25,7 +25,7 @@ from ..config import EncoderConfig
 from ..errors import HearSsamError
 from ..frontend import HOP, SAMPLE_RATE, normalize
 from ..hear import EncoderModel, load_model
-from ..paths import atomic_write
+from ..paths import atomic_write, write_whole
 from .store import Frames, Store
 
 NONE = 65535  # no code: beyond the last whole time slot that the teacher saw
@@ -113,8 +113,7 @@ def build_codes(
     with atomic_write(store.folder / f"{name}.npy") as path, open(path, "wb") as file:
         np.save(file, codes)
         (store.folder / f"{name}.json").unlink(missing_ok=True)  # that of other codes tells nothing about these
-    with atomic_write(store.folder / f"{name}.json") as path:
-        path.write_text(json.dumps(info, indent=1), "utf-8")
+    write_whole(store.folder / f"{name}.json", json.dumps(info, indent=1))
     return info
 
 

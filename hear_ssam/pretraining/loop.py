@@ -30,7 +30,7 @@ from ..encoder import Encoder
 from ..errors import HearSsamError
 from ..machine import noted_signals
 from ..options import pick_device
-from ..paths import atomic_write, only_writer
+from ..paths import atomic_write, only_writer, write_whole
 from .card import model_card
 from .codes import open_codes
 from .learner import Learner
@@ -305,8 +305,7 @@ class _Run:
         return scores
 
     def write_log(self) -> None:
-        with atomic_write(self.folder / "log.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.log))
+        write_whole(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.log))
 
 
 def _leaves(values: dict[str, Any], of: str = "") -> dict[str, Any]:
@@ -368,6 +367,5 @@ def _publish(run: _Run) -> Path:
     }
     path = run.folder / f"{recipe.model}.safetensors"
     save_checkpoint(path, config, state, facts)
-    with atomic_write(run.folder / f"{recipe.model}.md") as card:
-        card.write_text(model_card(facts, store.info["sources"]), "utf-8", "backslashreplace")
+    write_whole(run.folder / f"{recipe.model}.md", model_card(facts, store.info["sources"]))
     return path

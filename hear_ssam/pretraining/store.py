@@ -33,7 +33,7 @@ from ..config import EncoderConfig
 from ..errors import HearSsamError, about
 from ..frontend import BLOCK, HOP, WINDOW, build_frontend, join
 from ..machine import work_ahead
-from ..paths import atomic_write, sha256
+from ..paths import atomic_write, sha256, write_whole
 
 RATE = CLIP_RATE  # Hz
 BANDS = 80  # of the log-mel frames in earlier stores
@@ -100,8 +100,7 @@ class Store:
         found = self.left_out
         for clip, heard, votes in rows:
             found[clip] = " ".join(f"{clip}\t{self.name(clip)}\t{heard}\t{votes}".splitlines())
-        with atomic_write(self.folder / "left-out.tsv") as path:
-            path.write_text("".join(f"{found[clip]}\n" for clip in sorted(found)), "utf-8", "backslashreplace")
+        write_whole(self.folder / "left-out.tsv", "".join(f"{found[clip]}\n" for clip in sorted(found)))
 
     def name(self, index: int) -> str:
         return f"clip {index}" if self.names is None else str(self.names[index])
@@ -185,8 +184,7 @@ def build_store(
     info = {"samples": offsets[-1], "clips": len(source), "sha256": whole.hexdigest(), "sources": table}
     info |= {"skipped": skipped, **dropped}
     (folder / "left-out.tsv").unlink(missing_ok=True)  # numbers of clips of an earlier store
-    with atomic_write(folder / "store.json") as path:
-        path.write_text(json.dumps(info, indent=1, ensure_ascii=False), "utf-8", "backslashreplace")
+    write_whole(folder / "store.json", json.dumps(info, indent=1, ensure_ascii=False))
     return info
 
 
