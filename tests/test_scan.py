@@ -248,6 +248,11 @@ def test_opaque_op(backend):
     )  # fmt: skip
     x, w = torch.randn(2, 5, 8, requires_grad=True), torch.randn(8, 4, requires_grad=True)
     torch.library.opcheck(scan._conv_op, (x, w, None, None, True, False, backend))
+    out, last, saved = scan._scan_op(*leaves, True, False, True, backend)  # gradients as declared, or compiled steps fail
+    backward, fake = (out, last, *leaves, saved, True, False, backend), ("test_faketensor",)
+    torch.library.opcheck(scan._scan_backward_op, backward, test_utils=fake)
+    for initial in (None, torch.randn(2, 3, 8)):
+        torch.library.opcheck(scan._conv_backward_op, (x, x, w, w[:, 0], initial, True, False, backend), test_utils=fake)
 
 
 @pytest.mark.parametrize("backend", backends())

@@ -57,11 +57,11 @@ def scan_backward(
 
     def per_token(x: Tensor) -> Tensor:  # (units, blocks, N, SAVE_EVERY) → (B, L, N)
         x = x.view(batch, _count(1, width), blocks, state, SAVE_EVERY).sum(1).transpose(2, 3).flatten(1, 2)[:, :length]
-        return x.flip(1) if reverse else x.contiguous()
+        return x.flip(1) if reverse else x
 
     dA, dD, dbias = (x.sum(0)[:channels] for x in (dA, dD, dbias))
-    du, ddelta, dz = (_trim(x, channels) for x in (du, ddelta, dz))
-    grads = du, ddelta, dA, per_token(dB), per_token(dC), dD, dz, dbias, dinitial[:, :channels].contiguous()
+    du, ddelta, dz = (x[..., :channels] for x in (du, ddelta, dz))
+    grads = du, ddelta, dA, per_token(dB), per_token(dC), dD, dz, dbias, dinitial[:, :channels]
     return ScanInputs(*as_given(grads, inputs))
 
 
@@ -93,8 +93,8 @@ def conv_backward(
         _count(len(x), width), reverse, **inputs, dout=_rows(dout, io), dx=dx, dinitial=dinitial,
         dweight=dweight, dbias=dbias, length=x.shape[1], vectors=width // LANES,
     )  # fmt: skip
-    dx, dweight, dbias = _trim(dx, channels), dweight.sum(0).t()[:channels].contiguous(), dbias.sum(0)[:channels]
-    return tuple(as_given((dx, dweight, dbias, _trim(dinitial, channels)), (x, weight, bias, initial_state)))
+    grads = dx[..., :channels], dweight.sum(0).t()[:channels], dbias.sum(0)[:channels], dinitial[..., :channels]
+    return tuple(as_given(grads, (x, weight, bias, initial_state)))
 
 
 def self_check() -> None:

@@ -39,8 +39,9 @@ class ScanInputs(NamedTuple):
 
 
 def as_given(grads: Iterable[Tensor | None], inputs: Iterable[Tensor | None]) -> list[Any]:
-    """Gradients in the dtypes of their inputs; None where there is no input."""
-    return [None if x is None or g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
+    """Gradients in the dtypes of their inputs and dense, as the ops declare them; None where there is no input."""
+    pairs = zip(grads, inputs, strict=True)
+    return [None if x is None or g is None else g.to(x.dtype).contiguous() for g, x in pairs]
 
 
 def selective_scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> tuple[Tensor, Tensor]:

@@ -437,7 +437,7 @@ def conv_forward(
                 x, weight, bias, out, length, channels, *_strides(x),
                 K=weight.shape[1], BT=16, BD=64, ACTIVATION=activation, REVERSE=reverse, num_warps=4,
             )  # fmt: skip
-    return out[:, before:] if not reverse else out[:, : length - before]
+    return (out[:, : length - before] if reverse else out[:, before:]).contiguous()
 
 
 def conv_backward(
