@@ -7,7 +7,6 @@ for the classes of well-known packages. Any other class or function that a file 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -135,19 +134,26 @@ def _read_safetensors(file: Path) -> tuple[EncoderConfig, dict[str, Tensor], dic
     except (SafetensorError, OSError, ValueError) as error:
         raise HearSsamError(f"damaged safetensors file ({error}); delete it and fetch it again.") from error
     if METADATA not in metadata:
-        config, state, info = _read_weights(state, file)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # transformers keeps the config beside
-            config = EncoderConfig.from_dict(json.loads(file.with_name("config.json").read_text("utf-8"))["encoder"])
-    else:
-        try:
-            stored = json.loads(metadata[METADATA])
-            config, info = EncoderConfig.from_dict(dict(stored["config"])), dict(stored["info"])
-        except HearSsamError as error:
-            raise HearSsamError(f"{error} Fetch the file again, or the version of hear_ssam that wrote it.") from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise HearSsamError(f"damaged metadata entry {METADATA!r} ({error!r}); fetch the file again.") from error
+        return _read_weights(state, file)
+    try:
+        stored = json.loads(metadata[METADATA])
+        config, info = EncoderConfig.from_dict(dict(stored["config"])), dict(stored["info"])
+    except HearSsamError as error:
+        raise HearSsamError(f"{error} Fetch the file again, or the version of hear_ssam that wrote it.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise HearSsamError(f"damaged metadata entry {METADATA!r} ({error!r}); fetch the file again.") from error
     _match_keys(config, state)
     return config, state, info
+
+
+def _config_beside(file: Path, state: Mapping[str, Tensor]) -> EncoderConfig | None:
+    """The config in the `config.json` beside weights that fit it: transformers writes both files."""
+    try:
+        config = EncoderConfig.from_dict(json.loads(file.with_name("config.json").read_text("utf-8"))["encoder"])
+        _match_keys(config, state)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return config
 
 
 # Our parameter names → the official ones, per system.
@@ -230,10 +236,11 @@ def _read_weights(payload: Any, file: Path) -> tuple[EncoderConfig, dict[str, Te
             raise HearSsamError(f"its entry {name!r} is not a dense floating-point tensor; {_PASS}")
 
     ours = "patch_embed.weight" in state
+    stored = _config_beside(file, state) if ours else None
     rename: Callable[[str], str] = str if ours else functools.partial(_official_name, system)
     shapes = {name: tensor.shape for name, tensor in state.items()}
     try:
-        config = _infer_config(system, shapes, rename)
+        config = stored or _infer_config(system, shapes, rename)
     except KeyError as error:
         raise HearSsamError(f"an incomplete checkpoint of {system}: the key {error} is missing; {_AGAIN}") from error
     except (ValueError, IndexError, ZeroDivisionError) as error:
@@ -246,13 +253,13 @@ def _read_weights(payload: Any, file: Path) -> tuple[EncoderConfig, dict[str, Te
     info["licence"] = f"{OFFICIAL[system].licence}, from {OFFICIAL[system].page}"
     if ours:
         info = {"source": f"state dict {file.name}"}
+    if ours and not stored:
         rounded = functools.partial(torch.allclose, atol=4e-3)  # bfloat16 does so by 2e-3
         if config.positions == "sincos" and not rounded(state["pos_embed"], sincos_positions(config)):
             size = f"{config.patch_frames} x {config.patch_mels}"
             raise HearSsamError(f"its positions are not those of {size} patches; store the config, by save_checkpoint.")
-        if not file.with_name("config.json").exists():
-            read = "embeddings are those of the last block, mean and deviation"
-            warnings.warn(f"{file}: holds no config: {read}; save_pretrained keeps what a model has.", stacklevel=4)
+        read = "embeddings are those of the last block, mean and deviation"
+        warnings.warn(f"{file}: holds no config: {read}; save_pretrained keeps what a model has.", stacklevel=4)
     if place not in ("", "model."):
         info["entry"] = place.rstrip(".")
     if isinstance(payload.get("epoch"), int):

@@ -71,9 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         codecs.register_error("hear_ssam", _in_plain)
-        for stream in (sys.stdout, sys.stderr):
+        names = "surrogateescape"  # of files, on stdin, which need not be UTF-8
+        for stream, errors in ((sys.stdin, names), (sys.stdout, "hear_ssam"), (sys.stderr, "hear_ssam")):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="hear_ssam")
+                stream.reconfigure(errors=errors)
         # A batch system that asks a job to end gets what Ctrl-C gets: a saved state, no leftovers.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         warnings.formatwarning = lambda message, *_: f"hear-ssam: warning: {message}\n"

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import HearSsamError
-from .paths import atomic_write, sha256
+from .paths import atomic_write, sha256, writing
 
 BLOCK = 1 << 18  # bytes
 ATTEMPTS = 3  # in a row that bring nothing new
@@ -26,7 +26,7 @@ def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
     """Where downloads are kept: `given`, else $HEAR_SSAM_CACHE, else hear_ssam in $XDG_CACHE_HOME or ~/.cache."""
     if chosen := given or os.environ.get("HEAR_SSAM_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hear_ssam"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "hear_ssam"  # "~" without a home
 
 
 def offline() -> bool:
@@ -87,7 +87,7 @@ def locked(target: Path) -> Iterator[None]:
     """One process at a time works on `target`, whose folder is made; errors of the disk name it."""
     from filelock import FileLock, Timeout
 
-    try:
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(_beside(target, "lock"))
         try:
@@ -99,8 +99,6 @@ def locked(target: Path) -> Iterator[None]:
             yield
         finally:
             lock.release()
-    except OSError as error:
-        raise HearSsamError(f"{target}: cannot be written: {error.strerror or error}; use another folder.") from error
 
 
 def _beside(target: Path, ending: str) -> Path:

@@ -345,7 +345,7 @@ def load_model(
             encoder.load_state_dict(state, assign=True)
         encoder.set_precision(precision)
         loaded = EncoderModel(name, config, encoder, backend, digest)
-        loaded.info, loaded.card = info, card.read_text("utf-8") if card.is_file() else ""
+        loaded.info, loaded.card = info, card.read_text("utf-8", "replace") if card.is_file() else ""
         return _move(loaded, device)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,16 @@ def followed(path: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
+def writing(place: object, reported: type[Exception] = OSError) -> Iterator[None]:
+    """Inside, errors of the disk, OSError and what a writer may have `reported` instead, name `place`."""
+    try:
+        yield
+    except (OSError, reported) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise HearSsamError(f"{place}: cannot be written: {reason}; make room or use another place.") from error
+
+
+@contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], reported: type[Exception] = OSError) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it onto `path` if the block succeeds, remove it if not.
 
@@ -53,29 +63,24 @@ def atomic_write(path: str | os.PathLike[str], reported: type[Exception] = OSErr
     target = followed(path)
     if os.path.exists(target) and not os.path.isfile(target):  # a rename would replace even a device
         raise HearSsamError(f"{target}: cannot be written: it is a folder or a device; name a file.")
-    try:
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    with writing(target, reported):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        temporary = Path(name)
+        temporary.touch(exist_ok=False)
         try:
+            rights = temporary.stat().st_mode
             yield temporary
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; results are for sharing
+            temporary.chmod(rights)  # of any new file: safetensors makes private ones, and results are for sharing
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-    except (OSError, reported) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise HearSsamError(f"{target}: cannot be written: {reason}; make room or use another place.") from error
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path, what: str, name: str = ".lock") -> Iterator[None]:
+def only_writer(folder: Path, what: str, name: str = ".lock", place: Path | None = None) -> Iterator[None]:
     """Make a folder and hold the lock `name` in it, which goes however the process ends, an empty folder too.
 
-    Raises HearSsamError where another `what` holds it or nothing can be written.
+    Raises HearSsamError where another `what` holds it or nothing can be written; it names `place`, or else the folder.
     """
     from filelock import FileLock, Timeout
 
@@ -84,9 +89,9 @@ def only_writer(folder: Path, what: str, name: str = ".lock") -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise HearSsamError(f"{folder}: another {what} writes to it; wait or choose another folder.") from None
+        raise HearSsamError(f"{place or folder}: another {what} writes to it; wait or use another place.") from None
     except OSError as error:
-        raise HearSsamError(f"{folder}: no folder can be written here: {error.strerror}; choose another.") from error
+        raise HearSsamError(f"{place or folder}: cannot be written: {error.strerror}; use another place.") from error
     try:
         yield
     finally:

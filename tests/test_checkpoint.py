@@ -100,6 +100,13 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
 
 
+def test_files_have_anybodys_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plain").touch()
+    monkeypatch.delattr(os, "umask")  # it is the process's: what one thread sets for a moment another takes for its own
+    save_checkpoint(tmp_path / "a.safetensors", small_config("ssam"), weights(small_config("ssam")), {})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_state_that_does_not_fit_is_not_saved(tmp_path: Path) -> None:
     config = small_config("ssam")
     state = weights(config)
@@ -262,6 +269,19 @@ def test_our_own_state_dict_loads_as_torch_saves_it(system: str, tmp_path: Path)
         HearSsamError, match=r"nan\.safetensors: holds weights that are NaN or infinite \(norm\.weight\)"
     ):
         load_checkpoint(tmp_path / "nan.safetensors")
+
+
+def test_a_state_dict_has_the_config_beside_it(tmp_path: Path) -> None:
+    """As transformers writes both, with or without safetensors."""
+    config = small_config("ssam", pooling="mean", readout_block=1, patch_frames=8, patch_mels=8)
+    (tmp_path / "config.json").write_text(json.dumps({"encoder": config.to_dict()}))
+    torch.save(Encoder(config).state_dict(), tmp_path / "pytorch_model.bin")
+    assert load_checkpoint(tmp_path / "pytorch_model.bin")[0] == config  # and nothing warns
+    for beside in ("{", "{}", json.dumps({"encoder": small_config("ssam", depth=2).to_dict()})):  # of something else
+        (tmp_path / "config.json").write_text(beside)
+        torch.save(Encoder(small_config("ssam")).state_dict(), tmp_path / "other.pth")
+        with pytest.warns(UserWarning, match="holds no config"):
+            load_checkpoint(tmp_path / "other.pth")
 
 
 def test_patches_that_shapes_do_not_tell_apart(tmp_path: Path) -> None:

@@ -150,6 +150,14 @@ def test_any_terminal_shows_tables_and_names(
     assert code == 2 and "\\udcff" in err
 
 
+def test_paths_on_stdin_need_not_be_text(
+    terminal: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9.wav\n"), "utf-8"))
+    code, _, err = terminal("utf-8", "embed", "-", "-o", str(tmp_path / "out"), "--model", "logmel")
+    assert code == 2 and "skipped caf\\udce9.wav: cannot be read: No such file" in err
+
+
 def test_a_process_without_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     assert cli.main(["models", "list"]) == 0

@@ -183,11 +183,27 @@ def test_two_runs_do_not_write_to_one_folder(recordings: Path, weights: Path, tm
 
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / ".part.lock"):
-        with pytest.raises(HearSsamError, match="out: another run writes there"):
+        with pytest.raises(HearSsamError, match="out: another run writes to it"):
             extract.embed_files(
                 [recordings / "00.wav"], tmp_path / "out", hear_ssam.load_model(weights), work.Options()
             )
         embed(recordings, "-o", tmp_path / "out", "--model", weights, "--shard", "1/2")  # has shards of its own
+
+
+@pytest.mark.parametrize("output", ["out", "out.parquet"])
+def test_a_lock_that_cannot_be_deleted_is_no_failure(
+    recordings: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    unlink = os.unlink
+
+    def as_on_windows(path: Any, **options: Any) -> None:
+        if os.fspath(path).endswith(".lock"):
+            raise PermissionError(13, "The process cannot access the file because it is being used", path)
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", as_on_windows)
+    assert embed(recordings / "00.wav", "-o", tmp_path / output, "--model", weights) == 0
+    assert set(names(tmp_path / output)) == {"00.wav"}
 
 
 def test_jobs_of_an_array_share_a_folder(recordings: Path, weights: Path, tmp_path: Path) -> None:

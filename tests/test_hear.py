@@ -19,6 +19,7 @@ import hear_ssam
 from hear_ssam import HearSsamError, get_scene_embeddings, get_timestamp_embeddings, hear, load_model
 from hear_ssam.checkpoint import convert, load_checkpoint, save_checkpoint
 from hear_ssam.config import CONFIGS, EncoderConfig, build_config
+from hear_ssam.embedding.clips import embed_long
 from hear_ssam.encoder import Encoder, resize_positions
 from hear_ssam.hear import EncoderModel, available_models
 from hear_ssam.paths import sha256
@@ -426,7 +427,8 @@ def test_no_global_state_of_torch_matters(name: str, state: str, files: dict[str
         loaded = load_model(files.get(name, name))
         drawn = load_model(f"{name}_tiny", pretrained=False) if name in files else loaded
         both = [get_scene_embeddings(audio, model) for model in (loaded, drawn)]
-        return [*both, *get_timestamp_embeddings(audio, loaded)]
+        in_pieces, _ = embed_long(loaded, lambda: [clip.numpy() for clip in audio])
+        return [*both, *get_timestamp_embeddings(audio, loaded), in_pieces]
 
     expected = embed()
     with other_state(state):

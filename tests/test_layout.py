@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -61,6 +62,12 @@ def test_the_card_has_its_header(model: EncoderModel, folder: Path) -> None:
     values = {key: json.loads(value) for key, value in (line.split(": ", 1) for line in header.splitlines())}
     assert values["license"] == "cc0-1.0" and values["library_name"] == "hear-ssam" and "ssam" in values["tags"]
     assert "# small_one" in text and "source: a test" in text and str(model.scene_embedding_size) in text
+
+
+def test_a_text_beside_the_weights_may_be_of_any_encoding(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "model.safetensors", tmp_path / "own.safetensors")
+    (tmp_path / "own.md").write_bytes(b"caf\xe9")
+    assert load_model(tmp_path / "own.safetensors").card == "caf\ufffd"
 
 
 def test_the_shipped_model_takes_its_card_along(tmp_path: Path) -> None:

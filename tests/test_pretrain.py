@@ -353,7 +353,7 @@ def test_a_recipe_file_and_options_are_checked_together(tmp_path):
 def test_what_would_fail_later_is_refused_at_once(store, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     command = ["pretrain", str(store), str(tmp_path / "file"), *options(SMALL)]
-    assert main(command) == 2 and "file: no folder can be written here" in capsys.readouterr().err
+    assert main(command) == 2 and "file: cannot be written: " in capsys.readouterr().err
     for option, value in (("--keep", "0"), ("--save-minutes", "nan"), ("--probe-minutes", "-1")):
         assert main([*command, option, value]) == 2 and f"{option[2:6]}" in capsys.readouterr().err.split("=")[0]
     assert main([*command, "--recipe", "code"]) == 2 and "Did you mean 'codes'" in capsys.readouterr().err

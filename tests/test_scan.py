@@ -248,11 +248,13 @@ def test_opaque_op(backend):
     )  # fmt: skip
     x, w = torch.randn(2, 5, 8, requires_grad=True), torch.randn(8, 4, requires_grad=True)
     torch.library.opcheck(scan._conv_op, (x, w, None, None, True, False, backend))
-    out, last, saved = scan._scan_op(*leaves, True, False, True, backend)  # gradients as declared, or compiled steps fail
-    backward, fake = (out, last, *leaves, saved, True, False, backend), ("test_faketensor",)
-    torch.library.opcheck(scan._scan_backward_op, backward, test_utils=fake)
-    for initial in (None, torch.randn(2, 3, 8)):
-        torch.library.opcheck(scan._conv_backward_op, (x, x, w, w[:, 0], initial, True, False, backend), test_utils=fake)
+    out, last, saved = scan._scan_op(*leaves, True, False, True, backend)
+    for op, arguments in (  # where a gradient is not laid out as declared, compiled steps fail
+        (scan._scan_backward_op, (out, last, *leaves, saved, True)),
+        (scan._conv_backward_op, (x, x, w, w[:, 0], None, True)),
+        (scan._conv_backward_op, (x, x, w, w[:, 0], torch.randn(2, 3, 8), True)),
+    ):
+        torch.library.opcheck(op, (*arguments, False, backend), test_utils=("test_faketensor",))
 
 
 @pytest.mark.parametrize("backend", backends())

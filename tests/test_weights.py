@@ -179,7 +179,7 @@ def test_what_cannot_be_had_says_why_and_leaves_nothing(
         (f"{server.url}/a.bin", "out", "0" * 64, r"/a\.bin: its SHA-256 \w+ is not the published one"),
         ("file:///etc/passwd", "out", None, "file:///etc/passwd: not an address on the web"),
         ("http://127.0.0.1:9/a.bin", "out", None, r"http://127\.0\.0\.1:9/a\.bin: .*refused.*try again later"),
-        (f"{server.url}/a.bin", "file", None, r"file/a\.bin: cannot be written: .*; use another folder"),
+        (f"{server.url}/a.bin", "file", None, r"file/a\.bin: cannot be written: .*; make room or use another place"),
     ):
         with pytest.raises(HearSsamError, match=message):
             fetch(url, tmp_path / folder / "a.bin", pinned)
@@ -336,6 +336,15 @@ def test_the_table_knows_every_model_and_the_shipped_file() -> None:
         )
         assert load_model(weights.label).config.system == weights.name.partition("_")[0]
     assert sum(file.stat().st_size for file in shipped("checkpoints").glob("*.safetensors")) < 40e6
+
+
+def test_what_ships_needs_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers that run under a number without an account."""
+    pwd = pytest.importorskip("pwd", reason="not on Windows")
+    for name in ("HOME", "XDG_CACHE_HOME", "HEAR_SSAM_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    assert load_model().name == "ssam_tiny"
 
 
 def test_outside_a_checkout_ours_are_taken_from_one(

@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -187,11 +187,11 @@ class _Moments:
         self.squares += rows.square().sum(0)
 
     def mean(self) -> Tensor:
-        return torch.as_tensor(self.total / self.count)
+        return cast(Tensor, self.total / self.count)
 
     def deviation(self, unbiased: bool = False) -> Tensor:
         squares = (self.squares - self.total * self.mean()).clamp(min=0)
-        return torch.as_tensor((squares / (self.count - unbiased)).sqrt())
+        return cast(Tensor, (squares / (self.count - unbiased)).sqrt())
 
 
 @torch.no_grad()
@@ -221,7 +221,7 @@ def embed_long(
             piece = normalize(piece, encoder.config) if encoder.kaldi else (piece - shift - mean) / deviation
             yield piece[:left]
             left = max(0, left - len(piece))
-        padding = torch.zeros(left, encoder.config.n_mels, device=model.device)
+        padding = torch.zeros(left, encoder.config.n_mels, dtype=torch.float32, device=model.device)
         yield normalize(padding, encoder.config) if encoder.kaldi else padding
 
     kept, pooled = len(model.timestamps(samples)), _Moments()
@@ -241,7 +241,7 @@ def _spectra(
     model: Any, blocks: Iterable[np.ndarray], offset: float, audio: _Moments | None = None
 ) -> Iterator[Tensor]:
     """The spectrogram of a long clip, less `offset`, as the front end makes it of the whole: (n, mels) in turn."""
-    pad, held, begun = model.frontend.pad, torch.zeros(0, device=model.device), False
+    pad, held, begun = model.frontend.pad, torch.zeros(0, dtype=torch.float32, device=model.device), False
     for block in blocks:
         for chunk in torch.from_numpy(block).to(model.device).split(LONG * model.sample_rate):
             if audio is not None:

@@ -88,7 +88,8 @@ def export_onnx(
 
     if clips < 1 or not 0 < seconds < 3600:
         raise HearSsamError(f"--clips {clips} --seconds {seconds:g}: take one clip or more, of up to an hour each.")
-    audio = model.check(torch.zeros(clips, round(seconds * model.sample_rate), device=model.device))
+    size = clips, round(seconds * model.sample_rate)
+    audio = model.check(torch.zeros(size, dtype=torch.float32, device=model.device))
     times = model.timestamps(audio.shape[1])
     example = model.spectrogram(audio) if spectrogram else audio
     table: dict[Any, Any] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
 from ..errors import HearSsamError
-from ..paths import atomic_write, followed
+from ..paths import atomic_write, followed, only_writer, writing
 
 KEY = b"hear_ssam"  # of the metadata: JSON with version, model, checkpoint_sha256 and every option
 WORDS = ["path", "model", "checkpoint_sha256"]  # columns of few distinct values
@@ -84,32 +82,18 @@ class Output:
     @contextlib.contextmanager
     def opened(self) -> Iterator[Output]:
         """Closes the open shard at the end, when interrupted too; errors of the disk name the output."""
-        fresh = not self.folder.exists()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / f".{self.prefix}.lock", timeout=0)
-            with lock:
-                try:
-                    self._drop()
-                    self._resume()
-                    yield self
+        with only_writer(self.folder, "run", f".{self.prefix}.lock", self.output), writing(self.output):
+            try:
+                self._drop()
+                self._resume()
+                yield self
+                self.close()
+            except KeyboardInterrupt:
+                if not self.writing:
                     self.close()
-                except KeyboardInterrupt:
-                    if not self.writing:
-                        self.close()
-                    raise
-                finally:
-                    self._drop()
-                    Path(lock.lock_file).unlink(missing_ok=True)
-        except Timeout as error:
-            raise HearSsamError(f"{self.output}: another run writes there; wait for it, or use --shard.") from error
-        except OSError as error:
-            reason = error.strerror or error
-            raise HearSsamError(f"{self.output}: cannot be written: {reason}; use another place.") from error
-        finally:
-            if (fresh or self.single) and self.folder.is_dir():
-                with contextlib.suppress(OSError):  # it is not empty
-                    self.folder.rmdir()
+                raise
+            finally:
+                self._drop()
 
     def _resume(self) -> None:
         if other := next((file for file in self.folder.glob("[!._]*") if file.suffix != ".parquet"), None):
@@ -184,4 +168,5 @@ class Output:
             for file in self.kept + parts:
                 for table in row_groups(file):
                     writer.write_table(table.cast(self.schema))
-        shutil.rmtree(self.folder)
+        for file in parts:
+            file.unlink()

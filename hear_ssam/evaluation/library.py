@@ -27,6 +27,7 @@ from ..downstream.labels import read_labels
 from ..embedding.inputs import in_utf8
 from ..errors import HearSsamError, unknown_name
 from ..machine import usable_cpus
+from ..paths import writing
 from .folders import audio_rates, find_tasks, require_audio, unpack
 from .jobs import noted
 from .tasks import METADATA, VOCABULARY, differences, folder_named, known_tasks, read_task
@@ -163,11 +164,9 @@ def make_task(
     for split in sorted(set(splits)):
         clips = {clip: [label] for clip, label, own in zip(names, classes, splits, strict=True) if own == split}
         files[f"{split}.json"] = json.dumps(dict(sorted(clips.items())), indent=1)
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         making = tempfile.TemporaryDirectory(dir=out, prefix=".making-")
-    except OSError as error:
-        raise HearSsamError(f"{out}: cannot be written: {error.strerror}; use another place.") from error
     with making as scratch:
         folder = Path(scratch) / target.name
         folder.mkdir()
@@ -225,12 +224,9 @@ def convert_all(pairs: Iterable[tuple[Path, Path]], rate: int, total: int) -> se
     def convert(pair: tuple[Path, Path]) -> int:
         audio = read_audio(pair[0], rate)
         soundfile.write(wav := io.BytesIO(), audio.clip(-1, 1), rate, subtype="PCM_16", format="WAV")
-        try:  # libsndfile would not say what hinders it
+        with writing(pair[1]):  # libsndfile would not say what hinders it
             pair[1].parent.mkdir(parents=True, exist_ok=True)
             pair[1].write_bytes(wav.getbuffer())
-        except OSError as error:
-            reason = f"cannot be written: {error.strerror}; make room or use another place"
-            raise HearSsamError(f"{pair[1]}: {reason}.") from error
         return len(audio)
 
     # Left when no thread writes any more: a folder that is removed then does not come back.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 from filelock import FileLock
 
 from ..errors import HearSsamError
+from ..paths import writing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,7 +129,7 @@ def make_records(
 def append(path: Path, records: Iterable[Record]) -> None:
     """Append records, all or none, and force them to disk. Raises HearSsamError that names an unwritable file."""
     data = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # jobs of an array share the store; a write that is not buffered says how much of it there was room for
         with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+b", buffering=0) as file:
@@ -143,9 +144,6 @@ def append(path: Path, records: Iterable[Record]) -> None:
             except OSError:  # a part of the records would pass for all of them
                 file.truncate(size)
                 raise
-    except OSError as error:
-        reason = error.strerror or error
-        raise HearSsamError(f"{path}: cannot be written: {reason}; make room or use another place.") from error
 
 
 def read(path: Path) -> list[Record]:

@@ -85,7 +85,7 @@ def upload(folder: Path, repo: str, private: bool, token: str | None) -> str:
     api = HfApi(token=token, library_name="hear-ssam")
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Weights of {folder.name}")
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Weights of hear_ssam")
     except Exception as error:  # of many classes: rights, names, network
         reason = " ".join(str(error).split()) or type(error).__name__
         raise HearSsamError(f"{repo}: cannot be pushed: {reason}; check the name and `hf auth login`.") from error
