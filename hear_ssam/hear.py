@@ -250,7 +250,9 @@ class EncoderModel(HearModel):
 def mean_and_deviation(rows: Tensor) -> Tensor:
     """Rows (B, T, E) → their mean and (biased) standard deviation over time, side by side (B, 2 E)."""
     mean = rows.mean(1)
-    return torch.cat([mean, (rows - mean[:, None]).square().mean(1).sqrt()], dim=1)
+    variance = (rows - mean[:, None]).square().mean(1)
+    still = variance == 0  # as of a single row: the root has no slope there, and its gradient would be NaN
+    return torch.cat([mean, variance.where(~still, 1).sqrt() * ~still], dim=1)
 
 
 class LogMelModel(HearModel):

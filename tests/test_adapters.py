@@ -1,5 +1,6 @@
 """Other people's models as HEAR modules: transformers (tiny, random weights), X-ARES encoders, objects."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import hear_ssam
 from hear_ssam import HearSsamError
 from hear_ssam.evaluation import hf, xares
 from hear_ssam.evaluation.embeddings import embed_task, provenance
-from hear_ssam.evaluation.module import judged, load_hear_model, weights_sha256
+from hear_ssam.evaluation.module import judged, load_hear_model, object_sha256, weights_sha256
 from hear_ssam.evaluation.rows import open_embeddings
 
 from . import tiny_hear
@@ -376,6 +377,25 @@ def test_objects_of_one_name_are_told_apart_by_their_settings(tmp_path, serial):
     models = [tiny_hear.load_model(bands=20), tiny_hear.load_model(bands=40)]
     records = hear_ssam.evaluate(models, tmp_path / "tasks", "knn", tasks="tones", workers=1)
     assert sorted({r["embeddings"]["dim"] for r in records}) == [20, 40]
+
+
+def test_an_object_is_judged_as_it_is_now(tmp_path, serial):
+    """Weights that were trained on since they were loaded; in eval mode, but left in training mode where it was."""
+    write_task(tmp_path / "tasks" / "tones")
+    loaded = hear_ssam.load_model()
+    tuned = copy.deepcopy(loaded).train()
+    torch.nn.init.zeros_(tuned.encoder.patch_embed.weight)
+    tuned.frontend.eval()
+
+    def scores(models):
+        found = hear_ssam.evaluate(models, tmp_path / "tasks", "knn", results_dir=tmp_path / "r", workers=1)
+        return {r["checkpoint_sha256"]: r["score"] for r in found if r["primary"] and r["fold"] is None}
+
+    first = scores(loaded)
+    assert not first.keys() & scores(tuned).keys() and len(scores([loaded, tuned])) == 2
+    assert tuned.training and tuned.encoder.training and not (tuned.frontend.training or loaded.training)
+    holders = [types.SimpleNamespace(inner=model.encoder.patch_embed) for model in (loaded, tuned)]
+    assert len({object_sha256(holder) for holder in holders}) == 2  # classes that are no torch modules
 
 
 def test_evaluate_says_what_it_cannot_judge(tmp_path, serial):

@@ -442,6 +442,15 @@ def test_no_global_state_of_torch_matters(name: str, state: str, files: dict[str
         model(audio).sum().backward()  # weights as good for training as any
 
 
+@pytest.mark.parametrize("samples", [640, 24_000])  # the shorter have one row, of no deviation
+def test_gradients_of_scenes_are_numbers(samples: int) -> None:
+    model = load_model(model="ssam_tiny", pretrained=False)
+    scene, rows = model.scene_and_rows(noise(2, samples / 16_000))
+    scene.square().sum().backward()
+    assert (rows.shape[1] == 1) == (samples == 640) and scene.isfinite().all()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
+
+
 @pytest.mark.parametrize("state", ["float64", "deterministic", "threads"])
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_nor_in_training(system: str, state: str) -> None:

@@ -105,15 +105,17 @@ def evaluate(
     """Judge one model, or a list of them, on the HEAR tasks in `tasks_dir`: the records of `hear-ssam evaluate`.
 
     A model is the name of a HEAR module, `hf:NAME`, `xares:FILE.py`, or an object: a HEAR module or what its load_model
-    returned, an encoder of X-ARES, a pair (model of transformers, its feature extractor). `options` are those of
-    `run_evaluation`. Without `results_dir` nothing but the records is kept. What fails is said on stderr; raises
-    HearSsamError where nothing else is left. Records call an object by its attribute `name`, or by its class.
-    Scripts need `if __name__ == "__main__"`: probes run in spawned processes.
+    returned, an encoder of X-ARES, a pair (model of transformers, its feature extractor); an object is judged as it is
+    now, in eval mode. `options` are those of `run_evaluation`. Without `results_dir` nothing but the records is kept.
+    What fails is said on stderr; raises HearSsamError where nothing else is left. Records call an object by its
+    attribute `name`, or by its class. Scripts need `if __name__ == "__main__"`: probes run in spawned processes.
     """
     listed = list(models) if isinstance(models, list) else [models]
     if not listed:
         raise HearSsamError("models: an empty list; name one at least.")
-    with contextlib.ExitStack() as stack:
+    from .module import modes_kept
+
+    with modes_kept(listed), contextlib.ExitStack() as stack:
         results = Path(results_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         evaluation = run_evaluation(listed, results_dir=results, tasks_dir=Path(tasks_dir), probe=probe, **options)
     if not evaluation.records and evaluation.failures:

@@ -11,12 +11,13 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from modulefinder import ModuleFinder
 from pathlib import Path
 from types import ModuleType
@@ -159,6 +160,8 @@ def judged(model: object, device: str = "auto", digest: str = "") -> JudgedModul
     Raises HearSsamError for an object of another kind.
     """
     place, kind = pick_device(device), type(model)
+    if isinstance(model, torch.nn.Module):
+        model.eval()  # in the middle of a training, its dropout would decide
     for adapter in ADAPTERS:
         module = importlib.import_module(f".{adapter}", __package__)
         if (wrapped := module.wrap(model)) is not None:
@@ -173,6 +176,18 @@ def judged(model: object, device: str = "auto", digest: str = "") -> JudgedModul
     return _placed(found, model, name, digest or object_sha256(model), place)
 
 
+@contextlib.contextmanager
+def modes_kept(objects: Iterable[object]) -> Iterator[None]:
+    """What of these is a torch module, or a pair with one, is in training mode afterwards where it was before."""
+    given = [one for whole in objects for one in (whole if isinstance(whole, tuple) else (whole,))]
+    modes = [(part, part.training) for one in given if isinstance(one, torch.nn.Module) for part in one.modules()]
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
 def weights_sha256(model: torch.nn.Module) -> str:
     """SHA-256 over names and values of all parameters and buffers that a model saves; empty where it has none."""
     digest, state = hashlib.sha256(), model.state_dict()
@@ -183,12 +198,15 @@ def weights_sha256(model: torch.nn.Module) -> str:
 
 
 def object_sha256(model: Any) -> str:
-    """SHA-256 over the weights of a model, the source of its class, and the settings (plain values) of its parts."""
-    parts = list(model.modules()) if isinstance(model, torch.nn.Module) else []
-    said = [getattr(model, "checkpoint_sha256", None) or (weights_sha256(model) if parts else "")]
+    """SHA-256 over the weights of a model as they are now, or of those that it holds, the source of its class, and the
+    settings (plain values) of its parts."""
+    held = (value for value in getattr(model, "__dict__", {}).values() if isinstance(value, torch.nn.Module))
+    whole = model if isinstance(model, torch.nn.Module) else torch.nn.ModuleList(held)
+    said = [weights_sha256(whole)]
     with contextlib.suppress(OSError, TypeError):  # it was made where no file or notebook tells
         said.append(inspect.getsource(type(model)))
-    for name, value in (item for part in parts or [model] for item in sorted(getattr(part, "__dict__", {}).items())):
+    attributes = (sorted(getattr(part, "__dict__", {}).items()) for part in (model, *whole.modules()))
+    for name, value in itertools.chain.from_iterable(attributes):
         with contextlib.suppress(TypeError, ValueError):  # what is not plain
             value = dataclasses.asdict(value) if hasattr(type(value), "__dataclass_fields__") else value
             said.append(json.dumps([name, value], sort_keys=True))
