@@ -107,8 +107,9 @@ def embed_files(
     workers        threads, each with a batch of files, and with one more that waits
     cluster        that works instead of threads here; the files are then written in the order in which they are done
 
-    Skipped files are named on stderr. Raises HearSsamError where `output` cannot be written, holds embeddings of other
-    weights or options, or every file is skipped; what was there is then left as it was.
+    Skipped files are named on stderr, and how many have changed since. Raises HearSsamError where `output` cannot be
+    written, holds embeddings of other weights or options or of other files of the same names, or every file is skipped;
+    what was there is then left as it was.
     """
     from .embedding.inputs import Recording, of_file
     from .embedding.shards import Output
@@ -120,6 +121,7 @@ def embed_files(
     group = min(ROW_GROUP, 1 + ROW_BYTES // (4 * model.scene_embedding_size))
     target = Output(output, options.schema(model), "part" if parts == 1 else f"part-{part}-of-{parts}", group)
     skipped: list[str] = []
+    newer: list[str] = []
     embedded = there = 0
 
     def wanted() -> Iterator[Recording]:
@@ -130,6 +132,7 @@ def embed_files(
                 yield recording
             else:
                 there += 1
+                newer.extend([recording.label] * target.newer(recording))
 
     with target.opened():
         todo = list(wanted()) if isinstance(files, list) else wanted()
@@ -144,4 +147,7 @@ def embed_files(
         target.finish()
     already = f", {there} were there already" if there else ""
     print(f"{output}: {embedded} of {embedded + len(skipped)} files{already}", file=sys.stderr)
+    if newer:
+        text = f"{len(newer)} files are newer than their embeddings, which were kept, {newer[0]} first"
+        print(f"{output}: {text}; delete it to embed all again.", file=sys.stderr)
     return skipped

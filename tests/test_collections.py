@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,35 @@ def test_done_files_are_skipped_and_counted(
         monkeypatch.undo()
     assert (tmp_path / "link.parquet").is_symlink()
     assert [file.name for file in (tmp_path / "far").iterdir()] == ["file.parquet"]
+
+
+@pytest.mark.parametrize("output", ["out", "out.parquet"])
+def test_done_files_are_told_from_others_of_their_name(
+    recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    """Which were recorded on another day, or are here now; a folder that was moved is the same."""
+    place = tmp_path / output
+    for day in ("01", "02"):
+        (tmp_path / day).mkdir()
+        shutil.copy(recordings / f"{day}.wav", tmp_path / day / "a.wav")
+    monkeypatch.chdir(tmp_path / "01")
+    assert embed("a.wav", "-o", place, "--model", "logmel") == 0
+    before = columns(place)
+    monkeypatch.chdir(tmp_path / "02")
+    assert embed("a.wav", "-o", place, "--model", "logmel") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"hear-ssam: error: {place}: holds embeddings of {tmp_path / '01' / 'a.wav'}, which ")
+    monkeypatch.chdir(tmp_path)
+    assert embed("01/a.wav", "-o", place, "--model", "logmel") == 0  # called otherwise, and so another row
+    (tmp_path / "01").rename(tmp_path / "03")
+    monkeypatch.chdir(tmp_path / "03")
+    capsys.readouterr()
+    assert embed("a.wav", "-o", place, "--model", "logmel") == 0
+    assert capsys.readouterr().err == f"{place}: 0 of 0 files, 1 were there already\n"
+    os.utime("a.wav", (2e9, 2e9))
+    assert embed("a.wav", "-o", place, "--model", "logmel") == 0
+    assert "1 files are newer than their embeddings, which were kept, a.wav first; delete it" in capsys.readouterr().err
+    assert columns(place)["embedding"][: len(before["embedding"])] == before["embedding"]
 
 
 @pytest.mark.parametrize("output", ["out", "out.parquet"])

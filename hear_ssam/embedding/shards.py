@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 
 from ..errors import HearSsamError
 from ..paths import atomic_write, followed, only_writer, writing
+from .inputs import Recording
 
 KEY = b"hear_ssam"  # of the metadata: JSON with version, model, checkpoint_sha256 and every option
+FOLDER = b"folder"  # of the metadata: where relative paths began
 WORDS = ["path", "model", "checkpoint_sha256"]  # columns of few distinct values
 
 
@@ -55,15 +57,18 @@ def row_groups(file: Path) -> Iterator[pa.Table]:
         yield from map(rows.read_row_group, range(rows.num_row_groups))
 
 
-def _paths(file: Path) -> set[str]:
-    return set(pq.read_table(file, columns=["path"])[0].unique().to_pylist())
+def _paths(file: Path) -> dict[str, tuple[float, str]]:
+    """The recordings whose rows a file holds: when it was written, and the folder where relative paths began."""
+    paths = pq.read_table(file, columns=["path"])
+    begun = os.fsdecode((paths.schema.metadata or {}).get(FOLDER, b""))
+    return dict.fromkeys(paths[0].unique().to_pylist(), (file.stat().st_mtime, begun))
 
 
 class Output:
     """Shards that are written one after the other; each is whole or absent.
 
     A folder gets shards `PREFIX-00000.parquet`. A file `NAME.parquet` gets them in a hidden folder beside it, and is
-    made of them at the end. `done` holds the paths whose rows are there already.
+    made of them at the end. `done` holds the paths whose rows are there already, as `_paths` gives them.
     """
 
     def __init__(self, output: str | os.PathLike[str], schema: pa.Schema, prefix: str, row_group: int) -> None:
@@ -102,14 +107,25 @@ class Output:
         self.kept = older = [self.output] if self.single and self.output.exists() else []
         made, mend = json.loads(self.schema.metadata[KEY]), "name another output, or delete this one"
         same_provenance(self.output, older + parts, made, mend)
-        self.done = {path for file in older for path in _paths(file)}
+        self.done = {path: known for file in older for path, known in _paths(file).items()}
         for file in parts:
-            if self.done & (found := _paths(file)) and older:
+            if self.done.keys() & (found := _paths(file)).keys() and older:
                 file.unlink()  # the run before ended between making the one file and removing its parts
             else:
                 self.done |= found
         mine = [file.stem.rpartition("-")[2] for file in parts if file.name.startswith(f"{self.prefix}-")]
         self.number = 1 + max(map(int, mine), default=-1)
+
+    def newer(self, recording: Recording) -> bool:
+        """Whether a file has changed since it was embedded. Raises HearSsamError for another one of the same name."""
+        written, begun = self.done[recording.label]
+        other, here = Path(begun, recording.name), Path(recording.name)
+        if recording.decode or not here.exists():
+            return False
+        if begun and other.exists() and not other.samefile(here):
+            text = f"holds embeddings of {other}, which from there has the name of {here.absolute()}"
+            raise HearSsamError(f"{self.output}: {text}; name another output, or whole paths.")
+        return here.stat().st_mtime > written
 
     def close_if(self, seconds: float) -> None:
         """Close a shard that has been open that long."""

@@ -62,7 +62,7 @@ class Options:
             columns["end_ms"] = pa.float64()
         columns |= {"model": pa.string(), "checkpoint_sha256": pa.string()}
         columns["embedding"] = pa.list_(pa.from_numpy_dtype(np.dtype(self.dtype)), -1 if others else first)
-        return pa.schema(columns, {"hear_ssam": json.dumps(self.made(model))})
+        return pa.schema(columns, {"hear_ssam": json.dumps(self.made(model)), "folder": os.fsencode(os.getcwd())})
 
     def made(self, model: HearModel) -> dict[str, Any]:
         """Everything that decides the rows, and the version of this package."""
