@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 BASELINE = "logmel"  # the model without weights that counts as zero in tables
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of a logistic regression, the inverse strength of its L2 penalty
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 

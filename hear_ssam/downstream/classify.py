@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import HearSsamError
-from ..options import add_device, add_model, add_model_options, parse_options
+from ..options import STRENGTHS, add_device, add_model, add_model_options, parse_options
 from ..paths import atomic_write
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 FORMAT = "hear_ssam classifier 1"
 COLUMNS = ("path", "start_ms", "end_ms", "label")  # of the predictions, before one a class
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C, the inverse strength of the L2 penalty
 
 EXAMPLES = """examples:
   hear-ssam classify train sounds/ -o sounds.json                  sounds/dog/*.wav, sounds/rain/*.flac, ...

@@ -24,8 +24,8 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler, normalize
 from threadpoolctl import threadpool_limits
 
-from ..downstream.classify import STRENGTHS
 from ..errors import HearSsamError
+from ..options import STRENGTHS
 from .records import FoldResult, finite
 from .rows import Rows
 from .tasks import Task
