@@ -28,6 +28,7 @@ from typing import Any
 from hear_ssam.errors import HearSsamError
 from hear_ssam.paths import atomic_write, write_whole
 
+from . import plain_parser
 from .cpu import facts
 
 HERE = Path(__file__).parent
@@ -129,9 +130,7 @@ def _serve(pipe: Connection, study: str, cell: Cell) -> None:
 
 def parser(name: str, text: str) -> argparse.ArgumentParser:
     """The options that all studies have."""
-    made = argparse.ArgumentParser(
-        prog=f"python -m benchmarks {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = plain_parser(name, text)
     made.add_argument("-o", "--output", type=Path, default=HERE, help=f"folder of {name}.csv, its figure and README.md")
     made.add_argument("--seed", type=int, default=0, help="of the order of the cells (default 0)")
     made.add_argument("--page", action="store_true", help="run nothing; make figure and page of the CSV again")

@@ -13,7 +13,6 @@ for all of them; what such a prediction can reach at best is the variance of a c
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -33,6 +32,8 @@ from hear_ssam.paths import shipped
 from hear_ssam.pretraining.learner import Learner
 from hear_ssam.pretraining.recipe import Recipe
 from hear_ssam.pretraining.windows import Batch, random_mask
+
+from . import plain_parser
 
 STEPS, BATCH, EVERY = 400, 16, 25
 COLOURS = {"before": "#c44e52", "after": "#1f6f8b"}
@@ -97,9 +98,7 @@ def pretrain(mask_position: str, train: torch.Tensor, held_out: torch.Tensor) ->
 
 def main(arguments: list[str]) -> int:
     """`python -m benchmarks choices`: draw the picture, print its numbers as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks choices", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser("choices", __doc__)
     default = Path(__file__).with_suffix(".png")
     parser.add_argument("-o", "--output", type=Path, default=default, help="the picture (default %(default)s)")
     out = parser.parse_args(arguments).output

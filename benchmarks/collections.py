@@ -28,6 +28,7 @@ import soundfile
 from hear_ssam.audio import find_audio
 from hear_ssam.paths import shipped
 
+from . import plain_parser
 from .cpu import facts, heading
 
 EMBED = "from hear_ssam import cli; code = cli.main(['embed', *sys.argv[1:]]); assert code == 0"
@@ -181,11 +182,7 @@ def real(args: argparse.Namespace, folder: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks collections",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser("collections", __doc__)
     parser.add_argument("what", choices=("long", "short", "real"))
     parser.add_argument("--model", default="ssam_tiny")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")

@@ -26,6 +26,7 @@ from hear_ssam.errors import HearSsamError, unknown_name
 from hear_ssam.machine import FEATURES, cpu
 from hear_ssam.paths import atomic_write, write_whole
 
+from . import plain_parser
 from .cpu_process import PARTS, PEERS, REST, SCAN, WHOLE, Measurement, Worker
 
 SIZES = ("tiny", "small", "base")
@@ -52,13 +53,9 @@ modes:
 
 def main(arguments: list[str]) -> int:
     """`python -m benchmarks cpu`: print the table of each mode, write it where -o says."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks cpu",
-        description="Measure the encoder on this machine: speed, error against float64, and the floor (matrix products "
-        "at the best rate seen, plus the scan at the rate of the multiply units).",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    text = "Measure the encoder on this machine: speed, error against float64, and the floor (matrix products at the "
+    text += "best rate seen, plus the scan at the rate of the multiply units)."
+    parser = plain_parser("cpu", text, epilog=EXAMPLES)
     parser.add_argument("--quick", action="store_true", help="tiny only, 3 rounds instead of 7")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of every row (default 1)")
     parser.add_argument("--sizes", default=",".join(SIZES), help="of the inference rows (default %(default)s)")

@@ -10,7 +10,6 @@ task is an extrapolation, and says so: clips of FSD50K are 7.6 s long in the mea
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pickle
@@ -24,6 +23,7 @@ import soundfile
 from hear_ssam.audio import find_audio
 from hear_ssam.paths import shipped, write_whole
 
+from . import plain_parser
 from .collections import measure
 from .cpu import facts, heading
 
@@ -89,9 +89,7 @@ def real_clips(folder: Path, audio: list[Path], count: int) -> float:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks fsd50k", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser("fsd50k", __doc__)
     parser.add_argument("--audio", nargs="+", metavar="PATH", help="default: the demo's clips")
     parser.add_argument("--clips", type=int, default=4000, help="to embed (default 4000)")
     parser.add_argument("--model", default="ssam_tiny")

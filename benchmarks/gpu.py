@@ -32,6 +32,8 @@ from hear_ssam.pretraining.recipe import Recipe
 from hear_ssam.pretraining.windows import Batch, random_mask
 from hear_ssam.scan import available_backends, causal_conv1d, selective_scan, use_backend
 
+from . import plain_parser
+
 LENGTH = 251  # tokens of a 2-second clip
 STATE = 24
 WIDTHS = {"tiny": 576, "base": 2304}  # channels inside a mixer
@@ -42,9 +44,7 @@ Row = dict[str, Any]
 
 def main(arguments: list[str]) -> int:
     """`python -m benchmarks gpu`: exit code 1 where a check or a table failed, 2 without a GPU."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser("gpu", __doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for gpu.md and gpu.csv")
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024], help="clips per kernel call")
     parser.add_argument("--repeats", type=int, default=30, help="timed calls per number")

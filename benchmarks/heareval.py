@@ -10,7 +10,6 @@ on its own copy. heareval has one process and all cores for its products; `hear-
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -22,6 +21,7 @@ from hear_ssam.evaluation import records
 from hear_ssam.evaluation.jobs import HEADS
 from hear_ssam.machine import usable_cpus
 
+from . import plain_parser
 from .collections import Measured, measure_command
 from .cpu import facts, heading
 
@@ -54,9 +54,7 @@ def our_score(results: Path) -> float:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks heareval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser("heareval", __doc__)
     parser.add_argument("tasks", nargs="+", type=Path, metavar="EMBEDDINGS", help="folder of one task's embeddings")
     parser.add_argument("--python", type=Path, required=True, help="an interpreter with heareval and hear_ssam")
     parser.add_argument("--probes", nargs="+", default=list(HEADS), choices=HEADS)

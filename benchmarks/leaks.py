@@ -9,7 +9,6 @@ False alarms are counted on clips that share no recording with the tasks (--othe
 
 from __future__ import annotations
 
-import argparse
 import io
 import random
 from collections.abc import Callable
@@ -21,6 +20,8 @@ from hear_ssam.audio import Clip, find_audio, read_audio
 from hear_ssam.paths import shipped
 from hear_ssam.pretraining.leaks import VOTES, find_leaks
 from hear_ssam.pretraining.store import Store
+
+from . import plain_parser
 
 RATE = 16_000
 Audio = np.ndarray  # float32 (samples,) at 16 kHz
@@ -69,9 +70,7 @@ def in_memory(clips: list[Audio]) -> Store:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks leaks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser("leaks", __doc__)
     parser.add_argument(
         "--tasks",
         nargs="+",

@@ -6,12 +6,11 @@ python -m benchmarks onnx --model ssam_base --random
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import logging
+import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,22 +19,19 @@ import torch
 from hear_ssam import load_model
 from hear_ssam.embedding.export import export_onnx
 
+from . import plain_parser
+from .cells import timed
 from .cpu import facts, heading
 
 
 def milliseconds(function: Callable[[], object], repeats: int) -> float:
     """Median of `repeats` runs after one that does not count; of CPU time, which other processes hardly touch."""
     function()
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        function()
-        times.append(1000 * (time.process_time() - start))
-    return statistics.median(times)
+    return 1000 * statistics.median(timed(lambda _: function(), runs=repeats, enough=math.inf)["cpu_s"])
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks onnx", description=(__doc__ or "").split("\n")[0])
+    parser = plain_parser("onnx", __doc__)
     parser.add_argument("--model", default="ssam_tiny", help="default: ssam_tiny")
     parser.add_argument("--random", action="store_true", help="random weights")
     parser.add_argument("--repeats", type=int, default=20, help="default: 20")

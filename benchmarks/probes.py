@@ -18,6 +18,8 @@ from hear_ssam.evaluation.evaluate import run_evaluation
 from hear_ssam.evaluation.jobs import HEADS
 from hear_ssam.paths import shipped
 
+from . import plain_parser
+
 
 def measured(args: argparse.Namespace, probe: str) -> dict[str, list[tuple[float, float]]]:
     """Task → score in % and seconds of every seed whose score is finite."""
@@ -35,9 +37,7 @@ def measured(args: argparse.Namespace, probe: str) -> dict[str, list[tuple[float
 
 def main(arguments: list[str]) -> int:
     """`python -m benchmarks probes`: print one row per task."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks probes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser("probes", __doc__)
     parser.add_argument("--tasks-dir", type=Path, default=shipped("eval_tasks") / "demo" / "tasks")
     parser.add_argument("--embeddings-dir", type=Path)
     parser.add_argument("--tasks", nargs="+", default=[])

@@ -101,6 +101,11 @@ def test_foreign_embeddings_need_no_module(tmp_path, serial):
     assert [r["score"] for r in evaluation.records] == [r["score"] for r in read(tmp_path / "a")]
     again = run_evaluation(embeddings_dir=folder, results_dir=tmp_path / "b", workers=1)
     assert again.records == evaluation.records  # nothing ran twice
+    rows = np.fromfile(folder / "tones" / "test.embeddings.npy", np.float32)
+    rows[:] = rows[::-1]
+    rows.tofile(folder / "tones" / "test.embeddings.npy")  # of another model, say
+    others = run_evaluation(embeddings_dir=folder, results_dir=tmp_path / "b", workers=1)
+    assert [r["score"] for r in others.records] != [r["score"] for r in evaluation.records]
     other = shutil.copytree(folder, tmp_path / "elsewhere" / "openl3")  # the same name is not the same embeddings
     moved = run_evaluation(embeddings_dir=other, results_dir=tmp_path / "b", workers=1)
     assert {r["embeddings"]["folder"] for r in moved.records} == {str(other / "tones")}

@@ -19,6 +19,7 @@ import soundfile
 from hear_ssam import HearSsamError, cli
 from hear_ssam.audio import read_audio
 from hear_ssam.evaluation import library
+from hear_ssam.evaluation.embeddings import task_digest
 from hear_ssam.evaluation.evaluate import run_evaluation
 from hear_ssam.evaluation.folders import find_archives, find_tasks
 from hear_ssam.evaluation.library import fetch_task, make_task, task_table
@@ -261,6 +262,10 @@ def test_make_is_seeded(tmp_path):
     source = recordings(tmp_path / "sounds", {"cat": 8, "doggy": 8})
     made = [drawn(make_task(source, tmp_path / str(i), seed=seed, folds=4)) for i, seed in enumerate((0, 0, 1))]
     assert made[0] == made[1] != made[2]
+    soundfile.write(source / "cat" / "0.wav", np.zeros(22050), 22050)  # what was recorded anew is another task
+    made_of = [make_task(source, tmp_path / name, seed=0, folds=4) for name in ("new", "same")]
+    digests = [task_digest(read_task(folder)) for folder in (tmp_path / "0" / made_of[0].name, *made_of)]
+    assert digests[0] != digests[1] == digests[2]
 
 
 def table(path, rows):

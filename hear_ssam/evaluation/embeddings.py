@@ -110,12 +110,14 @@ def origin(hear: JudgedModule, task: Task, out_dir: Path, resample: bool) -> dic
 
 
 def given_origin(task: Task) -> dict[str, Any]:
-    """`origin` of a folder of embeddings, where heareval may have made it and noted nothing."""
-    noted = provenance(task.folder)
+    """`origin` of a folder of embeddings; where heareval noted nothing, its place and time."""
+    noted, digest = provenance(task.folder), {"task_sha256": task_digest(task)}
+    if not noted:
+        written = max((path.stat().st_mtime_ns for path in task.folder.glob("*.embeddings.npy")), default=0)
+        return {"folder": str(task.folder.resolve()), "written_ns": written, **digest}
     names = ["model", "checkpoint_sha256", "module", "module_version", "module_sha256", "audio_hz"]
     names += ["weights_sha256"] * ("weights_sha256" in noted)  # where nothing else tells weights apart
-    given = {name: noted.get(name) for name in names} if noted else {"folder": str(task.folder.resolve())}
-    return {**given, "task_sha256": task_digest(task)}
+    return {name: noted.get(name) for name in names} | digest
 
 
 def require_done(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -27,7 +28,7 @@ from ..downstream.labels import read_labels
 from ..embedding.inputs import in_utf8
 from ..errors import HearSsamError, unknown_name
 from ..machine import usable_cpus
-from ..paths import writing
+from ..paths import sha256, writing
 from .folders import audio_rates, find_tasks, require_audio, unpack
 from .jobs import noted
 from .tasks import METADATA, VOCABULARY, differences, folder_named, known_tasks, read_task
@@ -173,6 +174,8 @@ def make_task(
         places = [folder / str(rate) / split / clip for split, clip in zip(splits, names, strict=True)]
         lengths = convert_all(zip((Path(row.path) for row in rows), places, strict=True), rate, len(rows))
         metadata["sample_duration"] = lengths.pop() / rate if len(lengths) == 1 else None  # s; equal ones share batches
+        digests = "".join(map(sha256, places))  # other recordings of the same names are another task to `evaluate`
+        metadata["audio_sha256"] = hashlib.sha256(digests.encode()).hexdigest()
         for file, text in {METADATA: json.dumps(metadata, indent=1), **files}.items():
             (folder / file).write_text(text, encoding="utf-8")
         read_task(folder)
