@@ -83,66 +83,12 @@ def _places(x: np.ndarray, method: str) -> np.ndarray:
 
 
 def page(points: list[list[object]], words: str) -> str:
-    """The HTML page of points [x, y, label, name, address(, start, end in s)]."""
+    """The HTML page (`map.html.j2`) of points [x, y, label, name, address(, start, end in s)]."""
     import jinja2
 
     count = Counter(str(point[2]) for point in points)
     shown = sorted(label for label, _ in count.most_common(MOST_LABELS))
     hues = {label: f"hsl({360 * index // len(shown)} 70% 50%)" for index, label in enumerate(shown)}
-    template = jinja2.Environment(autoescape=True).from_string(_PAGE)
+    text = Path(__file__).with_name("map.html.j2").read_text("utf-8")
+    template = jinja2.Environment(autoescape=True).from_string(text)
     return template.render(words=words, count=count, hues=hues, data={"points": points, "hues": hues})
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Map of clips</title>
-<style>
-:root { color-scheme: light dark }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 1100px; padding: 0 1rem }
-h1 { font-size: 1.1rem } audio { width: 100%; height: 2.2rem }
-#now { overflow-wrap: anywhere; margin: .3rem 0 }
-#map { border: 1px solid #8886; margin: .7rem 0; padding: 12px }
-svg { width: 100%; height: min(70vh, 780px); display: block; overflow: visible }
-circle { r: 4px; stroke: transparent; stroke-width: 8; cursor: pointer } .many circle { r: 2px }
-svg circle:hover, svg .chosen { r: 7px; stroke: CanvasText; stroke-width: 2 }
-circle.off { display: none } button.off { opacity: .3 }
-button { font: inherit; color: inherit; background: none; border: 0; cursor: pointer }
-i { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .3em }
-</style>
-<h1>{{ words }}</h1>
-<p id="now">Click a point to hear it.</p><audio controls></audio>
-<div id="map"><svg></svg></div>
-{%- for label, hue in hues.items() %}
-<button data-label="{{ label }}"><i style="background: {{ hue }}"></i>{{ label or "none" }} {{ count[label] }}</button>
-{%- endfor %}
-<script>
-const data = {{ data | tojson }};
-const svg = document.querySelector("svg"), audio = document.querySelector("audio");
-const now = document.getElementById("now"), make = name => document.createElementNS(svg.namespaceURI, name);
-let chosen, until = Infinity;
-svg.classList.toggle("many", data.points.length > 3000);
-for (const [x, y, label, name, link, start, end] of data.points) {
-  const dot = make("circle"), title = make("title");
-  const part = end === undefined ? "" : ` ${start.toFixed(2)}-${end.toFixed(2)} s`;
-  title.textContent = (label && label + ": ") + name.split("/").pop() + part;
-  dot.dataset.label = label;
-  for (const [key, value] of [["cx", 100 * x + "%"], ["cy", 100 - 100 * y + "%"], ["fill", data.hues[label] ?? "#888"]])
-    dot.setAttribute(key, value);
-  dot.onclick = () => {
-    chosen?.classList.remove("chosen");
-    (chosen = dot).classList.add("chosen");
-    now.textContent = name + part + (link ? "" : " (not a file of its own, cannot be played)");
-    until = end ?? Infinity;
-    if (link) { audio.src = link + (part && `#t=${start},${end}`); audio.play(); }
-  };
-  dot.append(title);
-  svg.append(dot);
-}
-audio.onerror = () => now.textContent += " (the browser cannot play it, or it was moved)";
-audio.ontimeupdate = () => { if (audio.currentTime >= until) { audio.pause(); until = Infinity; } };
-for (const button of document.querySelectorAll("button")) button.onclick = () => {
-  const off = button.classList.toggle("off");
-  for (const dot of svg.children) if (dot.dataset.label === button.dataset.label) dot.classList.toggle("off", off);
-};
-</script>
-</html>
-"""
