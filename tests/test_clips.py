@@ -159,12 +159,17 @@ def test_long_clips_in_pieces(model: HearModel, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_long_files_in_pieces(mini: HearModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clips, "LONG", 2)
     soundfile.write(tmp_path / "a.flac", np.stack([noise(300_000), noise(300_000, 1)], 1), 48_000)
-    expected = alone(read_audio(tmp_path / "a.flac", RATE), mini)
-    short = noise(9_000)
-    found = hear_ssam.embed([short, tmp_path / "a.flac", short], mini, layers=[2])
-    np.testing.assert_allclose(found, [alone(short, mini), expected, alone(short, mini)], atol=1e-5, rtol=1e-5)
+    short, options = noise(9_000), {"layers": [1], "pooling": "mean"}
+    expected = hear_ssam.embed([short, read_audio(tmp_path / "a.flac", RATE), short], mini, **options)
+    monkeypatch.setattr(clips, "LONG", 2)
+    found = hear_ssam.embed([short, tmp_path / "a.flac", short], mini, **options)
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_groups_end_when_they_are_full() -> None:
+    for most, count, expected in [(3, None, [[3, 1], [4], [1, 5]]), (99, 2, [[3, 1], [4, 1], [5]])]:
+        assert list(clips.grouped([3, 1, 4, 1, 5], int, most, count)) == expected
 
 
 @pytest.mark.parametrize(

@@ -348,6 +348,7 @@ def test_windows_with_gaps_and_rests_that_are_too_short() -> None:
             (4 * i, 10 - (i == 7) * 3) for i in range(8)
         ]
         assert [start for start, _ in cut_windows(blocks, 10, 10, 6)] == [0, 10, 20]
+    assert [len(piece) for _, piece in cut_windows([audio[:3]], 10, 10, 6)] == [3]  # the only one; its clip is named
 
 
 def test_half_precision(recordings: Path, weights: Path, tmp_path: Path) -> None:
@@ -366,6 +367,7 @@ def test_long_recordings_are_read_in_pieces(
 ) -> None:
     monkeypatch.setattr(clips, "LONG", 1)
     monkeypatch.setattr(work, "CHUNK", 20)
+    monkeypatch.setattr("hear_ssam.audio.BLOCK", 4096)
     files = [recordings / "00.wav", recordings / "11.wav", recordings / "10.wav"]  # 0.6, 1.8 and 1.7 s
     assert embed(*files, "-o", tmp_path / "out.parquet", "--model", weights, "--kind", kind) == 0
     model, paths, times, rows = hear_ssam.load_model(weights), [], [], []

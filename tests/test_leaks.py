@@ -82,6 +82,13 @@ def found(tmp_path, clips: dict[str, np.ndarray], known: dict[str, np.ndarray], 
     return {store.name(leak.clip): leak.known for leak in find_leaks(store, clips_of(known), **options)}
 
 
+def test_a_copy_is_recognised_wherever_it_was_cut(tmp_path):
+    """Between the frames of the original (256 samples apart) hardly worse than on one."""
+    build_store(tmp_path / "store", clips_of({str(late): sound(1)[10_240 + late :] for late in (0, 64, 128, 192)}))
+    votes = [leak.votes for leak in find_leaks(open_store(tmp_path / "store"), clips_of({"known": sound(1)}))]
+    assert len(votes) == 4 and min(votes) > max(votes) / 2
+
+
 def test_steady_sounds_alike_are_no_leaks(tmp_path):
     time = np.arange(4 * RATE) / RATE
     hums = {f"{f} Hz": 0.3 * np.sin(2 * np.pi * f * time) for f in (50, 440, 440.5, 3000)}

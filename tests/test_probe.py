@@ -6,11 +6,13 @@ import itertools
 import json
 import os
 import pickle
+import random
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from sklearn.model_selection import ParameterGrid
 
 from benchmarks import probes as benchmark
 from hear_ssam import HearSsamError
@@ -23,11 +25,12 @@ from hear_ssam.evaluation.probe import (
     run_probe,
     train_head,
 )
-from hear_ssam.evaluation.rows import read_labels, read_rows
+from hear_ssam.evaluation.rows import open_embeddings, read_labels, read_rows
 from hear_ssam.evaluation.tasks import read_task
 
 DIGITS = "spoken_digit__default_t1_torch2.13.0"
 TONES = "multitone__default_t1_torch1.13.1"
+EVENTS = "toneevents__default_gp2_t1_torch1.13.1"
 
 
 def logged_checks(folder, training):
@@ -98,6 +101,11 @@ def test_tasks_may_change_the_grid():
     assert {p.check_val_every_n_epoch for p in points} == {10}
     metadata = {"evaluation_params": {"task_specific_param_grid": {"max_epochs": [50]}}}
     assert {p.max_epochs for p in grid_points(PROTOCOLS["ssam"], metadata, 0)} == {50}
+    several = {"hidden_dim": [8, 16], "dropout": [0.1, 0.5]}
+    metadata = {"evaluation_params": {"task_specific_param_grid": several}}
+    expected = list(ParameterGrid({**PROTOCOLS["heareval"].grid, **several}))  # with which heareval makes it
+    random.Random(7).shuffle(expected)
+    assert grid_points(PROTOCOLS["heareval"], metadata, 7) == [HeadConfig(**point) for point in expected[:8]]
 
 
 # ---- data
@@ -111,7 +119,8 @@ def test_batches_cut_all_rows_in_order(sizes, size):
     assert all(len(batch) == size for batch in cut[:-1]) and 1 <= len(cut[-1]) <= size
     merged = batches(parts, size, merge_single=True)
     assert torch.equal(torch.cat(merged), torch.cat(parts))
-    assert len(merged) == 1 or len(merged[-1]) > 1
+    *lengths, last = map(len, cut)
+    assert [*map(len, merged)] == ([*lengths, last] if last > 1 or not lengths else [*lengths[:-1], size + 1])
 
 
 def test_a_last_batch_of_one_row_trains(tmp_path):
@@ -141,15 +150,16 @@ def test_a_hostile_label_pickle_is_not_executed(tmp_path):
 
 
 def test_damaged_embedding_folders_are_named(tmp_path):
-    folder = write_embeddings(tmp_path / "toy", ["train", "valid", "test"])
+    folder = write_embeddings(tmp_path / "toy", ["train", "valid", "test"], rows=4100)
     x = np.fromfile(folder / "valid.embeddings.npy", np.float32)
-    x[4 * 7] = np.nan
-    x.tofile(folder / "valid.embeddings.npy")
-    with pytest.raises(HearSsamError, match=r"valid\.embeddings\.npy: row 7 \(5\.wav\) is not finite"):
-        run_probe(folder, "ssam", 0)
-    x[4 * 7] = 0
+    names = dict(read_task(folder).shuffled_clips())["valid"]
+    for row in (4099, 7, 0):
+        x[4 * row] = np.nan
+        x.tofile(folder / "valid.embeddings.npy")
+        with pytest.raises(HearSsamError, match=rf"valid\.embeddings\.npy: row {row} \({names[row]}\) is not finite"):
+            run_probe(folder, "ssam", 0)
     with open(folder / "valid.embeddings.npy", "wb") as file:
-        np.save(file, x)  # with a header, which would shift every row
+        np.save(file, np.zeros_like(x))  # with a header, which would shift every row
     for _ in range(2):
         with pytest.raises(HearSsamError, match=r"valid\.embeddings\.npy: does not have the size .* bytes, .*again"):
             run_probe(folder, "ssam", 0)
@@ -157,8 +167,22 @@ def test_damaged_embedding_folders_are_named(tmp_path):
     (folder / "valid.embeddings.npy").unlink()
     with pytest.raises(HearSsamError, match=r"valid\.embeddings\.npy: cannot be read"):
         run_probe(folder, "ssam", 0)
+    np.zeros((4100, 5), np.float32).tofile(folder / "valid.embeddings.npy")
+    (folder / "valid.embedding-dimensions.json").write_text("[4100, 5]")
+    with pytest.raises(HearSsamError, match=r"toy: the splits have embeddings of different sizes \[4, 5\]"):
+        run_probe(folder, "ssam", 0)
     with pytest.raises(HearSsamError, match="Did you mean 'ssam'"):
         run_probe(write_embeddings(tmp_path / "other", ["train", "valid", "test"]), "sam", 0)
+
+
+def test_times_of_other_embeddings_are_named(golden, tmp_path):
+    folder = shutil.copytree(golden / "heareval" / EVENTS, tmp_path / "events", copy_function=shutil.copy)
+    path = folder / "test.filename-timestamps.json"
+    stamped = json.loads(path.read_text())
+    for wrong in (stamped[1:], [["other.wav", 0.0], *stamped[1:]]):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(HearSsamError, match=r"test\.filename-timestamps\.json: does not fit the embeddings"):
+            _ = read_rows(read_task(folder), "test").judge
 
 
 # ---- heads
@@ -220,7 +244,7 @@ def test_initial_weights_and_first_epochs_equal_heareval(golden, one_thread):
 @pytest.mark.slow
 def test_an_event_task_equals_heareval(golden, one_thread, monkeypatch):
     """The fixture's torch drew other dropout masks; both choose the same heads and hear the same events."""
-    folder = golden / "heareval" / "toneevents__default_gp2_t1_torch1.13.1"
+    folder = golden / "heareval" / EVENTS
     monkeypatch.setitem(PROTOCOLS, "two", dataclasses.replace(PROTOCOLS["heareval"], grid_points=2))
     expected = json.loads((folder / "test.predicted-scores.json").read_text())["test"]
     (fold,) = run_probe(folder, "two", 42).folds
@@ -257,6 +281,7 @@ def test_a_single_row_to_train_on_is_refused(tmp_path):
     folder = write_embeddings(tmp_path / "toy", ["train", "valid", "test"], rows=1)
     with pytest.raises(HearSsamError, match="toy: train has a single row to train on"):
         run_probe(folder, "ssam", 0)
+    assert len(open_embeddings(write_embeddings(tmp_path / "two", ["train", "valid", "test"], rows=2))[1]["train"]) == 2
 
 
 def test_torchs_settings_change_nothing(tmp_path):

@@ -15,6 +15,7 @@ from hear_ssam.evaluation.quick import STRENGTHS, draw, quick_probe, shortage
 from hear_ssam.evaluation.records import predictions_file, read
 from hear_ssam.evaluation.report import page
 from hear_ssam.evaluation.rows import open_embeddings
+from hear_ssam.evaluation.scores import SCORES, Score
 from hear_ssam.evaluation.tables import agreement, markdown, terminal
 from hear_ssam.evaluation.tasks import read_task
 
@@ -72,7 +73,7 @@ def test_learns_clusters(tmp_path, probe, splits, multilabel):
         assert multilabel or fold.prediction.sum(1) == pytest.approx(1, abs=1e-5)
 
 
-def test_logreg_is_scikit_learns_with_the_strength_that_validation_chose(tmp_path):
+def test_logreg_is_scikit_learns_with_the_strength_that_validation_chose(tmp_path, monkeypatch):
     task, rows = open_embeddings(noise(tmp_path / "task", spread=3.0))
     (fold,) = quick_probe(task, rows, "logreg", 0)
     x = {name: split.x.numpy() for name, split in rows.items()}
@@ -84,16 +85,37 @@ def test_logreg_is_scikit_learns_with_the_strength_that_validation_chose(tmp_pat
     best = max(validated, key=validated.get)
     assert fold.details == {"grid_point": {"C": best}, "validation_score": pytest.approx(validated[best])}
     assert fold.prediction == pytest.approx(fits[best].predict_proba(x["test"]), abs=1e-3)
+    monkeypatch.setattr("hear_ssam.evaluation.quick.MOST_TO_CHOOSE", 30)  # chosen with a few rows, fitted to all
+    (fold,) = quick_probe(task, rows, "logreg", 0)
+    expected = fits[fold.details["grid_point"]["C"]].predict_proba(x["test"])
+    assert fold.prediction == pytest.approx(expected, abs=1e-3)
+    (fold,) = quick_probe(task, rows, "fewshot4", 3)  # rows as they are
+    few = draw(rows["train"].target.numpy(), 4, 3)
+    model = LogisticRegression().fit(rows["train"].x.numpy()[few], y["train"][few])
+    assert fold.prediction == pytest.approx(model.predict_proba(rows["test"].x.numpy()), abs=1e-3)
 
 
-def test_one_neighbour_is_the_nearest(tmp_path, monkeypatch):
-    monkeypatch.setattr("hear_ssam.evaluation.quick.NEIGHBOURS", (1,))
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_nearest_neighbours_vote_by_their_cosine(tmp_path, monkeypatch, count):
+    monkeypatch.setattr("hear_ssam.evaluation.quick.NEIGHBOURS", (count,))
     task, rows = open_embeddings(noise(tmp_path / "task", spread=2.0))
     (fold,) = quick_probe(task, rows, "knn", 0)
     train = rows["train"].x.numpy()
     unit = [(part - train.mean(0)) / train.std(0) for part in (train, rows["test"].x.numpy())]
     unit = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in unit]
-    assert (fold.prediction == rows["train"].target.numpy()[(unit[1] @ unit[0].T).argmax(1)]).all()
+    cosine = unit[1] @ unit[0].T
+    near = np.argsort(-cosine)[:, :count]
+    votes = np.take_along_axis(cosine, near, 1)[..., None]
+    expected = (votes * rows["train"].target.numpy()[near]).sum(1) / votes.sum(1)
+    assert fold.prediction == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_validates_to_no_number_is_not_chosen(tmp_path, monkeypatch):
+    """d′ where one class is separated and another the wrong way round, say."""
+    odd = Score(lambda prediction, target: np.nan if set(prediction.ravel()) <= {0, 1} else 0.5)
+    monkeypatch.setitem(SCORES, "top1_acc", odd)
+    (fold,) = quick_probe(*open_embeddings(noise(tmp_path / "task", spread=2.0)), "knn", 0)
+    assert fold.details["grid_point"]["neighbours"] > 1
 
 
 def test_few_clips_of_each_class():
@@ -103,6 +125,8 @@ def test_few_clips_of_each_class():
     assert drawn.tolist() == draw(target, 8, 0).tolist() != draw(target, 8, 1).tolist()
     several = (np.random.default_rng(0).random((200, 5)) < 0.3).astype(np.float32)
     assert (several[draw(several, 8, 0)].sum(0) >= 8).all()
+    seldom = np.array([[1, 0]] * 50 + [[1, 1]] * 3, np.float32)  # there is enough of the first class, not of the second
+    assert seldom[draw(seldom, 3, 0)].sum(0)[1] == 3
 
 
 def test_same_records_tables_and_intervals_as_heads(tmp_path, run, capsys):
@@ -135,6 +159,7 @@ def test_a_class_with_one_clip_is_named_and_taken(tmp_path, run, capsys):
     kept = {name: label for name, label in clips.items() if label != ["mid"] or name == "train-2.wav"}
     (task / "train.json").write_text(json.dumps(kept))
     assert shortage(read_task(task), 1) is None
+    assert "3 of 3 classes have fewer than 4 clips to train on ('mid': 1)" in shortage(read_task(task), 4)
     evaluation = run(probe="fewshot", shots=3)
     assert "tones: 1 of 3 classes have fewer than 3 clips to train on ('mid': 1)" in capsys.readouterr().err
     assert len({r["seed"] for r in evaluation.records}) == 10 and not evaluation.failures
@@ -212,6 +237,8 @@ def test_how_probes_agree():
     assert "0.00 (2 tasks)" in terminal(records) and "| 0.00 (2 tasks) |" in markdown(records)
     assert "How the probes agree" in page(records, Path("nowhere"))
     assert agreement([r for r in records if r["probe"] == "knn"]) == []
+    for models, expected in (("abc", [["0.00 (2 tasks)", "–"]]), ("ab", [])):  # three models, then two, of a task
+        assert [row[2:] for row in agreement([r for r in records if r["model"] in models])[1:]] == expected
 
 
 def test_command(tmp_path, serial, capsys):

@@ -155,6 +155,7 @@ def test_formats_mark_the_best_and_state_the_protocol():
 
 def test_published_scores_stand_apart():
     records = [record("ours", "esc50-v2.0.0-full", 0, 0.99), record("theirs", "esc50-v2.0.0-full", 0, 0.1)]
+    records.append(record("ours", "of one's own", 0, 0.5))
     text = markdown(records, published=True)
     header, _, row, *below = (line.split(" | ") for line in text.splitlines()[2:])
     assert row[header.index("SSAM-B †")] == "82.9" and row[2] == "**99.0**"

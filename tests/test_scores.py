@@ -111,6 +111,14 @@ def test_matching_is_as_large_as_possible():
     assert SCORES["event_onset_200ms_fms"].compute(estimated, reference, 1)["f_measure"] == 1
 
 
+@pytest.mark.parametrize(("name", "collar"), [("event_onset_50ms_fms", 50), ("event_onset_200ms_fms", 200)])
+def test_onsets_match_up_to_the_collar_and_no_further(name, collar):
+    reference = {"f": Events(np.array([0]), np.array([1000.0]), np.array([2000.0]))}
+    for shift, expected in ((collar - 0.1, 1), (collar + 0.1, 0), (0.1 - collar, 1), (-0.1 - collar, 0)):
+        estimated = {"f": Events(np.array([0]), np.array([1000.0 + shift]), np.array([1500.0]))}
+        assert SCORES[name].compute(estimated, reference, 1)["f_measure"] == expected
+
+
 def test_no_events():
     none = {"f": Events(*(np.zeros(0) for _ in range(3)))}
     one = {"f": Events(np.array([0]), np.array([0.0]), np.array([1500.0]))}
@@ -124,7 +132,7 @@ def test_the_judge_chooses_the_postprocessing():
     truth = Events(np.array([0]), np.array([250.0]), np.array([450.0]))
     probability = ((times >= 250) & (times <= 450)).astype(np.float32)[:, None]
     shuffled = np.random.default_rng(0).permutation(40)
-    grid = {"median_filter_ms": [0], "min_duration": [125, 250]}
+    grid = {"min_duration": [125, 250], "median_filter_ms": [0]}
     judge = EventJudge(["event_onset_200ms_fms"], 1, ["f"] * 40, times[shuffled], {"f": truth}, grid)
     score, chosen = judge.validate(probability[shuffled])
     assert (score, chosen) == (1.0, {"median_filter_ms": 0, "min_duration": 125})  # 250 would drop the event of 200 ms
