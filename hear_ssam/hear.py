@@ -50,22 +50,27 @@ GPU_GROUP = 128 * GROUP["cpu"]
 
 
 class HearModel(nn.Module):
-    """What the HEAR functions and the HEAR tools expect of a model.
+    """What the HEAR functions and the HEAR tools expect of a model; as it stands, the baseline without weights.
 
     `model(audio)` with audio (B, samples), float32 in [-1, 1], 16 kHz, gives the timestamp embeddings (B, T, E) and
     is differentiable. `checkpoint_sha256` is empty for random weights.
+    The baseline's rows are the frames of 80 log-mel bands, its scenes their mean and standard deviation over time.
     """
 
     sample_rate: int = SAMPLE_RATE
     min_samples: int = WINDOW // 2 + 1  # reflect padding
-    scene_embedding_size: int
-    timestamp_embedding_size: int
+    window_frames: int = 100  # that `encode` gets at once
+    pooling: str = "mean_std"
+    scene_of_all: bool = False  # rows of padding included
 
-    def __init__(self, name: str, config: EncoderConfig | None = None, checkpoint_sha256: str = "") -> None:
+    def __init__(self, name: str = BASELINE, config: EncoderConfig | None = None, checkpoint_sha256: str = "") -> None:
         super().__init__()
         self.name = name
         self.config = config
         self.checkpoint_sha256 = checkpoint_sha256
+        self.frontend = build_frontend(config) if config else LogMel()
+        self.timestamp_embedding_size: int = self.frontend.filters.shape[1]
+        self.scene_embedding_size = 2 * self.timestamp_embedding_size
         self.info: dict[str, Any] = {}  # what the file of weights tells about itself: source, licence, training
         self.card = ""  # the text that lies beside it
 
@@ -81,7 +86,11 @@ class HearModel(nn.Module):
 
     def timestamps(self, samples: int) -> Tensor:
         """The time of each row of a clip of `samples` samples, in milliseconds: (T,) float64."""
-        raise NotImplementedError
+        return torch.arange(self.frames(samples), dtype=torch.float64, device="cpu") * HOP / MILLISECOND
+
+    def frames(self, samples: int) -> int:
+        """How many frames of a clip of `samples` samples are encoded, those of padding included."""
+        return 1 + samples // HOP
 
     def forward(self, audio: Tensor) -> Tensor:
         """Timestamp embeddings (B, T, E), float32."""
@@ -94,17 +103,37 @@ class HearModel(nn.Module):
         if not len(audio):
             sizes = (0, self.scene_embedding_size), (0, count, self.timestamp_embedding_size)
             return audio.new_zeros(sizes[0]), audio.new_zeros(sizes[1])
-        computed = self._rows(audio)
+        computed = join([rows[None] for rows in self.rows_of_each(self.spectrogram(audio))], dim=0)
         rows = computed[:, :count]
         return self.scene(rows, computed), rows
 
     def scene(self, rows: Tensor, computed: Tensor, pooling: str | None = None) -> Tensor:
         """Scene embeddings from the kept and from all computed rows; `pooling` as in `load_model`, None: its own."""
-        raise NotImplementedError
+        rows = computed if self.scene_of_all else rows
+        return mean_and_deviation(rows) if (pooling or self.pooling) == "mean_std" else rows.mean(1)
 
-    def _rows(self, audio: Tensor) -> Tensor:
-        """All rows computed for at least one clip (B, samples), of which `forward` keeps the first T."""
-        raise NotImplementedError
+    def rows_of_each(self, specs: Iterable[Tensor], layers: Sequence[int] | None = None) -> list[Tensor]:
+        """All rows (T', E) of each spectrogram (frames, mels), the T of the clip first: windows of one length are
+        encoded together, whosever."""
+        windows = [spec.split(self.window_frames) for spec in specs]
+        together: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for number, parts in enumerate(windows):
+            for index, part in enumerate(parts):
+                together[len(part)].append((number, index))
+        encoded: dict[tuple[int, int], Tensor] = {}
+        for places in together.values():
+            rows = self.encode(torch.stack([windows[number][index] for number, index in places]), layers)
+            encoded.update(zip(places, rows, strict=True))
+        return [join([encoded[number, i] for i in range(len(parts))], dim=0) for number, parts in enumerate(windows)]
+
+    def spectrogram(self, audio: Tensor) -> Tensor:
+        """What is encoded of clips (B, samples): (B, frames, mels)."""
+        spec: Tensor = self.frontend(audio)
+        return spec
+
+    def encode(self, windows: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+        """Windows of equal length (N, frames, mels) → rows (N, slots, E)."""
+        return windows
 
     def check(self, audio: Tensor) -> Tensor:
         """`audio` as (B, samples); raises HearSsamError where it cannot be embedded."""
@@ -142,12 +171,12 @@ class EncoderModel(HearModel):
 
     def __init__(self, name: str, config: EncoderConfig, encoder: Encoder, backend: str | None, digest: str) -> None:
         super().__init__(name, config, digest)
-        self.frontend = build_frontend(config)
+        self.window_frames, self.pooling = config.window_frames, config.pooling
         self.encoder = encoder
         self.backend = backend
         self.kaldi = config.frontend == "kaldi"
         self.official = config.token_order == "official"
-        self.scene_of_all = self.kaldi and self.official  # rows of padding included
+        self.scene_of_all = self.kaldi and self.official
         self.scene_embedding_size, self.timestamp_embedding_size = config.scene_dim, config.embedding_dim
         if self.kaldi:  # one patch of whole frames
             self.min_samples = WINDOW + (config.patch_frames - 1) * HOP
@@ -182,38 +211,17 @@ class EncoderModel(HearModel):
             rows = max(1, math.floor((samples - start) / (patch * HOP)) + 1)
         return (start + patch * HOP * torch.arange(rows, dtype=torch.float64, device="cpu")) / MILLISECOND
 
-    def scene(self, rows: Tensor, computed: Tensor, pooling: str | None = None) -> Tensor:
-        rows = computed if self.scene_of_all else rows
-        return mean_and_deviation(rows) if (pooling or self.config.pooling) == "mean_std" else rows.mean(1)
-
     def _frames(self, samples: int) -> int:
         return 1 + ((samples - WINDOW) // HOP if self.kaldi else samples // HOP)
 
     def frames(self, samples: int) -> int:
-        """How many frames of a clip of `samples` samples are encoded, those of padding included."""
         if self.official:
             return self.config.window_frames * math.ceil(self._frames(samples) / self.config.window_frames)
         return self.config.patch_frames * len(self.timestamps(samples))
 
-    def _rows(self, audio: Tensor) -> Tensor:
-        return join([rows[None] for rows in self.rows_of_each(self.spectrogram(audio))], dim=0)
-
-    def rows_of_each(self, specs: Iterable[Tensor], layers: Sequence[int] | None = None) -> list[Tensor]:
-        """All rows (T', E) of each spectrogram (frames, mels): windows of one length are encoded together, whosever."""
-        windows = [spec.split(self.config.window_frames) for spec in specs]
-        together: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for number, parts in enumerate(windows):
-            for index, part in enumerate(parts):
-                together[len(part)].append((number, index))
-        encoded: dict[tuple[int, int], Tensor] = {}
-        for places in together.values():
-            rows = self.encode(torch.stack([windows[number][index] for number, index in places]), layers)
-            encoded.update(zip(places, rows, strict=True))
-        return [join([encoded[number, i] for i in range(len(parts))], dim=0) for number, parts in enumerate(windows)]
-
     def spectrogram(self, audio: Tensor) -> Tensor:
-        """What is encoded of clips (B, samples): their normalised spectrograms (B, frames, mels), cut or padded with
-        zeros to the frames that are encoded; SSAMBA's zeros come before its statistics."""
+        """Normalised spectrograms, cut or padded with zeros to the frames that are encoded; SSAMBA's zeros come before
+        its statistics."""
         spec = self.frontend(audio)
         fit = (0, 0, 0, self.frames(audio.shape[1]) - spec.shape[1])
         if self.kaldi:
@@ -221,10 +229,8 @@ class EncoderModel(HearModel):
         return functional.pad(normalize(spec, self.config), fit)
 
     def encode(self, windows: Tensor, layers: Sequence[int] | None = None) -> Tensor:
-        """Windows of equal length (N, frames, mels) → rows (N, slots, E), a bounded number of windows at a time.
-
-        With `layers` the rows of these blocks stand side by side, as in `Encoder.hidden`.
-        """
+        """A bounded number of windows at a time. With `layers` the rows of these blocks stand side by side, as in
+        `Encoder.hidden`."""
         bands = self.config.grid[1]
         tokens_per_window = 1 + windows.shape[1] // self.config.patch_frames * bands
         group = GROUP.get(windows.device.type, GPU_GROUP) // (tokens_per_window * self.config.embed_dim)
@@ -253,26 +259,6 @@ def mean_and_deviation(rows: Tensor) -> Tensor:
     variance = (rows - mean[:, None]).square().mean(1)
     still = variance == 0  # as of a single row: the root has no slope there, and its gradient would be NaN
     return torch.cat([mean, variance.where(~still, 1).sqrt() * ~still], dim=1)
-
-
-class LogMelModel(HearModel):
-    """The baseline without weights: 80 log-mel bands; the scene is their mean and standard deviation over time."""
-
-    def __init__(self) -> None:
-        super().__init__(BASELINE)
-        self.frontend = LogMel()
-        self.timestamp_embedding_size = self.frontend.filters.shape[1]
-        self.scene_embedding_size = 2 * self.timestamp_embedding_size
-
-    def timestamps(self, samples: int) -> Tensor:
-        return torch.arange(1 + samples // HOP, dtype=torch.float64, device="cpu") * HOP / MILLISECOND
-
-    def scene(self, rows: Tensor, computed: Tensor, pooling: str | None = None) -> Tensor:
-        return rows.mean(1) if pooling == "mean" else mean_and_deviation(rows)
-
-    def _rows(self, audio: Tensor) -> Tensor:
-        rows: Tensor = self.frontend(audio)
-        return rows
 
 
 def load_model(
@@ -324,7 +310,7 @@ def load_model(
     options = {"token_order": token_order, "pooling": pooling, "window_frames": window_frames}
     with torch.device("cpu"), torch.inference_mode(False):  # the same model inside anybody's block
         if name == BASELINE:
-            return _move(LogMelModel(), device)
+            return _move(HearModel(), device)
         info, card = dict[str, Any](), Path()
         if name in CONFIGS and not pretrained:
             config, digest = _with_options(CONFIGS[name], options), ""
@@ -402,7 +388,7 @@ def available_models(cache: str | os.PathLike[str] | None = None) -> dict[str, M
             parameters = sum(weight.numel() for weight in Encoder(config).parameters() if weight.requires_grad)
         sizes, seconds = (config.scene_dim, config.embedding_dim), config.window_frames / 100
         rows[name] = ModelRow(config.system, parameters, *sizes, seconds, file, published)
-    baseline = LogMelModel()
+    baseline = HearModel()
     sizes = baseline.scene_embedding_size, baseline.timestamp_embedding_size
     rows[BASELINE] = ModelRow("baseline", 0, *sizes, None, None, None)
     return rows

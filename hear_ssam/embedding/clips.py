@@ -20,7 +20,7 @@ from torch import Tensor
 from ..audio import audio_blocks, read_audio, resample
 from ..errors import HearSsamError, about, unknown_name
 from ..frontend import HOP, WINDOW, normalize
-from ..hear import EncoderModel, HearModel, load_model
+from ..hear import HearModel, load_model
 
 Item = TypeVar("Item")
 Pooling = Literal["mean", "mean_std"]
@@ -57,7 +57,7 @@ def embed(
         model = _loaded(name, file and (file.st_dev, file.st_ino, file.st_mtime_ns))
     if pooling not in (None, "mean", "mean_std"):
         raise unknown_name("pooling", pooling, ("mean", "mean_std"))
-    if layers is not None and not isinstance(model, EncoderModel):
+    if layers is not None and model.config is None:
         raise HearSsamError(f"layers={layers!r}: {model.name} has no blocks; leave it away.")
     if layers is not None and np.ndim(layers) != 1:
         raise HearSsamError(f"layers={layers!r}: is not a list of blocks; give [6, 12], say.")
@@ -163,8 +163,6 @@ def embed_clips(
     """Scene (E',) and timestamp embeddings (T, E) of each clip (samples,), float32, as of the clip alone.
 
     The clips are on the model's device, and such as `model.check` lets pass."""
-    if not isinstance(model, EncoderModel):
-        return [(model.scene(rows, rows, pooling)[0], rows[0]) for rows in (model(clip[None]) for clip in clips)]
     results = []
     every = model.rows_of_each([model.spectrogram(clip[None])[0] for clip in clips], layers)
     for clip, computed in zip(clips, every, strict=True):
@@ -203,36 +201,34 @@ def embed_long(
     pooling: str | None = None,
 ) -> tuple[Tensor, int]:
     """The scene embedding (E',) of a long clip and its samples; `emit` gets its timestamp embeddings (n, E) in turn."""
-    encoder = model if isinstance(model, EncoderModel) else None
+    kaldi = model.config if model.config and model.config.frontend == "kaldi" else None
     audio, levels, shift = _Moments(), _Moments(), 0.0
     for piece in _spectra(model, blocks(), 0.0, audio):
         shift = shift if levels.count else float(piece[0, 0])  # as in `standardize`
         levels.add((piece - shift).reshape(-1, 1))
     samples, offset = audio.count, float(audio.mean())
     mean, deviation = float(levels.mean()), float(levels.deviation(unbiased=True)) + 1e-8
+    if model.config is None:  # the baseline normalises nothing
+        shift, mean, deviation = 0.0, 0.0, 1.0
 
     def normalized() -> Iterator[Tensor]:
         """What is encoded of the spectrogram: (n, mels) in turn."""
-        if encoder is None:
-            yield from _spectra(model, blocks(), 0.0)
-            return
-        left = encoder.frames(samples)
-        for piece in _spectra(model, blocks(), offset if encoder.kaldi else 0.0):
-            piece = normalize(piece, encoder.config) if encoder.kaldi else (piece - shift - mean) / deviation
-            yield piece[:left]
+        left = model.frames(samples)
+        for piece in _spectra(model, blocks(), offset if kaldi else 0.0):
+            yield (normalize(piece, kaldi) if kaldi else (piece - shift - mean) / deviation)[:left]
             left = max(0, left - len(piece))
-        padding = torch.zeros(left, encoder.config.n_mels, dtype=torch.float32, device=model.device)
-        yield normalize(padding, encoder.config) if encoder.kaldi else padding
+        padding = torch.zeros(left, model.frontend.filters.shape[1], dtype=torch.float32, device=model.device)
+        yield normalize(padding, kaldi) if kaldi else padding
 
     kept, pooled = len(model.timestamps(samples)), _Moments()
-    for part in _windows(normalized(), encoder.config.window_frames if encoder else 100):
-        rows = (encoder.encode(part, layers) if encoder else part).flatten(0, 1)
+    for part in _windows(normalized(), model.window_frames):
+        rows = model.encode(part, layers).flatten(0, 1)
         inside = rows[:kept]
         kept -= len(inside)
-        pooled.add(rows if encoder and encoder.scene_of_all else inside)
+        pooled.add(rows if model.scene_of_all else inside)
         emit(inside)
     scene = pooled.mean()
-    if (pooling or (encoder.config.pooling if encoder else "mean_std")) == "mean_std":
+    if (pooling or model.pooling) == "mean_std":
         scene = torch.cat([scene, pooled.deviation()])
     return scene.float(), samples
 
