@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import HearSsamError
-from .paths import atomic_write, sha256, writing
+from .paths import sha256, write_whole, writing
 
 BLOCK = 1 << 18  # bytes
 ATTEMPTS = 3  # in a row that bring nothing new
@@ -70,8 +70,7 @@ def check_hash(file: Path, what: object, pinned: str | None, remembered_for: Pat
     digest = sha256(file)
     known = pinned or (memory.read_text("utf-8").split()[0] if memory.is_file() else "")
     if not known:
-        with atomic_write(memory) as temporary:
-            temporary.write_text(f"{digest}  {remembered_for.name}\n", "utf-8")
+        write_whole(memory, f"{digest}  {remembered_for.name}\n")
         text = "no hash is published for it, so that whatever came was taken; a later change will be an error"
         warnings.warn(f"{what}: {text} (SHA-256 noted in {memory}).", stacklevel=3)
     elif digest != known:

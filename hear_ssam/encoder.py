@@ -145,10 +145,7 @@ class Encoder(nn.Module):
         Raises HearSsamError for a block that is not there, or is the first half of a pair (SSAMBA).
         """
         last, step = len(self.blocks), 1 + self.config.paired
-        if layers is None:
-            if not self.config.readout_block:
-                return [self.tokens(spec)]
-            layers = [self.config.readout_block]
+        layers = [self.config.readout_block or last] if layers is None else layers
         for layer in [*layers] or [0]:
             if layer not in range(step, last + 1, step):
                 known = f"{step}, {2 * step}, ... {last}" if last > 2 * step else f"{step} to {last}"

@@ -236,6 +236,23 @@ def test_a_lock_that_cannot_be_deleted_is_no_failure(
     assert set(names(tmp_path / output)) == {"00.wav"}
 
 
+def test_an_interrupt_while_rows_are_written_doubles_none(
+    recordings: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_table = pq.ParquetWriter.write_table
+
+    def interrupted(writer: pq.ParquetWriter, *arguments: Any) -> None:
+        write_table(writer, *arguments)  # Python handles a signal when C code returns
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", interrupted)
+    command = recordings, "-o", tmp_path / "out", "--model", weights, "--kind", "scene"
+    assert embed(*command) == 130
+    assert embed(*command) == 0
+    assert sorted(names(tmp_path / "out")) == [f"{number:02}.wav" for number in range(12)]
+
+
 def test_jobs_of_an_array_share_a_folder(recordings: Path, weights: Path, tmp_path: Path) -> None:
     for number in (1, 2, 3):
         arguments = recordings, "-o", tmp_path / "out", "--model", weights, "--kind", "scene", "--shard", f"{number}/3"

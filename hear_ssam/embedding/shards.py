@@ -82,7 +82,7 @@ class Output:
         self.pending: list[pa.Table] = []
         self.writer: pq.ParquetWriter | None = None
         self.since = 0.0  # when the open shard began
-        self.writing = False  # in the middle of a recording, which is kept whole or not at all
+        self.writing = False  # in the middle of a recording or of closing: whole or, when interrupted, not at all
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Output]:
@@ -113,8 +113,8 @@ class Output:
                 file.unlink()  # the run before ended between making the one file and removing its parts
             else:
                 self.done |= found
-        mine = [file.stem.rpartition("-")[2] for file in parts if file.name.startswith(f"{self.prefix}-")]
-        self.number = 1 + max(map(int, mine), default=-1)
+        numbers = [file.stem.removeprefix(f"{self.prefix}-") for file in parts]
+        self.number = 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
 
     def newer(self, recording: Recording) -> bool:
         """Whether a file has changed since it was embedded. Raises HearSsamError for another one of the same name."""
@@ -129,25 +129,25 @@ class Output:
 
     def close_if(self, seconds: float) -> None:
         """Close a shard that has been open that long."""
-        if (self.writer or self.pending) and time.monotonic() - self.since > seconds:
+        if self.writer and time.monotonic() - self.since > seconds:
             self.close()
 
     def write(self, tables: Iterable[pa.Table]) -> None:
         """Add the rows of one recording to the open shard."""
-        if not (self.writer or self.pending):
-            self.since = time.monotonic()
         self.writing = True
+        if self.writer is None:
+            self.since = time.monotonic()
+            self.writer = pq.ParquetWriter(self._temporary, self.schema, use_dictionary=WORDS)
         for table in tables:
             self.pending.append(table)
             if sum(table.num_rows for table in self.pending) >= self.row_group:
-                self._flush()
+                self._flush(self.writer)
         self.writing = False
 
-    def _flush(self) -> None:
-        if self.writer is None:
-            self.writer = pq.ParquetWriter(self._temporary, self.schema, use_dictionary=WORDS)
-        self.writer.write_table(pa.concat_tables(self.pending), self.row_group)
-        self.pending.clear()
+    def _flush(self, writer: pq.ParquetWriter) -> None:
+        if self.pending:
+            writer.write_table(pa.concat_tables(self.pending), self.row_group)
+            self.pending.clear()
 
     @property
     def _temporary(self) -> Path:
@@ -155,13 +155,14 @@ class Output:
 
     def close(self) -> None:
         """Finish the open shard; the next rows begin another one."""
-        if self.pending:
-            self._flush()
         if self.writer is not None:
+            self.writing = True
+            self._flush(self.writer)
             self.writer.close()
             self.writer = None
             os.replace(self._temporary, self.folder / f"{self.prefix}-{self.number:05}.parquet")
             self.number += 1
+            self.writing = False
 
     def _drop(self) -> None:
         """Leave nothing of a shard that could not be finished, by this run or one before."""

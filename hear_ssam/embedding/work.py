@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import TimeoutError as StillRunning
+from concurrent.futures import wait
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any, NamedTuple
 
@@ -243,9 +243,7 @@ def embed_all(
         outcomes = work_ahead(worker, batches, workers, workers + 1)
     with contextlib.closing(outcomes), tqdm(total=total, unit="file", disable=None) as bar:
         for batch, outcome in outcomes:
-            while not outcome.done():
-                with contextlib.suppress(StillRunning):
-                    outcome.exception(1.0)
+            while wait([outcome], 1.0).not_done:
                 tick()
             try:
                 results = outcome.result()

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import HearSsamError
 from ..frontend import SAMPLE_RATE
-from ..paths import atomic_write
+from ..paths import write_whole
 
 CODE = "modeling_hear_ssam"  # the module beside this one that goes into the folder
 LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0")  # in the hub's spelling
@@ -42,15 +42,13 @@ def describe(
         "header": "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items()), "name": name,
         "scene": sizes[0], "rows": sizes[1], "text": text.replace(f"# {name}", "## About these weights", 1) or facts,
     }  # fmt: skip
-    texts = {
+    for file, content in {
         "config.json": json.dumps(config, indent=2) + "\n",
         "preprocessor_config.json": json.dumps(extractor, indent=2) + "\n",
         f"{CODE}.py": Path(__file__).with_name(f"{CODE}.py").read_text("utf-8"),
         "README.md": CARD.format(**values),
-    }
-    for file, content in texts.items():
-        with atomic_write(folder / file) as temporary:
-            temporary.write_text(content, "utf-8")
+    }.items():
+        write_whole(folder / file, content)
 
 
 CARD = """---
