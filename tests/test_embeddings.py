@@ -194,6 +194,14 @@ def test_a_clip_without_frames_is_named(tmp_path, embedding_type):
         embed_task(hear, folder, tmp_path / "out")
 
 
+def test_a_model_may_call_a_part_of_it_backend(tmp_path):
+    """As ours calls the name of its scan, which is noted."""
+    hear = load_hear_model("tests.tiny_hear")
+    hear.model.backend = torch.nn.Identity()
+    out = embed_task(hear, write_task(tmp_path / "tones"), tmp_path / "out")
+    assert embedded_by(out)["backend"] is None and embedded_by(out)["clips"] == 18
+
+
 def test_names_tell_options_apart():
     """Text from numbers, and text that looks like the next option."""
     options = [{"pool": "mean"}, {"pool": "1"}, {"pool": 1}, {"pool": "None"}, {"pool": None}, {"pool": True}]

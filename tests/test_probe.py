@@ -16,7 +16,7 @@ from sklearn.model_selection import ParameterGrid
 
 from benchmarks import probes as benchmark
 from hear_ssam import HearSsamError
-from hear_ssam.evaluation import probe
+from hear_ssam.evaluation import probe, tasks
 from hear_ssam.evaluation.probe import (
     PROTOCOLS,
     HeadConfig,
@@ -106,6 +106,7 @@ def test_tasks_may_change_the_grid():
     expected = list(ParameterGrid({**PROTOCOLS["heareval"].grid, **several}))  # with which heareval makes it
     random.Random(7).shuffle(expected)
     assert grid_points(PROTOCOLS["heareval"], metadata, 7) == [HeadConfig(**point) for point in expected[:8]]
+    assert tasks._HEAD.keys() == {setting.name for setting in dataclasses.fields(HeadConfig)}  # all are checked
 
 
 # ---- data

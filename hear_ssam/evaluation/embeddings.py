@@ -74,7 +74,8 @@ def embed_task(
         count += len(order)
     seconds, device = time.time() - started, hear.device.type
     dtype = str(next((p.dtype for p in hear.model.parameters()), torch.float32)).removeprefix("torch.")
-    made_by |= {"clips": count, "dim": dim, "device": device, "backend": getattr(hear.model, "backend", None)}
+    backend = getattr(hear.model, "backend", None)  # of ours a name; others may call a part of theirs so
+    made_by |= {"clips": count, "dim": dim, "device": device, "backend": backend if isinstance(backend, str) else None}
     made_by |= {"dtype": dtype, "seconds": round(seconds, 3)}
     made_by["audio"] = {split: str(folder.resolve()) for split, folder in audio.items()}  # for those who want to listen
     write_whole(out_dir / PROVENANCE, json.dumps(made_by, indent=1))

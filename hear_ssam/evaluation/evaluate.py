@@ -92,7 +92,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a run leaves: all records of its models, tasks and protocol, and what failed (name → reason)."""
+    """What a run leaves: all records of its models, tasks and protocol, those of earlier runs too where they are of the
+    same embeddings, and what failed (name → reason)."""
 
     records: list[Record]
     failures: dict[str, str]
@@ -195,7 +196,8 @@ def run_evaluation(
             again = existing == "always"
             sources = _module_sources(models, found, results_dir, resample, limit, again, quick, failures)
         sources = sources[shard[0] - 1 :: shard[1]]
-        stored = {key_of(record): record for record in read(store)} if store.exists() and existing != "always" else {}
+        before = {key_of(record): record for record in read(store)} if store.exists() else {}
+        stored = before if existing != "always" else {}
         work = []
         for source in sources:
             fits = [run for run in runs if run[1] in HEADS or not source.task.event]
@@ -216,7 +218,8 @@ def run_evaluation(
         run_jobs(jobs, store, cores, failures, cluster)
         judged = {source.key(run)[:-2]: source for source in sources for run in runs}
         every = [(judged.get(key_of(r)[:-2]), r) for r in read(store)] if store.exists() else []  # folds and metrics
-        records = [r for source, r in every if source and source.made(r)]  # none of before, where it failed now
+        # of before only what was made of these very embeddings: what failed now has no results
+        records = [r for source, r in every if source and (source.made(r) or before.get(key_of(r)) != r)]
     return Evaluation(records, failures)
 
 
