@@ -142,9 +142,9 @@ def run_corpus(args: argparse.Namespace) -> int:
             print(f"skipped {reason}", file=sys.stderr)
     if args.check_against:  # training leaves out what is named here
         store = open_store(args.store)
-        with tqdm(audio_clips(args.check_against), unit=" clips") as known:
+        with only_writer(store.folder, "run of corpus"), tqdm(audio_clips(args.check_against), unit=" clips") as known:
             leaks = find_leaks(store, known, workers=args.workers)
-        store.leave_out(leaks)
+            store.leave_out(leaks)
         for leak in leaks:
             print(f"left out: {store.name(leak.clip)} sounds like {leak.known} ({leak.votes} votes)")
         print(f"{len(store.left_out)} of {len(store)} clips are left out of training: {store.folder}/left-out.tsv")

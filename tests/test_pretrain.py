@@ -373,6 +373,8 @@ def test_one_run_at_a_time_trains_in_a_folder(store, tmp_path, capsys):
     with FileLock(store / ".lock"):
         assert main(["codes", str(store), "--checkpoint", str(tmp_path / "run"), "--block", "1"]) == 2
         assert "another run of codes writes to it" in capsys.readouterr().err
+        assert main(["corpus", str(store), "--check-against", str(tmp_path)]) == 2  # not after hours of search
+        assert "another run of corpus writes to it" in capsys.readouterr().err
 
 
 def test_a_missing_or_small_store_is_named(store, tmp_path):
