@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import pickle
 import re
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from scipy.stats import t
 
 import hear_ssam
 from hear_ssam import HearSsamError, cli
@@ -86,6 +88,7 @@ def test_train_shows_scores_and_predict_says_the_same(
     assert "3 classes, 18 clips" in text and "by the fit to the others; 95 % intervals" in text
     assert re.search(r"1  high +6 +1\.00 \[0\.61, 1\.00\] +1\.00", text)
     assert re.search(r"accuracy +18 +1\.00 \[0\.82, 1\.00\]", text)
+    assert re.search(r"predicted as +1 +2 +3\n 1  high +6 +\. +\.\n 2  low +\. +6 +\.\n 3  noise +\. +\. +6$", text)
     assert run("classify", "predict", classifier, sounds, "-o", tmp_path / "out.csv") == 0
     found = rows(tmp_path / "out.csv")
     assert list(found[0]) == ["path", "label", "high", "low", "noise"]
@@ -221,6 +224,16 @@ def test_groups_stay_on_one_side() -> None:
 def test_the_interval_is_wilsons() -> None:
     np.testing.assert_allclose(classify.interval(np.arange(10) < 8, np.arange(10)), (0.8, 0.4902, 0.9433), atol=1e-4)
     assert classify.interval(np.zeros(0, bool), np.zeros(0, int)) == (None, 0.0, 1.0)
+    sizes, right = np.array([2, 3, 1, 2, 4, 2]), np.array([2, 1, 1, 1, 3, 0])  # of six groups
+    count, share = 14, 8 / 14
+    variance = 6 / 5 * ((right - share * sizes) ** 2).sum() / count**2
+    independent = share * (1 - share) / variance * (t.ppf(0.975, 13) / t.ppf(0.975, 5)) ** 2
+    centre = (share + 1.95996**2 / independent / 2) / (1 + 1.95996**2 / independent)
+    hits = np.concatenate([np.arange(size) < good for size, good in zip(sizes, right, strict=True)])
+    found, low, high = classify.interval(hits, np.repeat(np.arange(6), sizes))
+    half = 1.95996 * math.sqrt(share * (1 - share) / independent + 1.95996**2 / independent**2 / 4)
+    half /= 1 + 1.95996**2 / independent
+    np.testing.assert_allclose((found, low, high), (share, centre - half, centre + half), atol=1e-4)
 
 
 def test_windows_of_one_recording_are_no_independent_witnesses(sounds: Path, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from hear_ssam.encoder import Encoder
 from hear_ssam.errors import HearSsamError
 from hear_ssam.frontend import EPSILON
 from hear_ssam.pretraining.card import model_card
+from hear_ssam.pretraining.codes import NONE, CodeTable
 from hear_ssam.pretraining.loop import pretrain
-from hear_ssam.pretraining.recipe import Latents, Recipe, read_recipe
+from hear_ssam.pretraining.recipe import Codes, Latents, Pixels, Recipe, read_recipe
 from hear_ssam.pretraining.store import Store, build_store, open_store
 from hear_ssam.pretraining.windows import WindowSampler
 
@@ -218,19 +219,58 @@ def test_sources_count_by_the_square_root_of_their_hours():
     assert abs(share - want) < 0.02
 
 
-def test_other_clips_are_added_within_ten_decibels(monkeypatch):
+@pytest.mark.parametrize(("least", "most"), [(-10, 10), (-15, -3)])
+def test_other_clips_are_added_so_much_louder_or_quieter(monkeypatch, least, most):
     """A clip that sounds in the low bands and one in the high bands: what is added shows in the other's bands."""
     monkeypatch.setattr("hear_ssam.pretraining.windows.normalize", lambda spec, config: spec)
     low, high = np.full((200, 80), -30, np.float16), np.full((200, 80), -30, np.float16)
     low[:, :40], high[:, 40:] = 0, 0
     store = Store(np.concatenate([low, low, high]), np.array([0, 200, 400, 600]), np.array([0, 0, 1]), {})
-    recipe = Recipe(min_frames=200, max_frames=200, mix=0.5)
-    spec = WindowSampler(store, recipe, SSAM, torch.device("cpu")).draw(4000, torch.Generator().manual_seed(0)).spec
-    own, other = spec[:, 0, :40].mean(1), spec[:, 0, 40:].mean(1)
-    both = (own > -20) & (other > -20)
+    recipe = Recipe(min_frames=200, max_frames=200, mix=0.5, mix_low=least, mix_high=most)
+    drawn = WindowSampler(store, recipe, SSAM, torch.device("cpu")).draw(2000, torch.Generator().manual_seed(0))
+    below, above = drawn.spec[:, 0, :40].mean(1), drawn.spec[:, 0, 40:].mean(1)
+    both = (below > -20) & (above > -20)
     assert abs(both.float().mean() - 0.25) < 0.03  # half of the clips, half of those with their like
-    gain = 10 / math.log(10) * (own - other)[both]  # dB
-    assert -10.1 < gain.min() < -9.5 and 9.5 < gain.max() < 10.1 and abs(gain.mean()) < 0.5
+    added = 10 / math.log(10) * torch.where(drawn.clip == 2, below - above, above - below)[both]  # dB
+    assert least - 0.1 < added.min() < least + 0.5 and most - 0.5 < added.max() < most + 0.1
+    assert abs(added.mean() - (least + most) / 2) < 0.5 and abs(added.std() - (most - least) / 12**0.5) < 0.3
+
+
+def test_clips_are_made_louder_or_softer(monkeypatch):
+    monkeypatch.setattr("hear_ssam.pretraining.windows.normalize", lambda spec, config: spec)
+    store = Store(np.zeros((600, 80), np.float16), np.array([0, 200, 400, 600]), np.array([0, 0, 1]), {})
+    recipe = Recipe(min_frames=200, max_frames=200, mix=0, gain=6)
+    spec = WindowSampler(store, recipe, SSAM, torch.device("cpu")).draw(500, torch.Generator().manual_seed(0)).spec
+    gain = 10 / math.log(10) * spec[:, 0, 0]  # dB
+    assert -6 < gain.min() < -5.5 and 5.5 < gain.max() < 6 and abs(gain.mean()) < 0.5
+    assert (spec == spec[:, :1, :1]).all()
+
+
+def test_windows_lie_anywhere_in_their_clips_and_codes_and_masks_belong_to_them(monkeypatch):
+    """Every time slot holds its number, and so does its code; clip 2 is repeated, clip 0 held out."""
+    monkeypatch.setattr("hear_ssam.pretraining.windows.normalize", lambda spec, config: spec)
+    slots = np.array([60, 300, 20])
+    numbers, first = np.arange(slots.sum(), dtype=np.uint16), np.array([0, 60, 360])
+    frames = np.repeat(numbers, 4)[:, None].repeat(80, 1).astype(np.float16)
+    store = Store(frames, np.array([0, 240, 1440, 1520]), np.array([0, 1, 2]), {})
+    table = CodeTable(numbers[:, None], torch.from_numpy(first), {"bands": 5})
+    recipe = Recipe(min_frames=200, max_frames=240, mix=0, pad=0, objective={"codes": Codes(), "pixels": Pixels()})
+    sampler = WindowSampler(store, recipe, SSAM, torch.device("cpu"), codes=table)
+    crops, heard, generator = set(), sampler.frames, torch.Generator().manual_seed(0)
+    sampler.frames = lambda clip, frame: crops.add(frame.shape[1]) or heard(clip, frame)
+    begins = []
+    for _ in range(80):
+        drawn = sampler.draw(4, generator)
+        own = drawn.spec[:, ::4, 0].long().repeat_interleave(5, 1)  # (B, n)
+        assert torch.equal(drawn.codes, own.where(drawn.asked, NONE)) and len(drawn.masks) == 1
+        long = drawn.clip == 1
+        assert drawn.asked[long].all() and (drawn.asked[~long].sum(1) <= 100).all()
+        begins += (own[long, 0] - 60).tolist()
+    assert crops == set(range(200, 241, 4))  # both ends
+    assert 0 <= min(begins) < 10 and 240 < max(begins) <= 250
+    recipe = dataclasses.replace(recipe, separate_masks=True)
+    one, other = WindowSampler(store, recipe, SSAM, torch.device("cpu")).draw(4, generator).masks
+    assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize(("broken", "step"), [(3, 1), (4, 2)])  # the loss of the second step, or the one held out

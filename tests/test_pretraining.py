@@ -29,7 +29,7 @@ from hear_ssam.evaluation.preview import logistic_scores, named_tasks
 from hear_ssam.evaluation.tasks import read_task
 from hear_ssam.frontend import LogMel, normalize
 from hear_ssam.pretraining import codes, loop, watch
-from hear_ssam.pretraining.learner import Learner
+from hear_ssam.pretraining.learner import Decoder, Learner
 from hear_ssam.pretraining.loop import pretrain
 from hear_ssam.pretraining.recipe import (
     RECIPES,
@@ -116,6 +116,23 @@ def test_the_encoder_reads_what_is_visible_and_nothing_else(system):
         assert torch.equal(encoder.tokens(drawn.spec, visible=visible), tokens)
         after = learner._tokens(drawn.spec, drawn.masks[0])[0]
     assert before.shape == (3, n, 48) and torch.equal(before, after)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_decoder_reads_tokens_and_masks_at_their_places(system):
+    torch.manual_seed(0)
+    model = config.CONFIGS[f"{system}_tiny"]
+    decoder = Decoder(model, dataclasses.replace(VISIBLE, decoder_depth=2)).eval()
+    n, visible = model.num_patches, torch.tensor([[0, 3, 4], [2, 5, 6]])
+    tokens, positions = torch.randn(2, 4, 48), torch.randn(1, n, 48)
+    entered = decoder.enter(tokens)
+    want = torch.cat([entered[:, :1], (decoder.mask_token + positions).expand(2, -1, -1)], 1)
+    for clip, places in enumerate(visible.tolist()):
+        for token, place in enumerate(places):
+            want[clip, 1 + place] = entered[clip, 1 + token] + positions[0, place]
+    first, second = decoder.blocks
+    want = second(first(want, reverse=False), reverse=model.flip_odd)
+    torch.testing.assert_close(decoder(tokens, visible, positions), decoder.norm(want)[:, 1:])
 
 
 @pytest.mark.parametrize("system", ["ssam", "ssamba"])
