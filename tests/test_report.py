@@ -58,6 +58,17 @@ def test_interval_is_students():
     assert interval([0.8]) is None
 
 
+def test_what_was_judged_before_a_task_was_changed_is_no_seed_of_it():
+    """Of another version, or by another score that led; whatever their order in the store."""
+    older = [record(model, "birds", seed, 0.9) | {"time": "2026-01"} for model in ("ours", "theirs") for seed in (0, 1)]
+    newer = record("ours", "birds", 0, 0.2) | {"version": "2", "time": "2026-02"}
+    newest = record("ours", "birds", 0, 0.1, metric="chroma_acc") | {"version": "2", "time": "2026-03"}
+    for records, score in (([newer, *older], 0.2), ([newest, newer, *older], 0.1)):
+        (table,) = tables([*records, record("theirs", "doors", 0, 0.5)])
+        assert table.cells["birds", "ours"].scores == (score,) and ("birds", "theirs") not in table.cells
+        assert "results from before birds was changed are left out" in markdown(records)
+
+
 def test_a_cell_is_the_mean_over_seeds_of_the_task_score():
     (table,) = tables(RECORDS)
     assert table.tasks == {"birds": "top1_acc", "doors": "segment_1s_er", "waves": "top1_acc"}

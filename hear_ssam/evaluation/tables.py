@@ -52,6 +52,7 @@ class Table:
     cells: dict[tuple[str, str], Cell]  # (task, model); missing where there is no result, or none that is defined
     sign: dict[str, int]  # task → 1 where larger scores are better, else -1
     records: list[Record]
+    changed: list[str]  # tasks with results of an earlier version or leading score, which are left out
 
     def best(self, task: str) -> str | None:
         """The model with the best mean on a task, None where fewer than two have one."""
@@ -90,7 +91,8 @@ def interval(values: Sequence[float]) -> float | None:
 def tables(records: Iterable[Record]) -> list[Table]:
     """One table per protocol and probe; models with the same name and different checkpoints are told apart.
 
-    A score that is undefined counts in no mean, but its task and model are in the table.
+    A score that is undefined counts in no mean, but its task and model are in the table. Of a task that was changed,
+    only results since then count: earlier ones are no further seeds of it, and no rivals.
     """
     chosen = [r for r in records if r["fold"] is None and r["primary"]]
     checkpoints = Counter(model for model, _ in {(r["model"], r["checkpoint_sha256"]) for r in chosen})
@@ -98,17 +100,21 @@ def tables(records: Iterable[Record]) -> list[Table]:
     labelled: list[Record] = [{**r, "label": r["model"] + own} for r, own in zip(chosen, digests, strict=True)]
     made = []
     for protocol, probe in dict.fromkeys((r["protocol"], r["probe"]) for r in chosen):
-        rows = [row for row in labelled if (row["protocol"], row["probe"]) == (protocol, probe)]
+        every = [row for row in labelled if (row["protocol"], row["probe"]) == (protocol, probe)]
+        in_time = sorted(every, key=lambda row: row.get("time", ""))
+        last = {row["task"]: (row["version"], row["metric"]) for row in in_time}
+        rows = [row for row in every if (row["version"], row["metric"]) == last[row["task"]]]
         scores: dict[tuple[str, str], list[float]] = {}
         for row in rows:
             if row["score"] is not None:
                 scores.setdefault((row["task"], row["label"]), []).append(row["score"])
-        tasks = {row["task"]: row["metric"] for row in sorted(rows, key=lambda row: row["task"])}
+        tasks = {task: metric for task, (_, metric) in sorted(last.items())}
         here = {row["label"] for row in rows}
         models = [label for label in dict.fromkeys(row["label"] for row in labelled) if label in here]  # one order
         cells = {at: Cell(tuple(found), statistics.mean(found), interval(found)) for at, found in scores.items()}
         sign = {row["task"]: 1 if row["maximize"] else -1 for row in rows}
-        made.append(Table(protocol, probe, tasks, models, cells, sign, rows))
+        changed = sorted({row["task"] for row in every if (row["version"], row["metric"]) != last[row["task"]]})
+        made.append(Table(protocol, probe, tasks, models, cells, sign, rows, changed))
     return made
 
 
@@ -174,6 +180,8 @@ def caption(table: Table, published: bool = False) -> str:
         text += ", mean ± 95 % t-interval over seeds; ≈ not significantly worse than the best (Welch, 5 %)"
     if any(record["score"] is None for record in table.records):
         text += "; scores that are not finite are left out"
+    if table.changed:
+        text += f"; results from before {', '.join(table.changed)} was changed are left out"
     for limit in sorted({record["limit"] for record in table.records if "limit" in record}):
         text += f"; -limit{limit}: only {limit} clips of each split, no HEAR scores"
     below = aggregates(table)
