@@ -40,7 +40,7 @@ from .frontend import HOP, SAMPLE_RATE, WINDOW, LogMel, build_frontend, join, no
 from .hub import layout
 from .hub.weights import PUBLISHED, Weights, here, named
 from .options import BASELINE, pick_device
-from .scan import available_backends, use_backend
+from .scan import use_backend, why_not
 
 DEFAULT = "ssam_tiny"
 MILLISECOND = SAMPLE_RATE // 1000  # samples
@@ -295,12 +295,8 @@ def load_model(
     for option, value, kind in [*typed, ("model", model, str), ("cache", cache or "", path_like)]:
         if not isinstance(value, kind):
             raise HearSsamError(f"{option}={value!r}: has a wrong type, {type(value).__name__}; see help(load_model).")
-    if backend not in (None, "auto"):
-        backends = available_backends()
-        if backend not in backends:
-            raise unknown_name("backend", backend, ["auto", *backends])
-        if backends[backend]:
-            raise HearSsamError(f"the backend {backend!r} cannot run here: {backends[backend]}.")
+    if backend not in (None, "auto") and (reason := why_not(backend)):
+        raise HearSsamError(f"the backend {backend!r} cannot run here: {reason}.")
     path = os.fspath(model_file_path)
     if path and model:
         raise HearSsamError(f"load_model got both model_file_path={path!r} and model={model!r}; give one.")

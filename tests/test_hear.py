@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import hear_ssam
-from hear_ssam import HearSsamError, get_scene_embeddings, get_timestamp_embeddings, hear, load_model
+from hear_ssam import HearSsamError, get_scene_embeddings, get_timestamp_embeddings, hear, load_model, scan
 from hear_ssam.checkpoint import convert, load_checkpoint, save_checkpoint
 from hear_ssam.config import CONFIGS, EncoderConfig, build_config
 from hear_ssam.embedding.clips import embed_long
@@ -354,13 +354,20 @@ def test_logmel_is_mean_and_deviation() -> None:
 def test_explicit_backends_agree(files: dict[str, Path]) -> None:
     audio = noise(1, 0.5)
     expected = get_scene_embeddings(audio, load_model(files["ssam"], backend="reference"))
-    for name, reason in hear.available_backends().items():
+    for name, reason in scan.available_backends().items():
         if name in ("reference", "torch", "cpu") and reason is None:  # the others may be here, but not for the CPU
             scene = get_scene_embeddings(audio, load_model(files["ssam"], backend=name))
             assert_close(scene, expected)
         elif reason is not None:
             with pytest.raises(HearSsamError, match=f"'{name}' cannot run here: "):
                 load_model(files["ssam"], backend=name)
+
+
+def test_backends_that_nobody_asked_for_are_left_alone(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[str] = []  # that of a GPU would wake it
+    monkeypatch.setattr(scan, "_probe", looked_at.append)
+    load_model(files["ssam"], backend="torch")
+    assert looked_at == ["torch"]
 
 
 def test_bf16_is_close(files: dict[str, Path]) -> None:

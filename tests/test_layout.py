@@ -92,6 +92,10 @@ def test_transformers_gives_the_same_embeddings(
         torch.testing.assert_close(output.pooler_output[i], scene[0], rtol=0, atol=1e-6)
         torch.testing.assert_close(output.last_hidden_state[i, : rows.shape[1]], rows[0], rtol=0, atol=1e-6)
         assert not output.last_hidden_state[i, rows.shape[1] :].any()
+    extractor.padding_side = "left"
+    inputs = extractor([clip.numpy() for clip in clips], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**inputs).pooler_output, output.pooler_output, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="sampling_rate must be 16000, not 8000"):
         extractor(clips[0].numpy(), sampling_rate=8000)
     theirs.save_pretrained(tmp_path / "again")  # as after training: without our metadata, with its config

@@ -90,7 +90,8 @@ class Worker:
     def __init__(self, model: HearModel, options: Options, scratch: str | os.PathLike[str] | None = None) -> None:
         self.model, self.options = model, options
         # Rows (n, E) that wait in a file without a name, and in memory while it is small.
-        self.file = functools.partial(tempfile.SpooledTemporaryFile, 1 << 20, dir=scratch and os.fspath(scratch))
+        place = scratch and os.fspath(scratch)
+        self.file = functools.partial(tempfile.SpooledTemporaryFile, 1 << 20, prefix=".", dir=place)
         self.schema = options.schema(model)
         self.parts = ("scene",) if options.window else KINDS[options.kind]
         self.most = clips.LONG * model.sample_rate

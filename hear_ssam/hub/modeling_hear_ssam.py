@@ -62,15 +62,15 @@ class HearSsamModel(PreTrainedModel):
     def forward(
         self, input_values: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> BaseModelOutputWithPooling:
-        count, samples = input_values.shape
-        lengths = [samples] * count if attention_mask is None else attention_mask.sum(1).tolist()
+        mask = torch.ones_like(input_values, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        lengths = mask.sum(1).tolist()
         self.hear.frontend.to(input_values.device)
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for length in set(lengths):
             mine = [i for i, own in enumerate(lengths) if own == length]
-            scenes, rows = self.hear.scene_and_rows(input_values[mine, :length])
+            scenes, rows = self.hear.scene_and_rows(torch.stack([input_values[i][mask[i]] for i in mine]))
             found |= {i: (scene, row) for i, scene, row in zip(mine, scenes, rows, strict=True)}
         return BaseModelOutputWithPooling(
-            last_hidden_state=nn.utils.rnn.pad_sequence([found[i][1] for i in range(count)], batch_first=True),
-            pooler_output=torch.stack([found[i][0] for i in range(count)]),
+            last_hidden_state=nn.utils.rnn.pad_sequence([found[i][1] for i in range(len(lengths))], batch_first=True),
+            pooler_output=torch.stack([found[i][0] for i in range(len(lengths))]),
         )

@@ -115,7 +115,14 @@ def use_backend(name: str) -> Iterator[None]:
 
 def available_backends() -> dict[str, str | None]:
     """For each backend None if it runs here, else exactly why not."""
-    return {name: None if (error := _probe(name)) is None else _reason(error) for name in BACKENDS}
+    return {name: why_not(name) for name in BACKENDS}
+
+
+def why_not(name: str) -> str | None:
+    """Why this backend does not run here; None if it does. No other one is looked at: that could wake a GPU."""
+    if name not in BACKENDS:
+        raise unknown_name("scan backend", name, ("auto", *BACKENDS))
+    return None if (error := _probe(name)) is None else f"{type(error).__name__}: {error}"
 
 
 # --- choice ---------------------------------------------------------------------------------------------------------
@@ -127,10 +134,8 @@ def _choose(backend: str, device: str, dtype: torch.dtype, size: int) -> str:
         backend = _chosen.get() or os.environ.get("HEAR_SSAM_BACKEND") or "auto"
     if backend == "auto":
         return _auto(device, dtype, size)
-    if backend not in BACKENDS:
-        raise unknown_name("scan backend", backend, ("auto", *BACKENDS))
-    if (error := _probe(backend)) is not None:
-        raise HearSsamError(f"scan backend {backend!r} does not run here: {_reason(error)}.") from error
+    if reason := why_not(backend):
+        raise HearSsamError(f"scan backend {backend!r} does not run here: {reason}.") from _probe(backend)
     if why := _refuses(backend, device, dtype) or _overflows(backend, size):
         raise HearSsamError(f"scan backend {backend!r} {why}; use backend='torch' or 'auto'.")
     return backend
@@ -142,8 +147,8 @@ def _auto(device: str, dtype: torch.dtype, size: int) -> str:
     for name in _PREFERRED.get(device, ("torch",)):
         if _refuses(name, device, dtype) is not None:
             continue
-        error = _probe(name)
-        why = _overflows(name, size) if error is None else f"does not run here ({_reason(error)})"
+        reason = why_not(name)
+        why = f"does not run here ({reason})" if reason else _overflows(name, size)
         if why is None:
             logger.info("scan backend for %s on %s: %s", dtype, device, name)
             return name
@@ -202,10 +207,6 @@ class _Kernels(Protocol):
 def _kernels(name: str) -> _Kernels:
     """The module of a backend, imported when first used."""
     return cast(_Kernels, importlib.import_module(f".{name}_backend", __name__))
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 # --- one opaque, differentiable op for autograd, torch.compile and torch.export ---------------------------------------
