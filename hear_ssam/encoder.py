@@ -145,7 +145,10 @@ class Encoder(nn.Module):
         Raises HearSsamError for a block that is not there, or is the first half of a pair (SSAMBA).
         """
         last, step = len(self.blocks), 1 + self.config.paired
-        layers = [self.config.readout_block or last] if layers is None else layers
+        if layers is None:
+            if not self.config.readout_block:
+                return [self.tokens(spec)]
+            layers = [self.config.readout_block]
         for layer in [*layers] or [0]:
             if layer not in range(step, last + 1, step):
                 known = f"{step}, {2 * step}, ... {last}" if last > 2 * step else f"{step} to {last}"
@@ -203,12 +206,10 @@ def resize_positions(pos_embed: Tensor, config: EncoderConfig, slots: int) -> Te
     As SSAMBA does it: fewer slots are the centre of the grid, more are interpolated linearly.
     """
     window, bands = config.grid
-    time_first = config.patch_order == "time"
-    grid = pos_embed[0, 1:].unflatten(0, (window, bands) if time_first else (bands, window))
-    grid = grid.transpose(0, 1) if time_first else grid  # (f, T, D)
+    shape, axis = ((window, bands), 0) if config.patch_order == "time" else ((bands, window), 1)
+    grid = pos_embed[0, 1:].unflatten(0, shape)
     if slots <= window:
-        grid = grid.narrow(1, window // 2 - slots // 2, slots)
-    else:
-        grid = F.interpolate(grid.transpose(1, 2), size=slots, mode="linear", align_corners=False).transpose(1, 2)
-    grid = grid.transpose(0, 1) if time_first else grid
+        grid = grid.narrow(axis, window // 2 - slots // 2, slots)
+    else:  # (f, D, T) in between
+        grid = F.interpolate(grid.movedim(axis, 2), size=slots, mode="linear", align_corners=False).movedim(2, axis)
     return torch.cat([pos_embed[:, :1], grid.flatten(0, 1)[None]], dim=1)

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from hear_ssam import scan
 from hear_ssam.errors import HearSsamError
@@ -222,6 +223,14 @@ def test_convolution_equals_the_reference(backend, reverse, activation, shape):
         results.append([out, state, plain, x.grad, w.grad, b.grad, s.grad])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["reference", *backends()])
+def test_the_convolution_is_torchs(backend):
+    x, weight, bias = torch.randn(2, 20, 16), torch.randn(16, 4), torch.randn(16)
+    for reverse, edges, taps in ((False, (3, 0), weight), (True, (0, 3), weight.flip(1))):
+        want = F.silu(F.conv1d(F.pad(x.mT, edges), taps[:, None], bias, groups=16)).mT
+        torch.testing.assert_close(causal_conv1d(x, weight, bias, reverse=reverse, backend=backend), want)
 
 
 @pytest.mark.parametrize("backend", backends())

@@ -53,11 +53,8 @@ def selective_scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> t
     """
     u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     dtype = torch.promote_types(u.dtype, torch.float32)
-    u_, delta, A, B, C = (x.to(dtype) for x in (u, delta, A, B, C))
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(dtype)
-    if delta_softplus:
-        delta = F.softplus(delta)
+    delta = step_size(delta, delta_bias, delta_softplus, dtype)
+    u_, A, B, C = (x.to(dtype) for x in (u, A, B, C))
     h = u_.new_zeros(len(u), u.shape[2], A.shape[1]) if initial_state is None else initial_state.to(dtype)  # (B, D, N)
     length = u.shape[1]
     outputs = [u_.new_empty(0)] * length
@@ -71,6 +68,14 @@ def selective_scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> t
     if z is not None:
         y = y * F.silu(z.to(dtype))
     return y.to(u.dtype), h
+
+
+def step_size(delta: Tensor, bias: Tensor | None, softplus: bool, dtype: torch.dtype) -> Tensor:
+    """softplus(delta + bias), either of which may be left out."""
+    delta = delta.to(dtype)
+    if bias is not None:
+        delta = delta + bias.to(dtype)
+    return F.softplus(delta) if softplus else delta
 
 
 def causal_conv1d(
@@ -89,7 +94,7 @@ def causal_conv1d(
     y = torch.zeros_like(x, dtype=dtype)
     for k in range(kernel):
         start = kernel - 1 - k if reverse else k
-        y = y + taps[k] * padded[:, start : start + x.shape[1]]
+        y = torch.addcmul(y, padded[:, start : start + x.shape[1]], taps[k])
     if bias is not None:
         y = y + bias.to(dtype)
     return (F.silu(y) if activation else y).to(x.dtype)

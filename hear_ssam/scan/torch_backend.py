@@ -3,6 +3,8 @@
 Only one block of states, (batch, BLOCK, N, D), exists at a time, so the buffers stay in the CPU's cache and nothing
 of size length x channels x state is ever stored. Autograd through a loop would add a full-size zero tensor per step.
 
+The convolution is the reference's; only its backward pass is written out.
+
 Every kernel backend (this, cpu_backend, triton_backend) offers the same four functions and the same `saved` tensor:
 the state before every SAVE_EVERY-th step in scan order, float32 (float64 here for float64 input),
 (batch, ceil(length / SAVE_EVERY), state, channels).
@@ -14,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import SAVE_EVERY, ScanInputs, as_given
+from .reference import SAVE_EVERY, ScanInputs, as_given, step_size
+from .reference import causal_conv1d as conv_forward
 
 CACHE_BYTES = 1 << 20  # wanted size of one block buffer on a CPU
 
@@ -24,7 +27,7 @@ def scan_forward(inputs: ScanInputs, delta_softplus: bool, reverse: bool, save: 
     u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     dtype = torch.promote_types(u.dtype, torch.float32)
     (batch, length, channels), state = u.shape, A.shape[1]
-    uf, dt = u.to(dtype), _step_size(delta, delta_bias, delta_softplus, dtype)
+    uf, dt = u.to(dtype), step_size(delta, delta_bias, delta_softplus, dtype)
     At = A.to(dtype).t().contiguous()  # (N, D)
     y = torch.empty(batch, length, channels, dtype=dtype, device=u.device)
     last = torch.zeros(batch, state, channels, dtype=dtype, device=u.device)
@@ -58,7 +61,7 @@ def scan_backward(
     """Gradients of the inputs, each in its dtype; None where there is no input."""
     u, delta, A, B, C, D, z, delta_bias, _ = inputs
     (batch, length, channels), state, dtype = u.shape, A.shape[1], saved.dtype
-    uf, dt = u.to(dtype), _step_size(delta, delta_bias, delta_softplus, dtype)
+    uf, dt = u.to(dtype), step_size(delta, delta_bias, delta_softplus, dtype)
     At = A.to(dtype).t().contiguous()
     dy = dout.to(dtype)
     if z is not None:
@@ -109,15 +112,6 @@ def scan_backward(
     return ScanInputs(*as_given(grads, inputs))
 
 
-def conv_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool, reverse: bool
-) -> Tensor:
-    """Depthwise causal convolution of x (B, L, D), in x's dtype."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    y = _convolve(_pad(x.to(dtype), weight.shape[1] - 1, initial_state, reverse), weight.to(dtype), bias, reverse)
-    return (F.silu(y, inplace=True) if activation else y).to(x.dtype)
-
-
 def conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: bool,
     reverse: bool,
@@ -126,10 +120,11 @@ def conv_backward(
     dtype = torch.promote_types(x.dtype, torch.float32)
     kernel, length = weight.shape[1], x.shape[1]
     w = weight.to(dtype)
-    padded = _pad(x.to(dtype), kernel - 1, initial_state, reverse)  # (B, L+K-1, D)
+    edge = x.new_zeros(x.shape[0], kernel - 1, x.shape[2]) if initial_state is None else initial_state
+    padded = torch.cat([x, edge.flip(1)] if reverse else [edge, x], 1).to(dtype)  # (B, L+K-1, D)
     dy = dout.to(dtype)
     if activation:
-        y = _convolve(padded, w, bias, reverse)
+        y = conv_forward(x.to(dtype), weight, bias, initial_state, False, reverse)
         gate = torch.sigmoid(y)
         dy = dy * gate * (1 + y * (1 - gate))
     dpadded = torch.zeros_like(padded)
@@ -157,28 +152,6 @@ def _groups(u: Tensor, state: int) -> list[slice]:
     batch = u.shape[0]
     rows = max(1, batch if u.device.type != "cpu" else CACHE_BYTES // max(1, SAVE_EVERY * state * u.shape[2] * 4))
     return [slice(i, min(i + rows, batch)) for i in range(0, batch, rows)]
-
-
-def _step_size(delta: Tensor, bias: Tensor | None, softplus: bool, dtype: torch.dtype) -> Tensor:
-    delta = delta.to(dtype)
-    if bias is not None:
-        delta = delta + bias.to(dtype)
-    return F.softplus(delta) if softplus else delta
-
-
-def _pad(x: Tensor, before: int, initial_state: Tensor | None, reverse: bool) -> Tensor:
-    edge = x.new_zeros(x.shape[0], before, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
-    return torch.cat([x, edge.flip(1)] if reverse else [edge, x], 1)
-
-
-def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    kernel, length = weight.shape[1], padded.shape[1] - weight.shape[1] + 1
-    first = 0 if reverse else kernel - 1  # the tap on the token itself
-    y = padded[:, first : first + length] * weight[:, kernel - 1]
-    for k in range(kernel - 1):
-        start = kernel - 1 - k if reverse else k
-        y.addcmul_(padded[:, start : start + length], weight[:, k])
-    return y if bias is None else y.add_(bias.to(y.dtype))
 
 
 def _flip(x: Tensor, reverse: bool) -> Tensor:
