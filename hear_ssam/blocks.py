@@ -91,7 +91,7 @@ class SelectiveSSM(nn.Module):
         self.dt_proj = nn.Linear(rank, inner)
         nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
         with torch.no_grad():  # steps log-uniform in [0.001, 0.1]; the bias is their inverse softplus
-            step = torch.empty(inner).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+            step = torch.empty(inner).uniform_(math.log(1e-3), math.log(1e-1)).exp()
             self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
         self.A_log = nn.Parameter(torch.arange(1, state + 1, dtype=torch.float32).log().repeat(inner, 1))  # (I, N)
         self.D = nn.Parameter(torch.ones(inner))

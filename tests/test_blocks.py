@@ -64,8 +64,16 @@ def test_mamba_starts_where_the_paper_starts() -> None:
     assert 1e-3 * 0.99 <= step.min() and step.max() <= 1e-1 * 1.01
     assert step.log().mean().item() == pytest.approx(math.log(1e-2), abs=0.3)
     torch.testing.assert_close(torch.exp(mixer.A_log), torch.arange(1.0, 25).expand(144, 24))
-    assert mixer.D.eq(1).all() and mixer.dt_proj.weight.abs().max() <= 3**-0.5
+    assert mixer.D.eq(1).all() and 0.95 * 3**-0.5 < mixer.dt_proj.weight.abs().max() <= 3**-0.5
     assert mixer.out_proj.weight.abs().max() <= (144 * 12) ** -0.5
+
+
+def test_the_transformer_starts_where_the_paper_starts() -> None:
+    torch.manual_seed(0)
+    for layer in blocks.TransformerBlock(CONFIGS["transformer"]).modules():
+        if isinstance(layer, torch.nn.Linear):
+            bound = (6 / (layer.in_features + layer.out_features)) ** 0.5  # Xavier's, uniform
+            assert 0.95 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
 
 
 def test_mlstm_starts_where_the_paper_starts() -> None:

@@ -252,6 +252,8 @@ def test_make_a_task_of_a_folder(tmp_path, capsys, serial):
     assert not evaluation.failures and evaluation.records[-1]["score"] > 0.9
     with pytest.raises(HearSsamError, match="is there already; delete it or give another --name"):
         make_task(source, tmp_path / "tasks", folds=4)
+    make_task(recordings(tmp_path / "few", {"cat": 6, "owls": 2, "rooks": 4}), tmp_path / "tasks", folds=3)
+    assert "owls: 2 groups of recordings for 3 folds; some will lack it." in capsys.readouterr().err
 
 
 def drawn(folder):

@@ -59,8 +59,9 @@ def test_windows_are_standardised_and_repeatable(store):
     assert spec.shape == (8, 200, 80) and spec.dtype == torch.float32
     assert spec.mean((1, 2)).abs().max() < 1e-4
     torch.testing.assert_close(spec.std((1, 2)), torch.ones(8), rtol=1e-3, atol=1e-3)
-    again = windows.draw(8, torch.Generator().manual_seed(0)).spec
-    assert torch.equal(spec, again)
+    windows = WindowSampler(open_store(store), dataclasses.replace(SMALL, pad=0.5), SSAM, torch.device("cpu"))
+    drawn = [windows.draw(8, torch.Generator().manual_seed(i // 2)).spec for i in range(8)]
+    assert all(torch.equal(*drawn[i : i + 2]) for i in range(0, 8, 2)) and not torch.equal(drawn[1], drawn[2])
 
 
 def test_held_out_clips_are_never_trained_on(store):
@@ -249,10 +250,10 @@ def test_clips_are_made_louder_or_softer(monkeypatch):
 def test_windows_lie_anywhere_in_their_clips_and_codes_and_masks_belong_to_them(monkeypatch):
     """Every time slot holds its number, and so does its code; clip 2 is repeated, clip 0 held out."""
     monkeypatch.setattr("hear_ssam.pretraining.windows.normalize", lambda spec, config: spec)
-    slots = np.array([60, 300, 20])
-    numbers, first = np.arange(slots.sum(), dtype=np.uint16), np.array([0, 60, 360])
+    slots = np.array([60, 66, 20])
+    numbers, first = np.arange(slots.sum(), dtype=np.uint16), np.array([0, 60, 126])
     frames = np.repeat(numbers, 4)[:, None].repeat(80, 1).astype(np.float16)
-    store = Store(frames, np.array([0, 240, 1440, 1520]), np.array([0, 1, 2]), {})
+    store = Store(frames, np.array([0, 240, 504, 584]), np.array([0, 1, 2]), {})
     table = CodeTable(numbers[:, None], torch.from_numpy(first), {"bands": 5})
     recipe = Recipe(min_frames=200, max_frames=240, mix=0, pad=0, objective={"codes": Codes(), "pixels": Pixels()})
     sampler = WindowSampler(store, recipe, SSAM, torch.device("cpu"), codes=table)
@@ -267,7 +268,7 @@ def test_windows_lie_anywhere_in_their_clips_and_codes_and_masks_belong_to_them(
         assert drawn.asked[long].all() and (drawn.asked[~long].sum(1) <= 100).all()
         begins += (own[long, 0] - 60).tolist()
     assert crops == set(range(200, 241, 4))  # both ends
-    assert 0 <= min(begins) < 10 and 240 < max(begins) <= 250
+    assert set(begins) == set(range(17))
     recipe = dataclasses.replace(recipe, separate_masks=True)
     one, other = WindowSampler(store, recipe, SSAM, torch.device("cpu")).draw(4, generator).masks
     assert not torch.equal(one, other)

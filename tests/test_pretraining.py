@@ -369,6 +369,26 @@ def test_k_means_sees_the_clips_that_are_trained_on(store, monkeypatch):
         codes.open_codes(opened, "seen", model)
 
 
+def test_what_a_place_in_the_window_adds_makes_no_codes(store, monkeypatch):
+    monkeypatch.setattr(codes, "SAMPLE", 2000)
+    g = torch.Generator().manual_seed(0)
+    kinds, places = torch.randn(4, 3, generator=g), 10 * torch.randn(50, 1, 3, generator=g)
+
+    def features(asked):
+        return [kinds[clip % 4] + (places if window is not None else places.repeat(3, 1, 1)) for clip, window in asked]
+
+    opened, model = open_store(store), config.CONFIGS["ssam_tiny"]
+    codes.build_codes(opened, "placed", model, features, {}, clusters=4)
+    table = codes.open_codes(opened, "placed", model)
+    clips = [set(part[:, 0].tolist()) for part in np.split(table.codes, table.first[1:].tolist())]
+    found = [frozenset().union(*clips[kind::4]) for kind in range(4)]
+    assert len(set(found)) > 2 and all(one == other or not one & other for one in found for other in found)
+    for seed in (0, 1):
+        codes.build_codes(opened, f"again{seed}", model, features, {}, clusters=4, seed=seed)
+    same, other = (codes.open_codes(opened, f"again{seed}", model).codes for seed in (0, 1))
+    assert np.array_equal(same, table.codes) and not np.array_equal(other, table.codes)
+
+
 def test_any_hear_module_is_a_teacher(store, tmp_path):
     opened, model = open_store(store), config.CONFIGS["ssam_tiny"]
     codes.build_codes(opened, "foreign", model, module_features(opened, "tests.tiny_hear", model), {}, clusters=12)

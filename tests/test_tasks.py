@@ -47,6 +47,13 @@ def test_targets_are_one_hot_rows_by_vocabulary(tmp_path):
     assert task.targets([["low"], ["high"]], "here").tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
+def test_clips_of_a_multilabel_task_have_any_number_of_labels(tmp_path):
+    folder = write_task(tmp_path / "tones", prediction_type="multilabel", evaluation=["mAP"])
+    (folder / "train.json").write_text('{"a.wav": [], "b.wav": ["low", "high"]}')
+    task = read_task(folder)
+    assert task.targets(list(task.clips("train").values()), "here").tolist() == [[0, 0, 0], [1, 1, 0]]
+
+
 def test_tasks_are_found_by_name_also_below_an_unpacked_archive(tmp_path):
     write_task(tmp_path / "hear-2021.0.6" / "tasks" / "tones")
     write_task(tmp_path / "chords")
