@@ -246,6 +246,17 @@ def test_a_task_that_was_changed_after_it_was_read_is_taken_as_it_is(hear, tmp_p
     assert pickle.loads((out / "train.target-labels.pkl").read_bytes()) == [["mid"]] * len(before)
 
 
+def test_the_code_of_a_module_is_what_was_imported(tmp_path, monkeypatch):
+    """As in a notebook, where its file is edited meanwhile."""
+    (tmp_path / "edited.py").write_text("from tests.tiny_hear import *\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = load_hear_model("edited").source
+    (tmp_path / "edited.py").write_text("from tests.tiny_hear import *\nPOOL = 'max'\n")
+    assert load_hear_model("edited").source == before
+    monkeypatch.delitem(sys.modules, "edited")
+    assert load_hear_model("edited").source["module_sha256"] != before["module_sha256"]
+
+
 def test_resampling_is_part_of_the_origin(hear, tmp_path):
     task = write_task(tmp_path / "48" / "tones", rate=48000)
     out = embed_task(hear, task, tmp_path / "out", resample=True)

@@ -152,8 +152,8 @@ def run_evaluation(
 
     probes: list[str] = [probe] if isinstance(probe, str) else list(probe)
     tasks = [tasks] if isinstance(tasks, str) else tasks
-    names = {"policy for existing results": (existing, EXISTING), "engine": (engine, ("local", "ray"))}
-    for kind, (name, known) in [*names.items(), *(("probe", (name, PROBES)) for name in probes)]:
+    names = [("policy for existing results", existing, EXISTING), ("engine", engine, ("local", "ray"))]
+    for kind, name, known in names + [("probe", name, PROBES) for name in probes]:
         if name not in known:
             raise unknown_name(kind, name, known)
     if (tasks_dir is None) == (embeddings_dir is None):

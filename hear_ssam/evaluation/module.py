@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import inspect
@@ -79,10 +80,11 @@ class JudgedModule:
         return embedded.astype(np.float32, copy=False), times
 
 
-def _code_sha256(name: str, file: Path) -> str:
+@functools.cache
+def _code_sha256(module: ModuleType, file: Path) -> str:
     """Over the file of a module and those that it imports from where it lies; of what is installed, whose version tells
-    the rest, over the file alone."""
-    file = file.resolve()
+    the rest, over the file alone. Once in a process, which goes on with what it has imported."""
+    name, file = module.__name__, file.resolve()
     folder, files = file.parents[name.count(".") + (file.stem == "__init__")], {str(file)}
     if not {"site-packages", "dist-packages"} & set(folder.parts):
         finder = ModuleFinder([str(folder)], excludes=[__name__.partition(".")[0]])
@@ -224,7 +226,7 @@ def _placed(module: ModuleType, model: object, name: str, digest: str, place: to
             raise HearSsamError(f"the model of {module.__name__} needs {wanted}.")
     file, version = getattr(module, "__file__", None), getattr(module, "__version__", "")
     source = {"module": module.__name__, "module_version": version if isinstance(version, str) else ""}
-    source["module_sha256"] = _code_sha256(module.__name__, Path(file)) if file and Path(file).is_file() else ""
+    source["module_sha256"] = _code_sha256(module, Path(file)) if file and Path(file).is_file() else ""
     if not digest and not hasattr(model, "checkpoint_sha256"):  # weights that the module finds itself
         with contextlib.suppress(Exception):  # of a kind that cannot be read
             source |= {"weights_sha256": told} if (told := weights_sha256(model)) else {}
