@@ -26,11 +26,11 @@ from .scan import causal_conv1d, selective_scan
 class Projection(nn.Linear):
     """A linear layer that can run in bfloat16 (`bf16 = True`) while its weights stay float32.
 
-    Without gradients the rounded weights are kept from call to call, until the weights change.
+    On a CPU, and without gradients, the rounded weights are kept from call to call, until the weights change.
     """
 
     bf16 = False
-    _kept: tuple[Tensor, int, Tensor] | None = None  # the weight, its version, and what it rounds to
+    _kept: tuple[Tensor, int, Tensor, Tensor] | None = None  # the weight, its version, some of it, what it rounds to
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.bf16:
@@ -39,11 +39,13 @@ class Projection(nn.Linear):
 
     def _rounded_weight(self) -> Tensor:
         weight, kept = self.weight, self._kept
-        if torch.is_grad_enabled() or weight.is_inference():  # whose changes nobody counts
+        passing = torch.is_grad_enabled() or weight.is_inference() or torch.compiler.is_compiling()
+        if passing or weight.device.type != "cpu":
             return weight.bfloat16()
-        if kept is None or kept[0] is not weight or kept[1] != weight._version or kept[2].device != weight.device:
-            self._kept = kept = weight, weight._version, weight.bfloat16()
-        return kept[2]
+        some = weight.flatten()[:: 1 + weight.numel() // 64]  # no version counts fused optimisers and `.data`
+        if kept is None or kept[0] is not weight or kept[1] != weight._version or not torch.equal(kept[2], some):
+            self._kept = kept = weight, weight._version, some.clone(), weight.bfloat16()
+        return kept[3]
 
 
 def build_norm(config: EncoderConfig) -> nn.Module:

@@ -128,6 +128,14 @@ def test_rounded_weights_follow_the_weights() -> None:
             assert layer(x).eq(value).all()
     layer(x).float().sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
+    for change in (torch.optim.SGD(layer.parameters(), 1.0, fused=True).step, lambda: layer.weight.data.mul_(2)):
+        before = layer.weight.clone()
+        with torch.no_grad():
+            layer(x)
+            change()  # which no version of the weight counts
+            found = layer(x)
+        torch.testing.assert_close(found, layer(x))  # which keeps nothing
+        assert not layer.weight.equal(before)
 
 
 def mlstm_recurrent(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
