@@ -1,5 +1,6 @@
 """The driver end to end: records, resumption, failures, foreign embedding folders."""
 
+import itertools
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from hear_ssam.evaluation.embeddings import embed_task
 from hear_ssam.evaluation.evaluate import run_evaluation
 from hear_ssam.evaluation.folders import best_folder
 from hear_ssam.evaluation.module import load_hear_model
+from hear_ssam.evaluation.probe import run_probe
 from hear_ssam.evaluation.records import STORE, embeddings_folder, key_of, predictions_file, read
 from hear_ssam.evaluation.rows import open_embeddings
 
@@ -87,6 +90,22 @@ def test_event_tasks(tmp_path, serial, probe, good):
     assert scores["event_onset_200ms_fms"] == scores["event_onset_200ms_fms_f_measure"] > good
     assert scores["segment_1s_er"] == scores["segment_1s_er_error_rate"] < 0.2
     assert {r["metric"]: r["maximize"] for r in evaluation.records}["segment_1s_er_error_rate"] is False
+
+
+def test_records_tell_how_their_heads_were_trained(tmp_path, serial):
+    """The predictions of every seed and probe are those of `run_probe` when it is asked for what the record says."""
+    write_task(tmp_path / "tasks" / "tones")
+    places = {"tasks_dir": tmp_path / "tasks", "results_dir": tmp_path / "results"}
+    evaluation = run_evaluation([MODULE], **places, probe=["exact", "bf16"], protocol="ssam", seeds=2, workers=1)
+    found = []
+    for record in (r for r in evaluation.records if r["primary"] and r["fold"] is None):
+        bf16 = record["dtype"] == "bfloat16"
+        result = run_probe(embeddings(tmp_path / "results"), record["protocol"], record["seed"], bf16=bf16)
+        assert bf16 == (record["probe"] == "bf16") and record["grid_point"] == asdict(result.config)
+        with np.load(predictions_file(tmp_path / "results", record)) as stored:
+            np.testing.assert_array_equal(stored["test/prediction"], result.folds[0].prediction)
+            found.append(stored["test/prediction"])
+    assert len(found) == 4 and not any(np.array_equal(*pair) for pair in itertools.combinations(found, 2))
 
 
 def test_foreign_embeddings_need_no_module(tmp_path, serial):
