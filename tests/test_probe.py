@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -225,6 +226,15 @@ def test_selection_by_loss(tmp_path):
     folder = write_embeddings(tmp_path / "toy", ["train", "valid", "test"], use_scoring_for_early_stopping=False)
     result = run_probe(folder, "ssam", 0)
     assert result.folds[0].details["validation_score"] == min(c["val_loss"] for h in result.histories for c in h)
+
+
+def test_a_head_that_breaks_is_ended_and_loses(tmp_path):
+    grid = {"task_specific_param_grid": {"hidden_dim": [8], "max_epochs": [30], "lr": [1e37, 1e-2]}}
+    named = {"use_scoring_for_early_stopping": False, "evaluation_params": grid}
+    result = run_probe(write_embeddings(tmp_path / "toy", ["train", "valid", "test"], **named), "ssam", 0)
+    losses = [[check["val_loss"] for check in history] for history in result.histories]
+    assert sorted(len(own) < 10 and not math.isfinite(own[-1]) for own in losses) == [False, False, True, True]
+    assert all(math.isfinite(loss) for own in losses for loss in own[:-1]) and result.config.lr == 1e-2
 
 
 def test_initial_weights_and_first_epochs_equal_heareval(golden, one_thread):

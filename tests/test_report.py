@@ -95,6 +95,8 @@ def test_significance_is_welchs_test_against_the_best():
     (table,) = tables([r for r in records if r["model"] != "once"])
     assert [table.close_to_best("birds", model) for model in table.models] == [False, True, False]
     assert "≈ 81.0 ± " in markdown(records[:9])
+    (table,) = tables([r for r in records if r["model"] in ("best", "near") and r["seed"] < 2])  # two are enough
+    assert table.close_to_best("birds", "near")
 
 
 def test_aggregates_follow_their_definitions():
@@ -154,6 +156,7 @@ def test_formats_mark_the_best_and_state_the_protocol():
     assert "| waves | top1_acc | – | 33.0 |" in text
     text = terminal(RECORDS)
     assert "*82.0 ± 5.0*" in text and "Protocol ssam, probe exact, 1–3 seeds" in text
+    assert "mean ± 95 % t-interval over seeds" in text and "scores that are not finite are left out" in text
     text = latex(RECORDS)
     assert r"birds & top1\_acc & \textbf{82.0 $\pm$ 5.0} & 79.0 \\" in text
     assert text.count("&") == 5 * 3
@@ -198,6 +201,8 @@ def test_models_stand_in_one_order_in_all_tables():
     order = [("a", "ssam"), ("b", "ssam"), ("b", "heareval"), ("a", "heareval")]  # by who was finished first
     both = tables([record(model, "birds", 0, 0.5, protocol=protocol) for model, protocol in order])
     assert [table.models for table in both] == [["a", "b"]] * 2
+    (table,) = tables([record("a", task, 0, 0.5) for task in ("waves", "birds", "doors")])
+    assert list(table.tasks) == ["birds", "doors", "waves"]
 
 
 def test_csv_has_fractions_and_marks_folds():
