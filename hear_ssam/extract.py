@@ -97,10 +97,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def embed_files(
-    files: Iterable[str | os.PathLike[str] | Recording], output: str | os.PathLike[str], model: HearModel,
+    recordings: Iterable[Recording], output: str | os.PathLike[str], model: HearModel,
     options: Options, shard: tuple[int, int] = (1, 1), workers: int = 1, cluster: Cluster | None = None,
 ) -> list[str]:  # fmt: skip
-    """Embed files and write them to `output` in their order; returns the files that were skipped.
+    """Embed recordings and write them to `output` in their order; returns the files that were skipped.
 
     output         NAME.parquet: one file; any other name: a folder of shards. What is there already is kept
     shard          (i, n): every n-th file from the i-th (from 1), into a folder that n processes share
@@ -111,7 +111,6 @@ def embed_files(
     written, holds embeddings of other weights or options or of other files of the same names, or every file is skipped;
     what was there is then left as it was.
     """
-    from .embedding.inputs import Recording, of_file
     from .embedding.shards import Output
     from .embedding.work import Worker, embed_all
 
@@ -126,8 +125,7 @@ def embed_files(
 
     def wanted() -> Iterator[Recording]:
         nonlocal there
-        for file in itertools.islice(files, part - 1, None, parts):
-            recording = file if isinstance(file, Recording) else of_file(file)
+        for recording in itertools.islice(recordings, part - 1, None, parts):
             if recording.label not in target.done:
                 yield recording
             else:
@@ -135,7 +133,7 @@ def embed_files(
                 newer.extend([recording.label] * target.newer(recording))
 
     with target.opened():
-        todo = list(wanted()) if isinstance(files, list) else wanted()
+        todo = list(wanted()) if isinstance(recordings, list) else wanted()
         worker = Worker(model, options, target.folder)
         found = embed_all(todo, worker, workers, skipped, lambda: target.close_if(SAFE), cluster)
         with contextlib.closing(found) as results:

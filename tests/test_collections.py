@@ -215,7 +215,7 @@ def test_two_runs_do_not_write_to_one_folder(recordings: Path, weights: Path, tm
     with FileLock(tmp_path / "out" / ".part.lock"):
         with pytest.raises(HearSsamError, match="out: another run writes to it"):
             extract.embed_files(
-                [recordings / "00.wav"], tmp_path / "out", hear_ssam.load_model(weights), work.Options()
+                [of_file(recordings / "00.wav")], tmp_path / "out", hear_ssam.load_model(weights), work.Options()
             )
         embed(recordings, "-o", tmp_path / "out", "--model", weights, "--shard", "1/2")  # has shards of its own
 

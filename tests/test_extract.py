@@ -19,6 +19,7 @@ import torch
 import hear_ssam
 from hear_ssam import cli, extract
 from hear_ssam.audio import read_audio
+from hear_ssam.embedding.inputs import of_file
 from hear_ssam.embedding.work import Options
 from hear_ssam.errors import HearSsamError
 from hear_ssam.hear import EncoderModel
@@ -282,7 +283,7 @@ def test_an_interrupted_command_does_not_wait_for_what_it_reads(tmp_path: Path, 
 
 def test_the_function_behind_the_command(recordings: Path, with_bad: list[Path], tmp_path: Path) -> None:
     model = hear_ssam.load_model("logmel")
-    skipped = extract.embed_files(with_bad, tmp_path / "out", model, Options("scene"))
+    skipped = extract.embed_files([*map(of_file, with_bad)], tmp_path / "out", model, Options("scene"))
     assert skipped == [str(file) for file in (with_bad[0], with_bad[2], with_bad[3])]
     with pytest.raises(HearSsamError, match="none of 1 files"):
-        extract.embed_files(with_bad[:1], tmp_path / "out", model, Options("scene"))
+        extract.embed_files([of_file(with_bad[0])], tmp_path / "out", model, Options("scene"))

@@ -120,12 +120,10 @@ class Output:
         """Whether a file has changed since it was embedded. Raises HearSsamError for another one of the same name."""
         written, begun = self.done[recording.label]
         other, here = Path(begun, recording.name), Path(recording.name)
-        if recording.decode or not here.exists():
-            return False
-        if begun and other.exists() and not other.samefile(here):
+        if other.exists() and here.exists() and not other.samefile(here):
             text = f"holds embeddings of {other}, which from there has the name of {here.absolute()}"
             raise HearSsamError(f"{self.output}: {text}; name another output, or whole paths.")
-        return here.stat().st_mtime > written
+        return here.exists() and here.stat().st_mtime > written
 
     def close_if(self, seconds: float) -> None:
         """Close a shard that has been open that long."""
