@@ -66,6 +66,8 @@ def test_mamba_starts_where_the_paper_starts() -> None:
     torch.testing.assert_close(torch.exp(mixer.A_log), torch.arange(1.0, 25).expand(144, 24))
     assert mixer.D.eq(1).all() and 0.95 * 3**-0.5 < mixer.dt_proj.weight.abs().max() <= 3**-0.5
     assert mixer.out_proj.weight.abs().max() <= (144 * 12) ** -0.5
+    for drawn in (mixer.conv.weight, mixer.conv.bias):  # uniform within ±1/√4, four taps
+        assert -0.5 <= drawn.min() < -0.4 and 0.4 < drawn.max() <= 0.5
 
 
 def test_mlstm_starts_where_the_paper_starts() -> None:

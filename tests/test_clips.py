@@ -91,8 +91,10 @@ def test_kinds_of_input(mini: HearModel, tmp_path: Path) -> None:
     expected = alone(clip, mini)
     for x in (clip, clip[None], [clip], torch.from_numpy(clip), [torch.from_numpy(clip)], clip.astype(np.float64)):
         np.testing.assert_allclose(hear_ssam.embed(x, mini), [expected], atol=1e-6)
-    whole = np.round(clip * 2**15)
-    np.testing.assert_array_equal(hear_ssam.embed(whole.astype(np.int16), mini), hear_ssam.embed(whole / 2**15, mini))
+    for dtype, full, zero in (np.int16, 2**15, 0), (np.int32, 2**31, 0), (np.uint8, 2**7, 128):
+        whole = np.round(clip.astype(np.float64) * full).clip(-full, full - 1)
+        found = hear_ssam.embed((whole + zero).astype(dtype), mini)
+        np.testing.assert_array_equal(found, hear_ssam.embed(whole / full, mini))
     from_file = alone(read_audio(tmp_path / "a.wav", RATE), mini)
     for x in (tmp_path / "a.wav", str(tmp_path / "a.wav"), [tmp_path / "a.wav"]):
         np.testing.assert_allclose(hear_ssam.embed(x, mini), [from_file], atol=1e-6)
