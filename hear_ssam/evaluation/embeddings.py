@@ -18,10 +18,10 @@ import hashlib
 import itertools
 import json
 import pickle
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,7 @@ def embed_task(
     Raises HearSsamError that names the file or clip: missing or damaged audio, wrong rate, an embedding that is not
     finite or not of the promised shape; and for an `out_dir` that holds something else, which stays as it is.
     """
-    # its files are read now, when their digest is taken: since `task` was read hours may have passed
-    task = replace(read_task(task.folder), audio=task.audio) if isinstance(task, Task) else read_task(task)
+    task = task if isinstance(task, Task) else read_task(task)
     made_by = origin(hear, task, out_dir, resample)
     if not again and (out_dir / DONE).exists() and made_by.items() <= provenance(out_dir).items():
         return out_dir
@@ -67,7 +66,8 @@ def embed_task(
     started = time.time()
     write_whole(out_dir / PROVENANCE, json.dumps(made_by, indent=1))
     for name in _described_by(task):
-        write_whole(out_dir / name, (task.folder / name).read_bytes())
+        with atomic_write(out_dir / name) as temporary:
+            shutil.copyfile(task.folder / name, temporary)
     count, dim = 0, 0
     for split, order in task.shuffled_clips():
         dim = _embed_split(hear, task, split, order, audio[split], out_dir, resample)

@@ -95,7 +95,7 @@ class Task:
     audio: Path  # its audio lies below: `folder`, unless clips of another task were chosen
     metadata: dict[str, Any]
     labels: tuple[str, ...]  # the class with index i is labels[i]
-    _clips: dict[str, dict[str, list[Any]]] = field(default_factory=dict, repr=False, compare=False)  # what was read
+    _read: dict[str, tuple[int, dict[str, list[Any]]]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -135,12 +135,15 @@ class Task:
     def clips(self, split: str) -> dict[str, list[Any]]:
         """File name → labels (scene) or events `{"label", "start", "end"}` in ms, in the file's order.
 
-        Read and checked once; not to be changed. Raises HearSsamError for a missing file, labels of another form or
-        outside the vocabulary, and times that are no numbers, end before they start, or are seconds.
+        Read and checked once, and again where the file has changed; not to be altered. Raises HearSsamError for a
+        missing file, labels of another form or outside the vocabulary, and times that are no numbers, end before they
+        start, or are seconds.
         """
-        if split not in self._clips:
-            self._clips[split] = self._read_clips(self.folder / f"{split}.json")
-        return self._clips[split]
+        path = self.folder / f"{split}.json"
+        time = path.stat().st_mtime_ns if path.exists() else 0
+        if split not in self._read or self._read[split][0] != time:
+            self._read[split] = time, self._read_clips(path)
+        return self._read[split][1]
 
     def _read_clips(self, path: Path) -> dict[str, list[Any]]:
         clips = _read_json(path)
