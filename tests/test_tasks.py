@@ -394,9 +394,11 @@ def test_a_missing_hear_task_says_where_to_get_it(tmp_path):
 
 
 def test_a_folder_that_differs_from_the_release_is_told(tmp_path):
-    task = read_task(write_task(tmp_path / "esc50-v2.0.0-full", folds=5, version="v2.0.0", sample_duration=5.0))
-    told = [line.removeprefix("is not as HEAR released it: ").split()[0] for line in differences(task)]
-    assert told == ["classes", "clips", "scores"]
+    for name, folds, seconds in ("esc50-v2.0.0-full", 5, 5.0), ("speech_commands-v0.0.2-5h", 0, 1.0):
+        version = name.split("-")[1]
+        task = read_task(write_task(tmp_path / name, folds=folds, version=version, sample_duration=seconds))
+        told = [line.removeprefix("is not as HEAR released it: ").split()[0] for line in differences(task)]
+        assert told == ["classes", "clips", "scores"]
     assert differences(read_task(write_task(tmp_path / "mine"))) == []
 
 
