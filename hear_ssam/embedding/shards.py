@@ -139,12 +139,12 @@ class Output:
         for table in tables:
             self.pending.append(table)
             if sum(table.num_rows for table in self.pending) >= self.row_group:
-                self._flush(self.writer)
+                self._flush()
         self.writing = False
 
-    def _flush(self, writer: pq.ParquetWriter) -> None:
-        if self.pending:
-            writer.write_table(pa.concat_tables(self.pending), self.row_group)
+    def _flush(self) -> None:
+        if self.writer is not None:
+            self.writer.write_table(pa.concat_tables(self.pending), self.row_group)
             self.pending.clear()
 
     @property
@@ -155,7 +155,8 @@ class Output:
         """Finish the open shard; the next rows begin another one."""
         if self.writer is not None:
             self.writing = True
-            self._flush(self.writer)
+            if self.pending:
+                self._flush()
             self.writer.close()
             self.writer = None
             os.replace(self._temporary, self.folder / f"{self.prefix}-{self.number:05}.parquet")
