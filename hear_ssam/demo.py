@@ -93,6 +93,8 @@ def read_recording(task: Task, name: str) -> np.ndarray:
     from .audio import read_audio
 
     clips = sorted(task.folder.glob(f"16000/*/{name}-*.ogg"))
+    if not clips:
+        raise HearSsamError(f"{task.folder} holds no clip of {name}; reinstall.")
     return np.concatenate([read_audio(clip, 16_000) for clip in clips])
 
 
