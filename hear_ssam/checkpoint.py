@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .config import CONFIGS, EncoderConfig, build_config
 from .download import cache_folder
-from .encoder import Encoder, sincos_positions
+from .encoder import Encoder, Undrawn, sincos_positions
 from .errors import HearSsamError, unknown_name
 from .hub.weights import OFFICIAL, PUBLISHED, here, hub_file, named, obtain
 from .options import BASELINE
@@ -383,8 +383,15 @@ def _match_keys(
     if len(blocks) != config.depth:  # asked first: a config of a hundred million blocks takes hours to build
         depth = f"of depth {config.depth}: it holds {len(blocks)} blocks"
         raise HearSsamError(f"does not fit {config.system} {depth}; {_AGAIN}")
-    with torch.device("meta"):
-        ours = {rename(name): (name, tensor.shape) for name, tensor in Encoder(config).state_dict().items()}
+    c, most = config, max((size for tensor in state.values() for size in tensor.shape), default=0)
+    widest = max(c.embed_dim, c.inner_dim, c.num_patches, c.patch_dim, c.state_dim, c.conv_kernel)
+    if widest > 100 * most:  # nor is memory asked for that there is not
+        raise HearSsamError(f"does not fit {c.system} with {widest:,} in a row: it holds {most:,} at most; {_AGAIN}")
+    try:
+        with torch.device("cpu"), Undrawn():
+            ours = {rename(name): (name, tensor.shape) for name, tensor in Encoder(config).state_dict().items()}
+    except (RuntimeError, MemoryError) as error:
+        raise HearSsamError(f"does not fit {config.system}: its config asks for more memory than there is.") from error
     problems = {
         "missing keys": [name for name in ours if name not in state],
         "unexpected keys": [name for name in state if name not in ours],

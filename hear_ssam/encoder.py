@@ -31,6 +31,21 @@ class _Float32(TorchFunctionMode):
         return func(*args, **options)
 
 
+class Undrawn(TorchFunctionMode):
+    """Inside, new weights are zeros instead of drawn ones: for encoders whose weights are replaced, or only counted.
+
+    Drawing takes time, and on the meta device torch imports its compiler, which takes as long as torch itself.
+    """
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        drawn = func in (torch.Tensor.uniform_, torch.Tensor.normal_)
+        if drawn or getattr(func, "__module__", "") == "torch.nn.init":
+            tensor = args[0] if args else kwargs["tensor"]
+            tensor.detach().zero_()  # trunc_normal_ draws until it likes what it sees
+            return tensor
+        return (torch.zeros if func is torch.randn else func)(*args, **(kwargs or {}))
+
+
 class Encoder(nn.Module):
     """Spectrogram windows → tokens; holds the heads that pre-training predicts with (pretraining.learner).
 

@@ -34,7 +34,7 @@ from torch.nn import functional
 
 from .checkpoint import MODEL, find_weights, load_checkpoint, save_checkpoint
 from .config import CONFIGS, EncoderConfig
-from .encoder import Encoder, resize_positions
+from .encoder import Encoder, Undrawn, resize_positions
 from .errors import HearSsamError, unknown_name
 from .frontend import HOP, SAMPLE_RATE, WINDOW, LogMel, build_frontend, join, normalize
 from .hub import layout
@@ -324,7 +324,7 @@ def load_model(
             config, digest = _with_options(stored, options), info["sha256"]
             if config.window_frames != stored.window_frames:
                 state["pos_embed"] = resize_positions(state["pos_embed"], stored, config.grid[0])
-            with torch.device("meta"):  # no random numbers are drawn for weights that are replaced
+            with Undrawn():
                 encoder = Encoder(config)
             encoder.load_state_dict(state, assign=True)
         encoder.set_precision(precision)
@@ -380,7 +380,7 @@ def available_models(cache: str | os.PathLike[str] | None = None) -> dict[str, M
         file = here(published, cache)
         if file:
             config = load_checkpoint(file)[0]
-        with torch.device("meta"):
+        with torch.device("cpu"), Undrawn():
             parameters = sum(weight.numel() for weight in Encoder(config).parameters() if weight.requires_grad)
         sizes, seconds = (config.scene_dim, config.embedding_dim), config.window_frames / 100
         rows[name] = ModelRow(config.system, parameters, *sizes, seconds, file, published)

@@ -390,6 +390,15 @@ def test_a_block_of_a_huge_number_is_refused_at_once(block: int, tmp_path: Path)
         load_checkpoint(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("field", ["embed_dim", "expand", "state_dim", "window_frames", "conv_kernel"])
+def test_a_config_of_a_huge_size_is_refused_at_once(field: str, tmp_path: Path) -> None:
+    values = small_config("ssam").to_dict() | {field: 4 * 10**9}
+    metadata = {METADATA: json.dumps({"config": values, "info": {}})}
+    save_file(weights(small_config("ssam")), tmp_path / "a.safetensors", metadata=metadata)
+    with pytest.raises(HearSsamError, match=r"a\.safetensors: does not fit ssam with [\d,]+ in a row: it holds"):
+        load_checkpoint(tmp_path / "a.safetensors")
+
+
 # ---------------------------------------------------------------------------------------------------- hostile files
 
 

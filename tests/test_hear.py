@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -580,3 +582,9 @@ def test_the_table_of_models() -> None:
 def test_the_package_root_offers_the_api() -> None:
     for name in ("load_model", "get_scene_embeddings", "get_timestamp_embeddings", "available_models"):
         assert getattr(hear_ssam, name) is getattr(hear, name)
+
+
+def test_a_model_is_loaded_and_run_without_the_compiler() -> None:
+    """Importing it takes as long as importing torch does."""
+    code = "import sys, torch, hear_ssam as h; m = h.load_model(); h.get_scene_embeddings(torch.zeros(1, 9000), m); "
+    assert subprocess.run([sys.executable, "-c", code + "sys.exit('torch._dynamo' in sys.modules)"]).returncode == 0

@@ -128,7 +128,6 @@ def why_not(name: str) -> str | None:
 # --- choice ---------------------------------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore] # the compiler asks once instead of tracing imports and self-checks
 def _choose(backend: str, device: str, dtype: torch.dtype, size: int) -> str:
     if backend == "auto":
         backend = _chosen.get() or os.environ.get("HEAR_SSAM_BACKEND") or "auto"
@@ -139,6 +138,11 @@ def _choose(backend: str, device: str, dtype: torch.dtype, size: int) -> str:
     if why := _refuses(backend, device, dtype) or _overflows(backend, size):
         raise HearSsamError(f"scan backend {backend!r} {why}; use backend='torch' or 'auto'.")
     return backend
+
+
+# The compiler asks once instead of tracing imports and self-checks: torch.compiler.assume_constant_result, which would
+# import the whole compiler here, as long as importing torch takes.
+_choose.__dict__["_dynamo_marked_constant"] = True
 
 
 @functools.cache
