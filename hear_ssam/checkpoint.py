@@ -391,7 +391,7 @@ def _match_keys(
         with torch.device("cpu"), Undrawn():
             ours = {rename(name): (name, tensor.shape) for name, tensor in Encoder(config).state_dict().items()}
     except (RuntimeError, MemoryError) as error:
-        raise HearSsamError(f"does not fit {config.system}: its config asks for more memory than there is.") from error
+        raise HearSsamError(f"does not fit {config.system}, which cannot be built: {error}; {_AGAIN}") from error
     problems = {
         "missing keys": [name for name in ours if name not in state],
         "unexpected keys": [name for name in state if name not in ours],

@@ -55,6 +55,8 @@ class Weights:
     origin: Origin
     file: str | None = None  # below `hub`, or in checkpoints/
     hub: str | None = None  # repository on Hugging Face
+    revision: str | None = None  # a commit of it
+    url: str | None = None  # of the file, where it is not on the hub
     sha256: str | None = None
     size: int | None = None  # bytes
 
@@ -64,7 +66,7 @@ class Weights:
 
     @property
     def downloadable(self) -> bool:
-        return self.hub is not None
+        return bool(self.hub or self.url)
 
 
 _SHORT = {  # trained alike, to be compared: sha256, bytes
@@ -132,8 +134,11 @@ def obtain(
         elif not target.is_file():  # another process may have made it meanwhile
             memory = target.with_name(weights.file or "")  # where a plain download lies, and what its hash is noted for
             noted = memory.with_name(f"{memory.name}.sha256")
-            unknown = not noted.is_file()
-            published = hub_file(weights.hub or "", memory.name, None, memory.parent, weights.sha256)
+            published, unknown = memory, not noted.is_file()
+            if weights.hub:
+                published = hub_file(weights.hub, memory.name, weights.revision, memory.parent, weights.sha256)
+            else:
+                fetch(weights.url or "", memory, weights.sha256)
             try:
                 if published != memory:  # from the hub's client, which compares sizes only
                     check_hash(published, weights.label, weights.sha256, memory)
