@@ -48,7 +48,9 @@ class Scans(torch.utils.data.Dataset):
 def test_data_loader_workers_run_the_kernels():
     with torch.no_grad():
         want = torch.stack([Scans()[i] for i in range(4)])  # compiled in the parent, used by the forked children
-        loader = torch.utils.data.DataLoader(Scans(), batch_size=2, num_workers=2, multiprocessing_context="fork")
+        loader = torch.utils.data.DataLoader(
+            Scans(), batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=120
+        )
         torch.testing.assert_close(torch.cat(list(loader)), want, rtol=0, atol=0)
 
 
