@@ -237,6 +237,8 @@ def _read_weights(payload: Any, file: Path) -> tuple[EncoderConfig, dict[str, Te
 
     ours = "patch_embed.weight" in state
     stored = _config_beside(file, state) if ours else None
+    if not stored:  # whose whitening is of a block that nothing names
+        dropped += [name for name in ("whitening.center", "whitening.maps") if state.pop(name, None) is not None]
     rename: Callable[[str], str] = str if ours else functools.partial(_official_name, system)
     shapes = {name: tensor.shape for name, tensor in state.items()}
     try:

@@ -90,6 +90,7 @@ class EncoderConfig:
     readout_block: int = 0  # whose tokens are the embeddings, counted from 1; 0: the last, after the final norm
     # scene embeddings: the mean over time (as published), or mean and standard deviation side by side
     pooling: Literal["mean", "mean_std"] = "mean"
+    whitening: bool = False  # scene embeddings go through the map that is stored with the weights (`encoder.Whitening`)
 
     def __post_init__(self) -> None:
         sizes = ("embed_dim", "depth", "n_mels", "window_frames", "patch_frames", "patch_mels", "expand", "state_dim",

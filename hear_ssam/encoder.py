@@ -69,6 +69,8 @@ class Encoder(nn.Module):
                 self.pos_embed = nn.Parameter(nn.init.trunc_normal_(positions, std=0.02))
             self.blocks = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.depth))
             self.norm = build_norm(config)
+            if config.whitening:
+                self.whitening = Whitening(config)
             if config.objective == "reconstruction":
                 self.head = _head(dim, nn.GELU(), pixels)
                 if config.block == "transformer":
@@ -183,6 +185,28 @@ class Encoder(nn.Module):
             if isinstance(module, Projection):
                 module.bf16 = precision == "bf16"
         return self
+
+
+class Whitening(nn.Module):
+    """Pooled tokens → scene embeddings with less correlation: centred, then times one matrix for the D numbers of every
+    band's mean, and one for those of its deviation. New ones change nothing; `checkpoints/whitening.py` fits them.
+
+    Of use where scale and correlation hinder what learns from the embeddings: gradient descent, cosines, neighbours.
+    """
+
+    center: Tensor
+    maps: Tensor
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        width = config.embed_dim
+        self.register_buffer("center", torch.zeros(2, config.embedding_dim // width, width))
+        self.register_buffer("maps", torch.eye(width).repeat(2, 1, 1))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Means, or means and deviations side by side, of all bands (B, E') → as many numbers (B, E')."""
+        x: Tensor = pooled.unflatten(1, (-1, *self.center.shape[1:]))  # (B, 1 or 2, bands, D)
+        return ((x - self.center[: x.shape[1]]) @ self.maps[: x.shape[1]]).flatten(1)
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:

@@ -80,7 +80,9 @@ class KaldiFbank(nn.Module):
         self.register_buffer("window", torch.hann_window(WINDOW, periodic=False, dtype=torch.float32), persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
-        return _in_blocks(waveform - waveform.mean(dim=1, keepdim=True), self.of_frames)
+        mean = waveform.mean(dim=1, keepdim=True)
+        mean = mean + (waveform - mean).mean(dim=1, keepdim=True)  # rounded once, whatever the order of the first sum
+        return _in_blocks(waveform - mean, self.of_frames)
 
     def of_frames(self, frames: Tensor) -> Tensor:
         """Windows of the waveform (..., 400) → (..., n_mels)."""

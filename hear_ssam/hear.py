@@ -107,10 +107,18 @@ class HearModel(nn.Module):
         rows = computed[:, :count]
         return self.scene(rows, computed), rows
 
-    def scene(self, rows: Tensor, computed: Tensor, pooling: str | None = None) -> Tensor:
-        """Scene embeddings from the kept and from all computed rows; `pooling` as in `load_model`, None: its own."""
+    def scene(
+        self, rows: Tensor, computed: Tensor, pooling: str | None = None, layers: Sequence[int] | None = None
+    ) -> Tensor:
+        """Scene embeddings from the kept and from all computed rows, which are those of `layers`; `pooling` as in
+        `load_model`, None: its own."""
         rows = computed if self.scene_of_all else rows
-        return mean_and_deviation(rows) if (pooling or self.pooling) == "mean_std" else rows.mean(1)
+        pooled = mean_and_deviation(rows) if (pooling or self.pooling) == "mean_std" else rows.mean(1)
+        return self.scene_of_pooled(pooled, layers)
+
+    def scene_of_pooled(self, pooled: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+        """Scene embeddings (B, E') of what is pooled of the rows of `layers`."""
+        return pooled
 
     def rows_of_each(self, specs: Iterable[Tensor], layers: Sequence[int] | None = None) -> list[Tensor]:
         """All rows (T', E) of each spectrogram (frames, mels), the T of the clip first: windows of one length are
@@ -241,6 +249,14 @@ class EncoderModel(HearModel):
             ]
         return join(parts, dim=0)
 
+    def scene_of_pooled(self, pooled: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+        """Whitened, where the weights hold a map for these numbers: none for chosen `layers` or the official
+        order."""
+        if layers is not None or self.official or not self.config.whitening:
+            return pooled
+        whitened: Tensor = self.encoder.whitening(pooled)
+        return whitened
+
     def _regroup(self, tokens: Tensor) -> Tensor:
         """The tokens of windows, class token first (N, 1 + n, D), as rows of all bands of a slot (N, slots, E)."""
         bands = self.config.grid[1]
@@ -276,7 +292,8 @@ def load_model(
     pretrained       False: random weights drawn from `seed`; needs a name
     token_order      "time" or "official"; default: what the file says (ours: time, official files: official)
     pooling          scene embeddings: "mean" over time, or "mean_std": mean and standard deviation, twice as wide;
-                     default: what the file says (named models of ours: mean_std, official files: mean)
+                     default: what the file says (named models of ours: mean_std, official files: mean), which may
+                     hold a whitening of them too (the shipped one does; `layers=` of `embed` leaves it out)
     backend          of the scan, as `hear-ssam doctor` lists them; it runs or raises. Default: the fastest
     precision        "fp32" or "bf16"
     device           where the weights go: auto, cpu, cuda, mps; one that is not there raises. The HEAR tools move the

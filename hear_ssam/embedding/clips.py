@@ -167,7 +167,7 @@ def embed_clips(
     every = model.rows_of_each([model.spectrogram(clip[None])[0] for clip in clips], layers)
     for clip, computed in zip(clips, every, strict=True):
         kept = computed[None, : len(model.timestamps(len(clip)))]
-        results.append((model.scene(kept, computed[None], pooling)[0], kept[0]))
+        results.append((model.scene(kept, computed[None], pooling, layers)[0], kept[0]))
     return results
 
 
@@ -230,7 +230,7 @@ def embed_long(
     scene = pooled.mean()
     if (pooling or model.pooling) == "mean_std":
         scene = torch.cat([scene, pooled.deviation()])
-    return scene.float(), samples
+    return model.scene_of_pooled(scene.float()[None], layers)[0], samples
 
 
 def _spectra(

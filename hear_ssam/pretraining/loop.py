@@ -319,8 +319,8 @@ def _leaves(values: dict[str, Any], of: str = "") -> dict[str, Any]:
 def _start_from(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:
     """Put the weights of `recipe.init` into the encoder; returns what that file tells about its own training."""
     config, state, info = load_checkpoint(find_weights(recipe.init)[0])
-    try:
-        encoder.load_state_dict(state)
+    try:  # less the whitening of embeddings, which are to be others
+        encoder.load_state_dict({name: x for name, x in state.items() if not name.startswith("whitening.")})
     except RuntimeError as error:
         raise HearSsamError(
             f"{recipe.init}: holds a {config.system} of width {config.embed_dim} and depth {config.depth}, "
