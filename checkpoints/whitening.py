@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hear_ssam.checkpoint import find_weights, load_checkpoint, save_checkpoint
+from hear_ssam.checkpoint import find_weights, halved, load_checkpoint, save_checkpoint
 from hear_ssam.embedding.clips import embed
 from hear_ssam.errors import HearSsamError
 from hear_ssam.hear import load_model
@@ -74,7 +74,7 @@ def fit(
     center = x.mean(0)
     state["whitening.center"] = center.float()
     state["whitening.maps"] = torch.stack([whitening(part.flatten(0, 1), power) for part in (x - center).unbind(1)])
-    save_checkpoint(output, config, state, info)
+    save_checkpoint(output, config, halved(state), info)
 
 
 def whitening(x: torch.Tensor, power: float) -> torch.Tensor:
