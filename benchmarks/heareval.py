@@ -1,11 +1,12 @@
-"""heareval's own probe and ours on the same embeddings, one after the other in one run: time, CPU time, memory, score.
+"""heareval's own probe and ours on the same embeddings, one after the other in one run: time, CPU time, memory, scores.
 
     python -m benchmarks heareval --python .venv-tools/bin/python EMBEDDINGS/MODEL/TASK ...
-    python -m benchmarks heareval --python .venv-tools/bin/python --epochs 60 EMBEDDINGS/MODEL/TASK
+    python -m benchmarks heareval --python .venv-tools/bin/python --epochs 60 EMBEDDINGS/MODEL/TASK ...
 
 --python is an interpreter with heareval and hear_ssam (`hear-ssam heareval --help` says how to install it). A folder is
 one task's, as `hear-ssam evaluate` or heareval wrote it. Every probe searches heareval's eight grid points with seed 42
-on its own copy. heareval has one process and all cores for its products; `hear-ssam evaluate` has a process a core.
+on its own copies. heareval has one process, which takes the tasks in turn, and all cores for its products; one command
+of `hear-ssam evaluate` takes all tasks, in a process a core: give it as many tasks as there are cores, or more.
 """
 
 from __future__ import annotations
@@ -22,21 +23,22 @@ from hear_ssam.evaluation.jobs import HEADS
 from hear_ssam.machine import usable_cpus
 
 from . import plain_parser
-from .collections import Measured, measure_command
+from .collections import measure_command
 from .cpu import facts, heading
 
 
-def copied(source: Path, folder: Path, epochs: int | None) -> Path:
-    """A copy of the embeddings of a task without anyone's results, with at most `epochs` for a head."""
-    copy: Path = folder / source.parent.name / source.name
-    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("*predict*", "*.pt", "logs"))
-    if epochs:
-        file = copy / "task_metadata.json"
-        metadata = json.loads(file.read_text())
-        grid = metadata.setdefault("evaluation_params", {}).setdefault("task_specific_param_grid", {})
-        grid["max_epochs"] = [epochs]
-        file.write_text(json.dumps(metadata))
-    return copy
+def copied(sources: list[Path], folder: Path, epochs: int | None) -> list[Path]:
+    """Copies of the embeddings of tasks without anyone's results, with at most `epochs` for a head."""
+    copies = [folder / source.name for source in sources]
+    for source, copy in zip(sources, copies, strict=True):
+        shutil.copytree(source, copy, ignore=shutil.ignore_patterns("*predict*", "*.pt", "logs"))
+        if epochs:
+            file = copy / "task_metadata.json"
+            metadata = json.loads(file.read_text())
+            grid = metadata.setdefault("evaluation_params", {}).setdefault("task_specific_param_grid", {})
+            grid["max_epochs"] = [epochs]
+            file.write_text(json.dumps(metadata))
+    return copies
 
 
 def heareval_score(folder: Path) -> float:
@@ -46,11 +48,12 @@ def heareval_score(folder: Path) -> float:
     return float(folds["test_score_mean"] if folds else found["test"]["test_score"])
 
 
-def our_score(results: Path) -> float:
-    """The first score as `hear-ssam evaluate` wrote it: of the test split, or the mean over folds."""
-    kept = records.read(results / "records.jsonl")
-    (score,) = (record["score"] for record in kept if record["primary"] and record["fold"] is None)
-    return float(score)
+def our_scores(results: Path) -> list[float]:
+    """The first score of each task as `hear-ssam evaluate` wrote it: of the test split, or the mean over folds."""
+    kept = [
+        record for record in records.read(results / "records.jsonl") if record["primary"] and record["fold"] is None
+    ]
+    return [float(record["score"]) for record in sorted(kept, key=lambda record: record["task"])]
 
 
 def main(arguments: list[str]) -> int:
@@ -60,24 +63,27 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--probes", nargs="+", default=list(HEADS), choices=HEADS)
     parser.add_argument("--epochs", type=int, help="at most so many for a head, in all three (default: heareval's 500)")
     args = parser.parse_args(arguments)
-    cores = usable_cpus()
+    cores, tasks = usable_cpus(), sorted(args.tasks, key=lambda folder: folder.name)
+    if len({folder.name for folder in tasks}) < len(tasks):
+        parser.error("a task stands there twice: its copies would share a folder.")
     print(heading("heareval's probe and ours", facts(cores) | {"made with": json.dumps(vars(args), default=str)}))
-    print("| task | probe | seconds | times heareval's | of the CPU | times heareval's | peak MB | score in % |")
-    print("|---|---|---|---|---|---|---|---|")
-    for source in args.tasks:
-        with tempfile.TemporaryDirectory() as temporary:
-            first: Measured | None = None
-            for probe in ("heareval", *args.probes):
-                folder, results = copied(source, Path(temporary) / probe, args.epochs), Path(temporary) / f"{probe}-out"
-                ours = "--embeddings-dir", folder.parent, "--results-dir", results, "--probe", probe
-                command = [sys.executable, "-m", "hear_ssam", "evaluate", *ours]
-                if probe == "heareval":
-                    command = [args.python.absolute(), "-m", "hear_ssam", "heareval", "predictions", folder]
-                threads = cores if probe == "heareval" else 1
-                found = measure_command(*command, environment={"OMP_NUM_THREADS": str(threads)})
-                first = first or found
-                score = heareval_score(folder) if probe == "heareval" else our_score(results)
-                ratios = first.seconds / found.seconds, first.cpu / found.cpu
-                times = f"{found.seconds:.1f} | {ratios[0]:.2f} | {found.cpu:.1f} | {ratios[1]:.2f} | {found.peak:.0f}"
-                print(f"| {source.name} | {probe} | {times} | {100 * score:.3f} |", flush=True)
+    print(f"| probe | seconds | times | CPU seconds | times | peak MB | {' | '.join(f.name for f in tasks)} |")
+    print("|---" * (6 + len(tasks)) + "|")
+    first: list[float] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for probe in ("heareval", *args.probes):
+            folder, results = Path(temporary) / probe, Path(temporary) / f"{probe}-out"
+            copies = copied(tasks, folder, args.epochs)
+            ours = "evaluate", "--embeddings-dir", folder, "--results-dir", results, "--probe", probe
+            commands: list[tuple[Any, ...]] = [(sys.executable, "-m", "hear_ssam", *ours)]
+            if probe == "heareval":
+                commands = [(args.python.absolute(), "-m", "hear_ssam", "heareval", "predictions", x) for x in copies]
+            threads = {"OMP_NUM_THREADS": str(cores if probe == "heareval" else 1)}
+            measured = [measure_command(*command, environment=threads) for command in commands]
+            found = [sum(m.seconds for m in measured), sum(m.cpu for m in measured)]
+            first = first or found
+            scores = map(heareval_score, copies) if probe == "heareval" else our_scores(results)
+            columns = [f"{value:.1f} | {base / value:.2f}" for base, value in zip(first, found, strict=True)]
+            columns += [f"{max(m.peak for m in measured):.0f}", *(f"{100 * score:.3f}" for score in scores)]
+            print(f"| {probe} | {' | '.join(columns)} |", flush=True)
     return 0
