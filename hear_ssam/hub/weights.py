@@ -75,9 +75,9 @@ _SHORT = {  # trained alike, to be compared: sha256, bytes
     "axlstm": ("a53691172547e9ccc065e4a29e8b62292375f6deb4c2bd17fe2040a266d6fa1c", 6_199_184),
 }
 _SIZES = ("tiny", "small", "base")
-_SHA256 = "f690a80ac8cd2689bf59418ef49206d8d4a160324fee5fa44c6823bcc3fe431c"
+_SHA256 = "3366232f328f906e22f8b45e6aba2a5ea3fa279b5b57652fd6eaba3f3aca4154"
 PUBLISHED = [  # the first of a name is what the name alone means
-    Weights("ssam_tiny", "open", OURS, "ssam_tiny.safetensors", sha256=_SHA256, size=10_128_016),
+    Weights("ssam_tiny", "open", OURS, "ssam_tiny.safetensors", sha256=_SHA256, size=10_430_808),
     *(Weights(f"{system}_{size}", "r1", OFFICIAL[system]) for system in ("ssam", "ssast", "axlstm") for size in _SIZES),
     *(
         Weights(f"ssamba_{size}", hidden, OFFICIAL["ssamba"], f"ssamba_{size}_{hidden}.pth", hub=_SSAMBA)
