@@ -199,14 +199,14 @@ class Whitening(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        width = config.embed_dim
-        self.register_buffer("center", torch.zeros(2, config.embedding_dim // width, width))
-        self.register_buffer("maps", torch.eye(width).repeat(2, 1, 1))
+        self.register_buffer("center", torch.zeros(2, config.grid[1], config.embed_dim))
+        self.register_buffer("maps", torch.eye(config.embed_dim).repeat(2, 1, 1))
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Means, or means and deviations side by side, of all bands (B, E') → as many numbers (B, E')."""
         x: Tensor = pooled.unflatten(1, (-1, *self.center.shape[1:]))  # (B, 1 or 2, bands, D)
-        return ((x - self.center[: x.shape[1]]) @ self.maps[: x.shape[1]]).flatten(1)
+        with torch.autocast(x.device.type, enabled=False):  # scenes are float32 inside anybody's block
+            return ((x - self.center[: x.shape[1]]) @ self.maps[: x.shape[1]]).flatten(1)
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:

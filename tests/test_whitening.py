@@ -79,6 +79,29 @@ def test_every_way_to_a_scene_takes_the_map(files: tuple[Path, Path]) -> None:
     close(embed(audio, white.parent / "folder"), want)
 
 
+def test_inside_autocast_scenes_stay_float32(files: tuple[Path, Path]) -> None:
+    model = load_model(files[1])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        rows = model(noise(2, 40_000))
+        scene = model.scene(rows, rows)
+    assert scene.dtype == torch.float32
+    np.testing.assert_allclose(
+        scene, whitened(load_model(files[0]).scene(rows, rows).numpy(), files[1]), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_ssamba_has_one_map_for_its_bands_in_either_order(tmp_path: Path) -> None:
+    config = build_config("ssamba", 48, depth=2, window_frames=64, pooling="mean_std", whitening=True)
+    state = Encoder(config).state_dict()
+    state["whitening.maps"] = 2 * state["whitening.maps"]
+    save_checkpoint(tmp_path / "s.safetensors", config, state, {})
+    audio, model = noise(2, 20_000), load_model(tmp_path / "s.safetensors")
+    pooled = embed(audio, model, layers=[2])
+    np.testing.assert_allclose(embed(audio, model), 2 * pooled, atol=1e-5)
+    official = load_model(tmp_path / "s.safetensors", token_order="official")
+    assert embed(audio, official).shape == (2, 96)
+
+
 def test_a_new_one_changes_nothing_and_a_clip_is_whitened_alone() -> None:
     encoder = Encoder(dataclasses.replace(PLAIN, whitening=True))
     pooled = noise(4, 480)
