@@ -337,17 +337,29 @@ def test_bf16_products_are_the_same_with_and_without_instructions(monkeypatch, b
     for features in (frozenset(), frozenset({"avx512_bf16"})):
         monkeypatch.setattr(probe, "cpu", lambda features=features: ("CPU", features))
         torch.manual_seed(0)
-        layer, x = torch.nn.Linear(300, 40), torch.randn(64, 300)
+        layer, x = torch.nn.Linear(300, 40), torch.randn(64, 300, requires_grad=True)
         torch.nn.init.constant_(layer.bias, bias)
-        y = probe.bf16_linear(layer, x.bfloat16())
+        y = probe.bf16_linear(layer, x)
         y.backward(torch.randn(y.shape).bfloat16())
         assert y.dtype == torch.bfloat16 and layer.weight.grad.dtype == torch.float32
         exact = x.double() @ layer.weight.double().T + layer.bias.double()
         assert 1e-4 < (y - exact).abs().max() < 0.05  # rounded, and to nothing worse than bfloat16
-        found.append([y.detach().float(), layer.weight.grad, layer.bias.grad])
+        found.append([y.detach().float(), x.grad, layer.weight.grad, layer.bias.grad])
     for emulated, native in zip(*found, strict=True):
         torch.testing.assert_close(emulated, native, rtol=1 / 64, atol=1e-2)
         assert (emulated != native).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.25])
+def test_bf16_dropout_keeps_the_share_that_it_is_asked_for(p):
+    torch.manual_seed(0)
+    y = probe.bf16_dropout(torch.nn.Dropout(p), torch.full((301, 1001), 2.0).bfloat16()).float()
+    kept = y != 0
+    assert kept.float().mean() == pytest.approx(1 - p, abs=5 * (p / 301e3) ** 0.5 + 1e-9)
+    assert kept.float().mean(0).min() > 0.6 * (1 - p)  # wherever a number lies in the 64 bits that are drawn
+    for lane in range(4):
+        assert kept.view(-1)[lane::4].float().mean() == pytest.approx(1 - p, abs=0.01)
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 2 / (1 - p)), rtol=1 / 128, atol=0)
 
 
 def test_the_benchmark_shows_both_probes_side_by_side(tmp_path, capsys):

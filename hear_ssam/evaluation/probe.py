@@ -17,10 +17,10 @@ import copy
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -156,16 +156,41 @@ def predict(head: nn.Sequential, x: Tensor, batch_size: int, multilabel: bool) -
     return logits, logits.sigmoid() if multilabel else logits.softmax(1)
 
 
+class _Bf16Product(torch.autograd.Function):
+    """x Wᵀ + b of bfloat16. oneDNN multiplies a gradient that lies transposed in memory up to four times sooner."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        down = gradient @ weight if ctx.needs_input_grad[0] else None
+        return down, gradient.t().contiguous() @ x, gradient.sum(0)
+
+
 def bf16_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """A linear layer in bfloat16, as autocast takes it: x (rows, in) → (rows, out), weights and gradients rounded.
 
     torch multiplies bfloat16 some five times slower than float32 on a CPU without instructions for it. There, float32
     products of the rounded values, rounded again, are the same numbers.
     """
-    weight, bias = layer.weight.bfloat16(), layer.bias.bfloat16()
+    x, weight, bias = x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()
     if cpu()[1].isdisjoint(BF16):
         return F.linear(x.float(), weight.float(), bias.float()).bfloat16()
-    return F.linear(x.bfloat16(), weight, bias)
+    return cast(Tensor, _Bf16Product.apply(x, weight, bias))  # type: ignore[no-untyped-call]
+
+
+def bf16_dropout(layer: nn.Dropout, x: Tensor) -> Tensor:
+    """Dropout by 16 random bits a number where torch draws 64, which took a fifth of the time."""
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept = bits[: x.numel()].view_as(x) >= round(layer.p * 2**16) - 2**15
+    return x * (kept.to(x.dtype) / (1 - layer.p))
+
+
+_BF16: dict[type, Callable[[Any, Tensor], Tensor]] = {nn.Linear: bf16_linear, nn.Dropout: bf16_dropout}
 
 
 def train_head(
@@ -200,7 +225,8 @@ def train_head(
         for x, target in zip(train_x, train_target, strict=True):
             optimizer.zero_grad()
             for layer in head[:-1]:
-                x = bf16_linear(layer, x) if bf16 and isinstance(layer, nn.Linear) else layer(x)
+                rounded = _BF16.get(type(layer)) if bf16 else None
+                x = rounded(layer, x) if rounded else layer(x)
             # the last layer is small, and some CPUs add up its few columns in bfloat16
             torch.autograd.backward(head_loss(head[-1](x.float()), target, task.multilabel))
             if bf16:  # what centring took off the first layer's output
