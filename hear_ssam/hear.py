@@ -71,8 +71,6 @@ class HearModel(nn.Module):
         self.frontend = build_frontend(config) if config else LogMel()
         self.timestamp_embedding_size: int = self.frontend.filters.shape[1]
         self.scene_embedding_size = 2 * self.timestamp_embedding_size
-        self.info: dict[str, Any] = {}  # what the file of weights tells about itself: source, licence, training
-        self.card = ""  # the text that lies beside it
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> HearModel:
@@ -181,6 +179,9 @@ class EncoderModel(HearModel):
         super().__init__(name, config, digest)
         self.window_frames, self.pooling = config.window_frames, config.pooling
         self.encoder = encoder
+        self.info: dict[str, Any] = {}  # what the file of weights tells about itself: source, licence, training
+        self.card = ""  # the text that lies beside it
+        self.as_read: Tensor | None = None  # `some_weights` of the file
         self.backend = backend
         self.kaldi = config.frontend == "kaldi"
         self.official = config.token_order == "official"
@@ -189,13 +190,25 @@ class EncoderModel(HearModel):
         if self.kaldi:  # one patch of whole frames
             self.min_samples = WINDOW + (config.patch_frames - 1) * HOP
 
+    def some_weights(self) -> Tensor:
+        """At most 64 numbers of each weight, which tell whether it was trained further."""
+        weights = [p.detach().flatten()[:: 1 + p.numel() // 64] for p in self.encoder.parameters()]
+        return torch.cat([some.float().cpu() for some in weights])
+
+    def facts(self) -> tuple[dict[str, Any], str, str]:
+        """`info`, `card` and the hash of the file of weights; what they were read from alone if they have changed."""
+        if self.as_read is None or torch.equal(self.as_read, self.some_weights()):
+            return self.info, self.card, self.checkpoint_sha256
+        source = f"{self.name} ({self.checkpoint_sha256[:12]}), changed after it was loaded"
+        return {"source": source, "licence": self.info.get("licence", "")}, "", ""
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write a folder in Hugging Face's layout: weights, config, model card, and the code by which transformers'
         AutoModel and AutoFeatureExtractor load it. `load_model(folder)` gives the same embeddings."""
-        path = Path(folder)
-        save_checkpoint(path / MODEL, self.config, self.encoder.state_dict(), {**self.info, "name": self.name})
+        path, (info, card, _) = Path(folder), self.facts()
+        save_checkpoint(path / MODEL, self.config, self.encoder.state_dict(), {**info, "name": self.name})
         sizes = self.scene_embedding_size, self.timestamp_embedding_size
-        layout.describe(path, self.name, self.config.to_dict(), sizes, self.info, self.card)
+        layout.describe(path, self.name, self.config.to_dict(), sizes, info, card)
         return path
 
     def push_to_hub(self, repo: str, *, private: bool = False, token: str | None = None) -> str:
@@ -347,6 +360,7 @@ def load_model(
         encoder.set_precision(precision)
         loaded = EncoderModel(name, config, encoder, backend, digest)
         loaded.info, loaded.card = info, card.read_text("utf-8", "replace") if card.is_file() else ""
+        loaded.as_read = loaded.some_weights() if digest else None
         return _move(loaded, device)
 
 

@@ -76,6 +76,20 @@ def test_the_shipped_model_takes_its_card_along(tmp_path: Path) -> None:
     assert "No audio is distributed here" in text and text.count("\n# ") == 1
 
 
+def test_weights_trained_further_do_not_take_the_card_along(tmp_path: Path) -> None:
+    """Numbers and hash of the original say nothing about them."""
+    model = load_model()
+    assert isinstance(model, EncoderModel) and model.facts() == (model.info, model.card, model.checkpoint_sha256)
+    with torch.no_grad():
+        model.encoder.blocks[3].norm.weight.data.mul_(1.001)
+    text = (model.save_pretrained(tmp_path) / "README.md").read_text("utf-8")
+    assert f"source: ssam_tiny ({model.checkpoint_sha256[:12]}), changed after it was loaded" in text
+    assert 'license: "apache-2.0"' in text and "No audio is distributed" not in text
+    again = load_model(tmp_path)
+    assert isinstance(again, EncoderModel) and set(again.info) == {"source", "licence", "name", "sha256"}
+    assert model.facts()[2] == "" and again.facts()[2] == again.checkpoint_sha256
+
+
 def test_transformers_gives_the_same_embeddings(
     model: EncoderModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

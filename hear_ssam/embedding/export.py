@@ -109,7 +109,7 @@ def export_onnx(
             verbose=False,
         )
         assert program is not None
-        facts = {"name": model.name, "checkpoint_sha256": model.checkpoint_sha256, "milliseconds": str(times.tolist())}
+        facts = {"name": model.name, "checkpoint_sha256": model.facts()[2], "milliseconds": str(times.tolist())}
         program.model.metadata_props.update(facts)
         program.save(temporary, external_data=False)
     return Path(output)
