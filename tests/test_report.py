@@ -69,6 +69,20 @@ def test_what_was_judged_before_a_task_was_changed_is_no_seed_of_it():
         assert "results from before birds was changed are left out" in markdown(records)
 
 
+def test_what_a_model_reached_before_it_was_changed_is_no_seed_of_it():
+    """Two seeds of its earlier code, one of an edited task's labels, then one seed that is its own."""
+
+    def made(seed, score, time, **origin):
+        return record("ours", "birds", seed, score) | {"time": time, "embeddings": {"dim": 3, **origin}}
+
+    older = [made(seed, 0.9, "2026-01", module_sha256="a", task_sha256="a") for seed in (1, 2)]
+    edited = made(3, 0.5, "2026-02", module_sha256="b", task_sha256="a")
+    newest = [made(seed, 0.1, "2026-03", module_sha256="b", task_sha256="b", seconds=seed) for seed in (4, 5)]
+    (table,) = tables([*newest, edited, *older, record("theirs", "birds", 0, 0.5)])
+    assert table.cells["birds", "ours"].scores == (0.1, 0.1) and ("birds", "theirs") in table.cells
+    assert "results from before ours was changed are left out" in markdown([*older, *newest])
+
+
 def test_a_cell_is_the_mean_over_seeds_of_the_task_score():
     (table,) = tables(RECORDS)
     assert table.tasks == {"birds": "top1_acc", "doors": "segment_1s_er", "waves": "top1_acc"}

@@ -52,7 +52,7 @@ class Table:
     cells: dict[tuple[str, str], Cell]  # (task, model); missing where there is no result, or none that is defined
     sign: dict[str, int]  # task → 1 where larger scores are better, else -1
     records: list[Record]
-    changed: list[str]  # tasks with results of an earlier version or leading score, which are left out
+    changed: list[str]  # tasks and models with results from before they were changed, which are left out
 
     def best(self, task: str) -> str | None:
         """The model with the best mean on a task, None where fewer than two have one."""
@@ -92,7 +92,8 @@ def tables(records: Iterable[Record]) -> list[Table]:
     """One table per protocol and probe; models with the same name and different checkpoints are told apart.
 
     A score that is undefined counts in no mean, but its task and model are in the table. Of a task that was changed,
-    only results since then count: earlier ones are no further seeds of it, and no rivals.
+    only results since then count: earlier ones are no further seeds of it, and no rivals. Seeds of a model have the
+    origin of its last one.
     """
     chosen = [r for r in records if r["fold"] is None and r["primary"]]
     checkpoints = Counter(model for model, _ in {(r["model"], r["checkpoint_sha256"]) for r in chosen})
@@ -103,7 +104,9 @@ def tables(records: Iterable[Record]) -> list[Table]:
         every = [row for row in labelled if (row["protocol"], row["probe"]) == (protocol, probe)]
         in_time = sorted(every, key=lambda row: row.get("time", ""))
         last = {row["task"]: (row["version"], row["metric"]) for row in in_time}
-        rows = [row for row in every if (row["version"], row["metric"]) == last[row["task"]]]
+        latest = {(row["task"], row["label"]): _made_of(row) for row in in_time}
+        since = [row for row in every if (row["version"], row["metric"]) == last[row["task"]]]
+        rows = [row for row in since if _made_of(row) == latest[row["task"], row["label"]]]
         scores: dict[tuple[str, str], list[float]] = {}
         for row in rows:
             if row["score"] is not None:
@@ -114,8 +117,15 @@ def tables(records: Iterable[Record]) -> list[Table]:
         cells = {at: Cell(tuple(found), statistics.mean(found), interval(found)) for at, found in scores.items()}
         sign = {row["task"]: 1 if row["maximize"] else -1 for row in rows}
         changed = sorted({row["task"] for row in every if (row["version"], row["metric"]) != last[row["task"]]})
+        changed += sorted({row["label"] for row in since if _made_of(row) != latest[row["task"], row["label"]]})
         made.append(Table(protocol, probe, tasks, models, cells, sign, rows, changed))
     return made
+
+
+def _made_of(record: Record) -> list[Any]:
+    """What tells embeddings of one name apart."""
+    names = "module module_version module_sha256 weights_sha256 audio_hz task_sha256 written_ns".split()
+    return [record.get("embeddings", {}).get(name) for name in names]
 
 
 def as_text(value: float, metric: str) -> str:
