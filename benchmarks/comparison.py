@@ -4,8 +4,8 @@
     python -m benchmarks comparison NAME=FILE ... --probes logreg fewshot --tasks-dir tasks
 
 Scores are those of `hear-ssam evaluate`, which keeps its results in the folder of --results; speed and memory are those
-of scene embeddings of clips of 2, 10 and 60 seconds, one at a time, on one thread. Of tasks with one class per clip the
-CSV keeps which clips were right, so that significance is paired: the same clips, two models.
+of scene embeddings of clips of 2, 10 and 60 seconds, one at a time, on one thread. Where a score is accuracy,
+the CSV keeps which clips were right, so that significance is paired: the same clips, two models.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def noise(seconds: int) -> Any:
 
 
 def score(cell: Cell) -> Cell:
-    """The score of one model, task, probe and seed; `right`: a 1 for every test clip whose class was found, else 0."""
+    """The score of one model, task, probe and seed; `right`: a 1 for every test clip whose class was found, else 0,
+    where the score is their share: else it would give mAP or AUC the interval of another number."""
     from hear_ssam.evaluation.evaluate import run_evaluation
     from hear_ssam.evaluation.records import predictions_file
     from hear_ssam.evaluation.report import read_predictions
@@ -89,8 +90,10 @@ def score(cell: Cell) -> Cell:
     if done.failures:
         raise HearSsamError("; ".join(f"{name}: {reason}" for name, reason in done.failures.items()))
     record = max((r for r in done.records if r["fold"] is None and r["primary"]), key=lambda r: r["seed"])
+    if record["score"] is None:
+        raise HearSsamError(f"{record['task']}: {record['metric']} is not finite on its test clips; leave it out.")
     found, right = read_predictions(predictions_file(results, record)), ""
-    if len(found.target) and (found.target.sum(1) == 1).all():
+    if record["metric"] in ("top1_acc", "pitch_acc") and len(found.target) and (found.target.sum(1) == 1).all():
         right = "".join(map(str, (found.target.argmax(1) == found.prediction.argmax(1)).astype(int)))
     return {"score": f"{record['score']:.6f}", "metric": record["metric"], "right": right}
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ablations, cells, comparison, cpu, scaling
-from hear_ssam import config
+from hear_ssam import HearSsamError, config
 from hear_ssam.audio import Clip
 from hear_ssam.encoder import Encoder
 from hear_ssam.pretraining.store import build_store
@@ -202,4 +202,11 @@ def test_a_comparison_scores_and_times_files(tmp_path: Path, weights: Path):
     scores = [row for row in cells.read(tmp_path / "comparison.csv") if row["what"] == "score"]
     for row in scores:
         assert float(row["score"]) == pytest.approx(row["right"].count("1") / len(row["right"]), abs=1e-5)
+    cell = {"_file": weights, "_tasks": tmp_path / "ranked", "_results": tmp_path / "results", "probe": "logreg"}
+    write_task(tmp_path / "ranked" / "ranked", evaluation=["mAP", "top1_acc"])
+    ranked = comparison.score(cell | {"task": "ranked", "seed": 0})
+    assert (ranked["metric"], ranked["right"]) == ("mAP", "")  # no interval of accuracies around it
+    write_task(tmp_path / "ranked" / "undefined", clips=2, evaluation=["aucroc"])
+    with pytest.raises(HearSsamError, match="undefined: aucroc is not finite"):
+        comparison.score(cell | {"task": "undefined", "seed": 0})
     assert len(scores) == 8 and "+0.0 ± 0.0" in (tmp_path / "README.md").read_text()
