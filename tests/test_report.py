@@ -312,6 +312,13 @@ def test_the_page_draws_what_the_results_hold(results):
     assert "nan" not in page.partition("<script>")[0].lower()
 
 
+def test_heads_of_a_single_epoch_are_drawn(results):
+    stored = predictions_file(results, read(results)[0])
+    histories = [[{"epoch": 0, "val_loss": 1.0, "val_score": 0.5}]]
+    np.savez(stored, labels=["a"], histories=json.dumps(histories))
+    assert "validation score of 1 heads" in page(read(results), results)
+
+
 @pytest.fixture
 def heard(results):
     """The results, with predictions of every test clip and the note of where the clips lie."""
