@@ -138,6 +138,7 @@ def test_metadata_that_is_no_object(tmp_path, content):
         ("idx,label\n1,low\n", "without gaps"),
         ("idx,label\n0,low\n1,mid\n1,high\n", "without gaps"),
         ("idx,label\n0,low\n1\n", "a label of its own"),
+        ("idx,label\n0\n0,low\n", "without gaps"),
         ("idx,label\n0,low\n1,low\n", "a label of its own"),
     ],
 )

@@ -371,7 +371,7 @@ def _read_vocabulary(path: Path) -> tuple[str, ...]:
         rows = [(int(row["idx"]), row["label"]) for row in csv.DictReader(text)]
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise HearSsamError(f"{path}: needs the columns idx (0, 1, …) and label, separated by commas.") from error
-    labels = tuple(label for _, label in sorted(rows))
+    labels = tuple(label for _, label in sorted(rows, key=lambda row: row[0]))
     if sorted(index for index, _ in rows) != list(range(len(rows))) or not rows:
         raise HearSsamError(f"{path}: idx must count 0, 1, … without gaps.")
     if None in labels or len(set(labels)) != len(labels):
