@@ -416,6 +416,22 @@ def test_two_drivers_on_one_folder(tmp_path):
             run_evaluation([MODULE], tasks_dir=tmp_path, results_dir=tmp_path)
 
 
+def test_only_shards_of_one_whole_share_a_folder(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    both = "another evaluation (.*) writes to", "holds no HEAR task"
+    for held, shard, refused in (
+        (".lock", (1, 2), True), (".lock-1-of-2", (1, 1), True), (".lock-1-of-2", (2, 3), True),
+        (".lock-1-of-2", (2, 2), False), (".lock-1-of-12", (2, 2), True),
+    ):  # fmt: skip
+        folder = tmp_path / f"{held}{shard}"
+        folder.mkdir()
+        (folder / ".lock-2-of-4").touch()  # of one that was killed
+        with open(folder / held, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with pytest.raises(HearSsamError, match=both[not refused]):
+                run_evaluation([MODULE], tasks_dir=folder, results_dir=folder, shard=shard)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
