@@ -153,6 +153,18 @@ def test_several_models_at_once(tmp_path, serial):
         run_evaluation([MODULE + ":bands=20"], **tried)
 
 
+def test_two_modules_may_not_share_a_name(tmp_path, serial, monkeypatch):
+    """Their results would be one model's: the second was left out, and nothing said so."""
+    write_task(tmp_path / "tasks" / "tones")
+    (tmp_path / "other_hear.py").write_text("from tests.tiny_hear import *\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(tiny_hear.Bands, "name", "bands", raising=False)
+    tried = {"tasks_dir": tmp_path / "tasks", "results_dir": tmp_path / "results", "workers": 1}
+    evaluation = run_evaluation([MODULE, "other_hear"], **tried)
+    assert {r["model"] for r in evaluation.records} == {"bands"}
+    assert "a model of tests.tiny_hear has this name" in evaluation.failures["other_hear"]
+
+
 def test_modules_may_raise_what_is_no_exception_and_leave_the_folder(tmp_path, serial, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

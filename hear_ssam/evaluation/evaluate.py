@@ -295,7 +295,9 @@ def _load(
             hear = load(device)
             if not isinstance(module, str | ModuleType):  # elsewhere nobody knows the source of its class
                 load = functools.partial(judged, module, digest=hear.checkpoint_sha256)
-            models.setdefault((hear.name, hear.checkpoint_sha256), (hear, load))
+            first, _ = models.setdefault((hear.name, hear.checkpoint_sha256), (hear, load))
+            if first.module is not hear.module:
+                raise HearSsamError(f"{hear.name}: a model of {first.module.__name__} has this name; rename one.")
     if not models:
         raise HearSsamError("; ".join(f"{name}: {reason}" for name, reason in failures.items()))
     return models
