@@ -120,6 +120,7 @@ def _convert(args: argparse.Namespace) -> int:
     print(f"{args.output}: {config.system}, width {config.embed_dim}, depth {config.depth}")
     print(f"  token order   {config.token_order} (load_model(..., token_order=...) overrides)")
     for key, value in info.items():
-        print(f"  {key.replace('_', ' '):<14}{', '.join(value) or 'nothing' if isinstance(value, list) else value}")
+        if key not in ("data", "training"):  # pages, in files of ours
+            print(f"  {key.replace('_', ' '):<14}{', '.join(value) or 'nothing' if isinstance(value, list) else value}")
     print(f"  sha256        {sha256(args.output)}")
     return 0

@@ -235,6 +235,12 @@ def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out
     assert "v.head.weight" in printed and "official" in printed and "BSD-3-Clause" in printed
     assert load_checkpoint(tmp_path / "out.safetensors")[2]["sha256"] in printed
+    data = [{"name": "birds", "clips": 2, "hours": 0.1, "licence": "CC0"}]
+    ours = {"source": "pre-trained by hear_ssam", "data": data, "training": {"clips_seen": 2}}
+    save_checkpoint(tmp_path / "ours.safetensors", *load_checkpoint(tmp_path / "out.safetensors")[:2], ours)
+    assert main(["convert", str(tmp_path / "ours.safetensors"), str(tmp_path / "again.safetensors")]) == 0
+    assert "source        pre-trained by hear_ssam" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "again.safetensors")[2]["data"] == data
     assert main(["convert", str(tmp_path / "absent.pth"), str(tmp_path / "b.safetensors")]) == 2
     assert "absent.pth" in capsys.readouterr().err
     assert not (tmp_path / "b.safetensors").exists()
