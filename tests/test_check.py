@@ -139,4 +139,6 @@ def test_the_command(capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["check"] for line in lines if line["level"] == "error"] == ["drift"]
     assert cli.main(["check", "json"]) == 2
+    for seconds in ("-5", "0", "nan", "inf"):  # no fault of the module
+        assert cli.main(["check", "tests.tiny_hear", "--long", seconds]) == 2
     assert "no function load_model" in capsys.readouterr().err

@@ -276,6 +276,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     from .module import load_hear_model
 
+    if not 1 <= args.long <= 86_400:
+        raise HearSsamError(f"--long {args.long:g}: take seconds, from 1 to 86400; drift shows over minutes.")
     hear = load_hear_model(args.module, args.model, parse_options(args.model_options), args.device)
     levels = set()
     for finding in check_model(hear, args.long):
