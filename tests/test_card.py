@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -68,6 +69,15 @@ def test_windows_and_hours_are_those_of_all_trainings() -> None:
     for model, seconds in ("ssam_tiny", "2"), ("ssamba_tiny", "10.24"):
         want = f"The encoder saw 38,000 windows of {seconds} s in 3.0 hours."
         assert card["heard"](info, CONFIGS[model]) == want
+
+
+def test_the_card_of_equal_trainings_knows_the_shipped_one() -> None:
+    text = WEIGHTS.with_name("equal.md").read_text("utf-8")
+    said = card["heard"](load_checkpoint(WEIGHTS)[2], CONFIGS["ssam_tiny"]) + text
+    numbers = re.search(r"saw ([\d,]+) windows.*saw (\d+) times.*\| ssam_tiny.equal \| ([\d,]+) of", said, re.DOTALL)
+    assert numbers is not None
+    shipped_windows, times, windows = (int(number.replace(",", "")) for number in numbers.groups())
+    assert abs(shipped_windows / windows / times - 1) < 0.05
 
 
 @pytest.mark.parametrize(
