@@ -16,9 +16,9 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of a logistic regression, the inv
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, text: str = "default: the shipped ssam_tiny") -> None:
     """The option --model: what `load_model` of hear_ssam takes first."""
-    parser.add_argument("--model", default="", metavar="NAME|FILE|FOLDER|REPO", help="default: the shipped ssam_tiny")
+    parser.add_argument("--model", default="", metavar="NAME|FILE|FOLDER|REPO", help=text)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

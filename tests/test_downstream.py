@@ -168,6 +168,12 @@ def test_from_embeddings_with_labels_splits_and_groups(
     (tmp_path / "untested.csv").write_text("\n".join([*lines, f"{tested},low,test,"]))
     assert run("classify", "train", embeddings, "--labels", tmp_path / "untested.csv", "-o", tmp_path / "no.json") == 2
     assert "no recording of its split test has embeddings" in capsys.readouterr().err
+    for option, value, text in [
+        ("--model", "ssam_tiny", "was made with weights (none) of logmel, not "),
+        ("--model-options", '{"seed": 1}', "the embeddings say with which they were made"),
+    ]:
+        assert run("classify", "train", embeddings, "--labels", tested, "-o", tmp_path / "no.json", option, value) == 2
+        assert text in capsys.readouterr().err
     grouped = write("group.csv", lambda seed: "", lambda seed: f"day {seed % 2}")
     assert run("classify", "train", embeddings, "--labels", grouped, "-o", tmp_path / "b.json") == 0
     assert "2 folds" in capsys.readouterr().out

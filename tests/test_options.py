@@ -48,6 +48,13 @@ def test_all_commands_describe_options_alike() -> None:
     assert {"embed", "evaluate", "check", "pretrain"} <= set(found)
 
 
+@pytest.mark.parametrize("command", [["search"], ["classify", "predict"]])
+def test_what_is_made_already_names_its_model(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--help"])
+    assert "shipped ssam_tiny" not in capsys.readouterr().out
+
+
 def test_model_options_are_a_json_object() -> None:
     assert parse_options('{"precision": "bf16"}') == {"precision": "bf16"}
     with pytest.raises(HearSsamError, match="model options: name 'x' by --model, not as"):

@@ -56,10 +56,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     predict.add_argument("-o", "--output", required=True, metavar="FILE.csv")
     predict.add_argument("--window", type=float, default=0.0, metavar="S", help="judge windows of so many seconds")
     predict.add_argument("--hop", type=float, metavar="S", help="seconds from window to window; default: one window")
-    for parser, run in ((train, _train), (predict, _predict)):
-        add_model(parser)
-        (add_model_options if parser is train else add_device)(parser)
-        parser.set_defaults(run=run)
+    add_model(train, "default: the shipped ssam_tiny; of EMBEDDINGS: where theirs is")
+    add_model_options(train)
+    train.set_defaults(run=_train)
+    add_model(predict, "where the classifier's model is, if not where it was in training")
+    add_device(predict)
+    predict.set_defaults(run=_predict)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -68,11 +70,15 @@ def _train(args: argparse.Namespace) -> int:
     from ..embedding.work import Options
     from ..hear import load_model
     from .labels import read_labels
-    from .table import compute, read_embeddings
+    from .table import compute, model_of, read_embeddings
 
     skipped: list[str] = []
     if args.labels:
         table = [read_embeddings(args.input)]
+        if args.model_options != "{}":
+            raise HearSsamError("--model-options: the embeddings say with which they were made; leave it out.")
+        if args.model:  # where the classifier is to find it
+            model_of(table[0].made, args.input, args.model, args.device)
         labels = read_labels(args.labels, set(table[0].paths))
         there = set(map(identity, set(table[0].paths)))
         if lacking := [row.path for row in labels if identity(row.path) not in there]:

@@ -19,7 +19,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("embeddings", metavar="EMBEDDINGS", help="a file or folder of `hear-ssam embed`")
     parser.add_argument("query", metavar="QUERY", help="an audio file")
     parser.add_argument("-k", type=int, default=10, metavar="N", help="how many (default 10)")
-    add_model(parser)
+    add_model(parser, "where the model that made them is, if not under its name")
     add_device(parser)
     parser.set_defaults(run=run)
 
