@@ -200,6 +200,8 @@ def test_groups_end_when_they_are_full() -> None:
         (np.zeros(16_000), {"layers": []}, r"^layers=\[\]: this encoder has no tokens of block 0; take"),
         (np.zeros(16_000), {"layers": [0]}, r"^layers=\[0\]: this encoder has no tokens of block 0"),
         (np.zeros(16_000), {"model": "logmel", "layers": [1]}, r"^layers=\[1\]: logmel has no blocks"),
+        (np.zeros(16_000), {"model": ["a.wav"]}, r"^model: is a list; give what load_model gives"),
+        (np.zeros(16_000), {"model": torch.nn.Linear(1, 1)}, r"^model: is a Linear; give what load_model gives"),
         (np.zeros(16_000), {"model": "ssam_tny"}, r"Did you mean 'ssam_tiny'"),
         (np.zeros(16_000), {"model": "SSAM_TINY"}, r"Did you mean 'ssam_tiny'"),
     ],

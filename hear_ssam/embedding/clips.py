@@ -52,6 +52,8 @@ def embed(
     A clip gets the same row in any company, up to rounding. Raises HearSsamError that names the file or the clip.
     """
     if not isinstance(model, HearModel):
+        if not isinstance(model, (str, os.PathLike, type(None))):
+            raise HearSsamError(f"model: is a {type(model).__name__}; give what load_model gives or takes.")
         name = os.fspath(model or "")
         file = os.stat(name) if os.path.exists(name) else None
         model = _loaded(name, file and (file.st_dev, file.st_ino, file.st_mtime_ns))
