@@ -336,11 +336,15 @@ def test_labels_that_make_no_task(tmp_path, capsys):
     for options, message in (
         ({"folds": 2}, "--folds must be at least 3"),
         ({"folds": 9}, "--folds 9: there are 5 groups"),
-        ({"folds": 4}, "--folds 4: no class has more than 3 recordings"),
+        ({"folds": 4}, "--folds 4: no class has more than 3 recordings; ask for fewer folds"),
         ({"name": "a/b"}, "--name a/b: names a folder"),
     ):
         with pytest.raises(HearSsamError, match=message):
             make_task(two, tmp_path / "tasks", **options)
+    least = recordings(tmp_path / "least", {"cat": 2, "doggy": 2})  # too few for any number of folds
+    for folds, message in (5, "are 4 groups of recordings; it needs more"), (3, "than 2 recordings; it needs more"):
+        with pytest.raises(HearSsamError, match=message):
+            make_task(least, tmp_path / "tasks", folds=folds)
     (tmp_path / "both.csv").write_text("path,label\n" + "two/cat/0.wav,cat\n./two/cat/0.wav,dog\n" * 2)
     with pytest.raises(HearSsamError, match=r"0\.wav stands in it twice, as cat and dog"):
         make_task(tmp_path / "both.csv", tmp_path / "tasks")

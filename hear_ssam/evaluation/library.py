@@ -189,10 +189,12 @@ def _folds(classes: list[str], groups: list[str], folds: int, seed: int) -> list
 
     if folds < 3:
         raise HearSsamError(f"--folds must be at least 3 (train, valid, test), not {folds}.")
+    most = max(Counter(classes).values())
+    mend = "ask for fewer folds" if folds > 3 <= min(most, len(set(groups))) else "it needs more recordings"
     if len(set(groups)) < folds:
-        raise HearSsamError(f"--folds {folds}: there are {len(set(groups))} groups of recordings; ask for fewer folds.")
-    if (most := max(Counter(classes).values())) < folds:
-        raise HearSsamError(f"--folds {folds}: no class has more than {most} recordings; ask for fewer folds.")
+        raise HearSsamError(f"--folds {folds}: there are {len(set(groups))} groups of recordings; {mend}.")
+    if most < folds:
+        raise HearSsamError(f"--folds {folds}: no class has more than {most} recordings; {mend}.")
     few = Counter(label for label, _ in set(zip(classes, groups, strict=True)))
     label, count = min(few.items(), key=lambda item: item[1])
     if count < folds:
@@ -205,7 +207,7 @@ def _folds(classes: list[str], groups: list[str], folds: int, seed: int) -> list
             fold[test] = number
     numbers: list[int] = fold.tolist()
     if len(set(numbers)) < folds:
-        raise HearSsamError(f"--folds {folds}: one would be empty, so large are the groups; ask for fewer folds.")
+        raise HearSsamError(f"--folds {folds}: one would be empty, so large are the groups; {mend}.")
     return numbers
 
 
@@ -260,7 +262,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     one.add_argument("labels", type=Path, metavar="FOLDER|CSV", help="a subfolder per class; or columns path, label, …")
     one.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the tasks")
     one.add_argument("--name", metavar="NAME", help="of the task (default: that of the folder or CSV)")
-    one.add_argument("--folds", type=int, default=5, help="of the task, where the CSV has no splits (default: 5)")
+    one.add_argument("--folds", type=int, default=5, help="of the task, or of train to make a valid (default: 5)")
     one.add_argument("--seed", type=int, default=0, help="of the draw of folds (default: 0)")
     one.add_argument("--rate", type=int, default=16000, metavar="HZ", help="of its audio (default: 16000)")
     one.set_defaults(run=_make)
