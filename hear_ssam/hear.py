@@ -404,7 +404,7 @@ class ModelRow(NamedTuple):
 
 
 def available_models(cache: str | os.PathLike[str] | None = None) -> dict[str, ModelRow]:
-    """Every name that `load_model` takes."""
+    """Every model that `load_model` knows by name; NAME.TAG are other weights of it."""
     rows = {}
     for name, config in CONFIGS.items():
         published = next(entry for entry in PUBLISHED if entry.name == name)
