@@ -22,7 +22,7 @@ from .machine import keep_freed_memory
 class _Float32(TorchFunctionMode):
     """Inside, this thread's new tensors are float32 where no dtype is given, whatever torch's default is."""
 
-    MAKERS = torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.linspace
+    MAKERS = torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.randn, torch.linspace
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
@@ -206,7 +206,9 @@ class Whitening(nn.Module):
         """Means, or means and deviations side by side, of all bands (B, E') → as many numbers (B, E')."""
         x: Tensor = pooled.unflatten(1, (-1, *self.center.shape[1:]))  # (B, 1 or 2, bands, D)
         with torch.autocast(x.device.type, enabled=False):  # scenes are float32 inside anybody's block
-            return ((x - self.center[: x.shape[1]]) @ self.maps[: x.shape[1]]).flatten(1)
+            centred = x - self.center[: x.shape[1]]
+            maps = self.maps[: x.shape[1]]  # which `@` would copy for every clip
+            return torch.einsum("bkfd,kde->bkfe", centred, maps).flatten(1)
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:

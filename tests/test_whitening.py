@@ -110,6 +110,23 @@ def test_a_new_one_changes_nothing_and_a_clip_is_whitened_alone() -> None:
     assert not [name for name, _ in encoder.named_parameters() if "whitening" in name]  # nothing that is trained
 
 
+def test_a_new_one_is_float32_whatever_the_default() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        state = Encoder(dataclasses.replace(PLAIN, whitening=True)).state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def test_the_map_is_not_copied_for_every_clip() -> None:
+    encoder, kept = Encoder(dataclasses.replace(PLAIN, whitening=True)), list[int]()
+    pooled = noise(64, 480).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        encoder.whitening(pooled)
+    assert max(kept) <= pooled.numel()
+
+
 def test_training_starts_from_whitened_weights_without_their_map(files: tuple[Path, Path]) -> None:
     encoder = Encoder(dataclasses.replace(PLAIN, readout_block=0))
     _start_from(Recipe(init=str(files[1])), encoder)
