@@ -194,6 +194,7 @@ def _decode_av(handle: BinaryIO, name: str | os.PathLike[str], sample_rate: int)
     except ImportError as error:
         raise HearSsamError(f"{name}: is read by PyAV only; {INSTALL_AV}, or convert it.") from error
     seconds, resampler = 0.0, None
+    handle.seek(0)  # a member of a tar is decoded again and again
     try:
         with av.open(handle, "r") as container:
             if not container.streams.audio:

@@ -18,6 +18,7 @@ from hear_ssam.audio import audio_clips, read_audio
 from hear_ssam.checkpoint import save_checkpoint
 from hear_ssam.config import build_config
 from hear_ssam.embedding import clips
+from hear_ssam.embedding.inputs import find_recordings
 from hear_ssam.encoder import Encoder
 from hear_ssam.hear import HearModel, get_scene_embeddings, get_timestamp_embeddings
 
@@ -236,6 +237,16 @@ def test_what_only_ffmpeg_reads(mini: HearModel, tmp_path: Path) -> None:
     (tmp_path / "cut.m4a").write_bytes((tmp_path / "a.m4a").read_bytes()[:10_000])
     with pytest.raises(HearSsamError, match=r"cut.m4a: is damaged"):
         hear_ssam.embed(tmp_path / "cut.m4a", mini)
+
+
+def test_a_member_of_a_tar_that_only_ffmpeg_reads_is_decoded_again(tmp_path: Path) -> None:
+    """As the windows and long recordings of `hear-ssam embed` are."""
+    write_aac(tmp_path / "a.m4a", np.sin(np.arange(20_000)).astype(np.float32))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "a.m4a", "a.m4a")
+    (member,) = find_recordings([tmp_path / "a.tar"])
+    first = member.read(RATE)
+    assert np.array_equal(np.concatenate([*member.blocks(RATE)]), first)
 
 
 def test_how_long_a_file_is_meant_to_be(tmp_path: Path) -> None:
