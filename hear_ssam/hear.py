@@ -191,8 +191,8 @@ class EncoderModel(HearModel):
             self.min_samples = WINDOW + (config.patch_frames - 1) * HOP
 
     def some_weights(self) -> Tensor:
-        """At most 64 numbers of each weight, which tell whether it was trained further."""
-        weights = [p.detach().flatten()[:: 1 + p.numel() // 64] for p in self.encoder.parameters()]
+        """At most 64 numbers of each weight that is stored, which tell whether it was trained further."""
+        weights = [x.flatten()[:: 1 + x.numel() // 64] for x in self.encoder.state_dict().values()]
         return torch.cat([some.float().cpu() for some in weights])
 
     def facts(self) -> tuple[dict[str, Any], str, str]:

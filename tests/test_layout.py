@@ -88,6 +88,8 @@ def test_weights_trained_further_do_not_take_the_card_along(tmp_path: Path) -> N
     again = load_model(tmp_path)
     assert isinstance(again, EncoderModel) and set(again.info) == {"source", "licence", "name", "sha256"}
     assert model.facts()[2] == "" and again.facts()[2] == again.checkpoint_sha256
+    again.encoder.whitening.maps *= 2  # no parameter, and yet a weight
+    assert again.facts()[2] == ""
 
 
 def test_transformers_gives_the_same_embeddings(
