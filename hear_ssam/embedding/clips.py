@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -54,9 +55,10 @@ def embed(
     if not isinstance(model, HearModel):
         if not isinstance(model, (str, os.PathLike, type(None))):
             raise HearSsamError(f"model: is a {type(model).__name__}; give what load_model gives or takes.")
-        name = os.fspath(model or "")
-        file = os.stat(name) if os.path.exists(name) else None
-        model = _loaded(name, file and (file.st_dev, file.st_ino, file.st_mtime_ns))
+        path = Path(name := os.fspath(model or ""))
+        files = [path, *path.glob("*.safetensors"), *path.glob("checkpoints/*.pth")] if name else []
+        stats = [file.stat() for file in files if os.path.exists(file)]
+        model = _loaded(name, tuple((file.st_dev, file.st_ino, file.st_mtime_ns) for file in stats))
     if pooling not in (None, "mean", "mean_std"):
         raise unknown_name("pooling", pooling, ("mean", "mean_std"))
     if layers is not None and model.config is None:
