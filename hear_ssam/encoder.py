@@ -171,6 +171,7 @@ class Encoder(nn.Module):
                 known = f"{step}, {2 * step}, ... {last}" if last > 2 * step else f"{step} to {last}"
                 what = f"layers={list(layers)}: this encoder has no tokens of block {layer!r}"
                 raise HearSsamError(f"{what}; take {known}.")
+        layers = [*map(int, layers)]  # of a tensor each number would be another key
         x, done, found = self._sequence(spec), 0, {}
         for layer in sorted(set(layers)):
             x, done = self.run_blocks(x, layer, done), layer

@@ -133,6 +133,8 @@ def test_layers_and_pooling(files: dict[str, Path], system: str) -> None:
     assert both.shape == (2, 2 * last.shape[1])
     np.testing.assert_allclose(both[:, last.shape[1] :], last, atol=1e-6)
     assert np.abs(both[:, : last.shape[1]] - last).max() > 0.01
+    for numbers in (torch.tensor([depth // 2, depth]), [depth / 2, float(depth)]):
+        np.testing.assert_array_equal(hear_ssam.embed(audio, model, pooling="mean", layers=numbers), both)
     np.testing.assert_allclose(hear_ssam.embed(audio, model, layers=[depth], pooling="mean"), last, atol=1e-6)
     wide = hear_ssam.embed(audio, model, pooling="mean_std")
     np.testing.assert_allclose(wide[:, : last.shape[1]], last, atol=1e-6)
