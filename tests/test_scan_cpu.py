@@ -62,7 +62,7 @@ def test_forked_child_compiles_and_runs():
         "from hear_ssam.scan.reference import ScanInputs\n"
         "def scan(state):\n"
         "    u, A, B = torch.ones(1, 40, 64), -torch.ones(64, state), torch.ones(1, 40, state)\n"
-        "    return scan_forward(ScanInputs(u, u, A, B, B, None, None, None, None), True, False, False)[0]\n"
+        "    return scan_forward(ScanInputs(u, u, A, B, B, A[:, 0], None, A[:, 0], None), True, False, False)[0]\n"
         "want = scan(4)\n"
         "child = os.fork()\n"
         "if child == 0:\n"  # state 7 is not compiled yet in the parent

@@ -50,8 +50,9 @@ def selective_scan(
     Returns out (batch, length, channels) in u's dtype, with `return_last_state` also the last state.
     Raises HearSsamError for shapes that do not fit and for an explicit backend that cannot run.
     """
+    _check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    D, delta_bias = (u.new_zeros(u.shape[2]) if x is None else x for x in (D, delta_bias))  # so that backends have both
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    _check_scan(inputs)
     name = _choose(backend, u.device.type, u.dtype, _beyond(A.shape[1]))
     if name == "mamba_ssm" and return_last_state and _needs_grad(inputs):
         what = "selective_scan: scan backend 'mamba_ssm' gives no gradient of the last state"
@@ -218,9 +219,8 @@ def _kernels(name: str) -> _Kernels:
 
 @torch.library.custom_op("hear_ssam::selective_scan", mutates_args=())
 def _scan_op(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, initial_state: Tensor | None, delta_softplus: bool, reverse: bool, save: bool,
-    backend: str,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, delta_bias: Tensor,
+    initial_state: Tensor | None, delta_softplus: bool, reverse: bool, save: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
     return _kernels(backend).scan_forward(inputs, delta_softplus, reverse, save)
@@ -237,8 +237,8 @@ def _(u: Tensor, delta: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
 
 @torch.library.custom_op("hear_ssam::selective_scan_backward", mutates_args=())
 def _scan_backward_op(
-    dout: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None, saved: Tensor, delta_softplus: bool,
+    dout: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+    z: Tensor | None, delta_bias: Tensor, initial_state: Tensor | None, saved: Tensor, delta_softplus: bool,
     reverse: bool, backend: str,
 ) -> List[Tensor]:  # fmt: skip # noqa: UP006 - torch 2.6 infers no schema from list[Tensor]
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
@@ -325,14 +325,14 @@ def _mamba_ssm_scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> 
     def channel_first(x: Tensor | None) -> Tensor | None:
         return None if x is None else (x.flip(1) if reverse else x).to(u.dtype).transpose(1, 2).contiguous()
 
-    A_, D_, bias_ = (None if x is None else x.float() for x in (A, D, delta_bias))
+    A, D, bias = A.float(), D.float(), delta_bias.float()
     u_, delta_, B_, C_, z_ = (channel_first(x) for x in (u, delta, B, C, z))
-    out, last = function(u_, delta_, A_, B_, C_, D_, z_, bias_, delta_softplus, return_last_state=True)
+    out, last = function(u_, delta_, A, B_, C_, D, z_, bias, delta_softplus, return_last_state=True)
     return (out.flip(2) if reverse else out).transpose(1, 2), last
 
 
-def _check_scan(inputs: ScanInputs) -> None:
-    u, A = inputs.u, inputs.A
+def _check_scan(*inputs: Tensor | None) -> None:
+    u, A = cast(Tensor, inputs[0]), cast(Tensor, inputs[2])
     if u.dim() != 3 or A.dim() != 2:
         needed = "selective_scan needs u (batch, length, channels) and A (channels, state)"
         raise HearSsamError(f"{needed}, not {tuple(u.shape)} and {tuple(A.shape)}.")

@@ -121,10 +121,8 @@ def _scan_arguments(inputs: ScanInputs) -> tuple[dict[str, Tensor], torch.dtype]
     arguments = {"u": _rows(u, io), "delta": _rows(delta), "B": _unit_stride(B.float()), "C": _unit_stride(C.float())}
     if z is not None:
         arguments["z"] = _rows(z, io)
-    arguments["A"] = _states(A, A.new_empty(arguments["u"].shape[2], A.shape[1]))
-    for name, x in (("D", D), ("delta_bias", delta_bias)):
-        arguments[name] = _rows(u.new_zeros(u.shape[2]) if x is None else x)
-    return arguments, io
+    A = _states(A, A.new_empty(arguments["u"].shape[2], A.shape[1]))
+    return arguments | {"A": A, "D": _rows(D), "delta_bias": _rows(delta_bias)}, io
 
 
 def _conv_inputs(

@@ -32,9 +32,9 @@ class ScanInputs(NamedTuple):
     A: Tensor
     B: Tensor
     C: Tensor
-    D: Tensor | None
+    D: Tensor
     z: Tensor | None
-    delta_bias: Tensor | None  # (D,)
+    delta_bias: Tensor  # (D,)
     initial_state: Tensor | None  # (B, D, N); None: zeros
 
 
@@ -63,18 +63,15 @@ def selective_scan(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> t
         h = decay * h + (delta[:, t] * u_[:, t])[..., None] * B[:, t, None, :]
         outputs[t] = (h * C[:, t, None, :]).sum(-1)  # (B, D)
     y = torch.stack(outputs, 1) if length else torch.zeros_like(u_)
-    if D is not None:
-        y = y + D.to(dtype) * u_
+    y = y + D.to(dtype) * u_
     if z is not None:
         y = y * F.silu(z.to(dtype))
     return y.to(u.dtype), h
 
 
-def step_size(delta: Tensor, bias: Tensor | None, softplus: bool, dtype: torch.dtype) -> Tensor:
-    """softplus(delta + bias), either of which may be left out."""
-    delta = delta.to(dtype)
-    if bias is not None:
-        delta = delta + bias.to(dtype)
+def step_size(delta: Tensor, bias: Tensor, softplus: bool, dtype: torch.dtype) -> Tensor:
+    """softplus(delta + bias), or without the softplus."""
+    delta = delta.to(dtype) + bias.to(dtype)
     return F.softplus(delta) if softplus else delta
 
 

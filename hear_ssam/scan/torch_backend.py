@@ -48,8 +48,7 @@ def scan_forward(inputs: ScanInputs, delta_softplus: bool, reverse: bool, save: 
             h = states[:, -1]
         last[rows] = h
     y = _flip(y, reverse)
-    if D is not None:
-        y.addcmul_(D.to(dtype), uf)
+    y.addcmul_(D.to(dtype), uf)
     if z is not None:
         y.mul_(F.silu(z.to(dtype)))
     return y.to(u.dtype), last.transpose(1, 2).contiguous(), saved
@@ -99,16 +98,14 @@ def scan_backward(
             dAt += (grad * dt_.unsqueeze(2)).sum((0, 1))
         dh[rows] = carry
     y, du, ddt, dB, dC = (_flip(x, reverse) for x in (y, du, ddt, dB, dC))
-    dD = dz = None
-    if D is not None:
-        y.addcmul_(D.to(dtype), uf)
-        dD = (dy * uf).sum((0, 1))
-        du.addcmul_(D.to(dtype), dy)
+    y.addcmul_(D.to(dtype), uf)
+    du.addcmul_(D.to(dtype), dy)
+    dz = None
     if z is not None:
         dz = dgated * y * gate * (1 + zf * (1 - gate))
     if delta_softplus:  # softplus'(x) = sigmoid(x) = 1 - exp(-softplus(x))
         ddt.mul_(-torch.expm1(-dt))
-    grads = du, ddt, dAt.t(), dB, dC, dD, dz, ddt.sum((0, 1)), dh.transpose(1, 2)
+    grads = du, ddt, dAt.t(), dB, dC, (dy * uf).sum((0, 1)), dz, ddt.sum((0, 1)), dh.transpose(1, 2)
     return ScanInputs(*as_given(grads, inputs))
 
 

@@ -36,8 +36,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _softplus(x):
-    """log(1 + exp(x)) and its derivative; log1p(e) = 2 atanh(e / (2 + e)) is exact to float32 also for tiny e."""
+def _step_size(delta, bias, SOFTPLUS: tl.constexpr):
+    """log(1 + exp(delta + bias)) and its derivative, or the sum alone without SOFTPLUS.
+
+    log1p(e) = 2 atanh(e / (2 + e)) is exact to float32 also for tiny e.
+    """
+    x = delta + bias
+    if not SOFTPLUS:
+        return x, 1.0
     e = tl.exp2(-tl.abs(x) * LOG2E)
     s = e / (2 + e)
     q = s * s  # at most 1/9; the polynomial is atanh(s) / s to 8e-9
@@ -98,10 +104,7 @@ def _scan_forward(
     n1, mask1, at1, A1, h1 = _tile(A, initial, row, 0, N1, N, d, channels)
     if N2:
         n2, mask2, at2, A2, h2 = _tile(A, initial, row, N1, N2, N, d, channels)
-    if D is not None:
-        skip = _load(D + d, inside)
-    if delta_bias is not None:
-        bias = _load(delta_bias + d, inside)
+    skip, bias = _load(D + d, inside), _load(delta_bias + d, inside)
     u, u_l = _first(u, row, u_b, u_l, length, REVERSE)
     delta, delta_l = _first(delta, row, delta_b, delta_l, length, REVERSE)
     B, B_l = _first(B, row, length * N, N, length, REVERSE)
@@ -131,18 +134,14 @@ def _scan_forward(
                 if N2:
                     tl.store(saved + at2, h2, mask=mask2)
                 saved += N * channels
-        if delta_bias is not None:
-            dt += bias
-        if SOFTPLUS:
-            dt, _ = _softplus(dt)
+        dt, _ = _step_size(dt, bias, SOFTPLUS)
         dtu = dt * u_t
         h1 = _advance(h1, A1, dt, dtu, _load(B + n1, n1 < N))
         y = tl.sum(h1 * _load(C + n1, n1 < N)[:, None], 0)
         if N2:
             h2 = _advance(h2, A2, dt, dtu, _load(B + n2, n2 < N))
             y += tl.sum(h2 * _load(C + n2, n2 < N)[:, None], 0)
-        if D is not None:
-            y += skip * u_t
+        y += skip * u_t
         if z is not None:
             y *= z_t * _sigmoid(z_t)
         tl.store(out + d, y, mask=inside)
@@ -185,10 +184,7 @@ def _scan_backward(
     if N2:
         n2, mask2, at2, A2, g2 = _tile(A, dlast, row, N1, N2, N, d, channels)
         dA2 = tl.zeros((N2, BD), tl.float32)
-    if D is not None:
-        skip = _load(D + d, inside)
-    if delta_bias is not None:
-        bias = _load(delta_bias + d, inside)
+    skip, bias = _load(D + d, inside), _load(delta_bias + d, inside)
     dskip = tl.zeros((BD,), tl.float32)
     dbias = tl.zeros((BD,), tl.float32)
     dout, dout_l = _first(dout, row, dout_b, dout_l, length, REVERSE)
@@ -220,11 +216,7 @@ def _scan_backward(
             tl.store(slot + n1[:, None] * BD, h1, mask=mask1 & (n1[:, None] < kept))
             if N2:
                 tl.store(slot + n2[:, None] * BD, h2, mask=mask2 & (n2[:, None] < kept))
-            dt = _load(delta + t * delta_l + d, inside)
-            if delta_bias is not None:
-                dt += bias
-            if SOFTPLUS:
-                dt, _ = _softplus(dt)
+            dt, _ = _step_size(_load(delta + t * delta_l + d, inside), bias, SOFTPLUS)
             dtu = dt * _load(u + t * u_l + d, inside)
             h1 = _advance(h1, A1, dt, dtu, _load(B + t * B_l + n1, n1 < N))
             if N2:
@@ -235,11 +227,7 @@ def _scan_backward(
             t = tl.cast(i, tl.int64)
             slot = scratch + (i - first) * N * BD
             u_t = _load(u + t * u_l + d, inside)
-            dt = _load(delta + t * delta_l + d, inside)
-            if delta_bias is not None:
-                dt += bias
-            if SOFTPLUS:
-                dt, slope = _softplus(dt)
+            dt, slope = _step_size(_load(delta + t * delta_l + d, inside), bias, SOFTPLUS)
             dtu = dt * u_t
             B1 = _load(B + t * B_l + n1, n1 < N)
             C1 = _load(C + t * C_l + n1, n1 < N)
@@ -253,8 +241,7 @@ def _scan_backward(
                 y = tl.sum(h1 * C1[:, None], 0)
                 if N2:
                     y += tl.sum(h2 * C2[:, None], 0)
-                if D is not None:
-                    y += skip * u_t
+                y += skip * u_t
                 z_t = _load(z + t * z_l + d, inside)
                 gate = _sigmoid(z_t)
                 tl.store(dz + t * dz_l + d, dy * y * gate * (1 + z_t * (1 - gate)), mask=inside)
@@ -274,12 +261,9 @@ def _scan_backward(
                 tl.store(dB + t * dB_l + n2, dB_t, mask=n2 < N)
                 tl.store(dC + t * dC_l + n2, dC_t, mask=n2 < N)
             du_t = ddtu * dt
-            ddt = tl.fma(ddtu, u_t, ddt / LOG2E)
-            if SOFTPLUS:
-                ddt *= slope
-            if D is not None:
-                du_t += skip * dy
-                dskip += dy * u_t
+            ddt = tl.fma(ddtu, u_t, ddt / LOG2E) * slope
+            du_t += skip * dy
+            dskip += dy * u_t
             dbias += ddt
             tl.store(du + t * du_l + d, du_t, mask=inside)
             tl.store(ddelta + t * ddelta_l + d, ddt, mask=inside)
@@ -293,21 +277,21 @@ def _scan_backward(
         tl.store(dinitial + at1, g1, mask=mask1)
         if N2:
             tl.store(dinitial + at2, g2, mask=mask2)
-    if D is not None:
-        tl.store(dD + row * channels + d, dskip, mask=inside)
-    if delta_bias is not None:
-        tl.store(ddelta_bias + row * channels + d, dbias, mask=inside)
+    tl.store(dD + row * channels + d, dskip, mask=inside)
+    tl.store(ddelta_bias + row * channels + d, dbias, mask=inside)
 
 
 @triton.jit
-def _convolve(x, w, t, d, d_inside, length, x_l, K: tl.constexpr, REVERSE: tl.constexpr):
-    """sum_k weight[:, k] x_{t-K+1+k} on a tile (t, d) in float32, zeros beyond the ends."""
+def _convolve(x, w, bias, t, d, d_inside, length, x_l, K: tl.constexpr, REVERSE: tl.constexpr):
+    """sum_k weight[:, k] x_{t-K+1+k} (+ bias) on a tile (t, d) in float32, zeros beyond the ends."""
     y = tl.zeros((t.shape[0], d.shape[0]), tl.float32)
     for k in tl.static_range(K):
         s = t + (K - 1 - k) if REVERSE else t - (K - 1 - k)
         inside = ((s >= 0) & (s < length))[:, None] & d_inside[None, :]
         tap = _load(w + d * K + k, d_inside)
         y = tl.fma(_load(x + s[:, None] * x_l + d[None, :], inside), tap[None, :], y)
+    if bias is not None:
+        y += _load(bias + d, d_inside)[None, :]
     return y
 
 
@@ -321,9 +305,7 @@ def _conv_forward(
     row = (tl.program_id(0) // (blocks * pieces)).to(tl.int64)
     t = (tl.program_id(0) // blocks % pieces * BT + tl.arange(0, BT)).to(tl.int64)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
-    y = _convolve(x + row * x_b, weight, t, d, d < channels, length, x_l, K, REVERSE)
-    if bias is not None:
-        y += _load(bias + d, d < channels)[None, :]
+    y = _convolve(x + row * x_b, weight, bias, t, d, d < channels, length, x_l, K, REVERSE)
     if ACTIVATION:
         y *= _sigmoid(y)
     inside = (t < length)[:, None] & (d < channels)[None, :]
@@ -349,9 +331,7 @@ def _conv_backward(
         inside = (t < length)[:, None] & (d < channels)[None, :]
         dy_t = _load(dout + t[:, None] * dout_l + d[None, :], inside)
         if ACTIVATION:
-            y = _convolve(x, weight, t, d, d < channels, length, x_l, K, REVERSE)
-            if bias is not None:
-                y += _load(bias + d, d < channels)[None, :]
+            y = _convolve(x, weight, bias, t, d, d < channels, length, x_l, K, REVERSE)
             gate = _sigmoid(y)
             dy_t *= gate * (1 + y * (1 - gate))
         tl.store(dy + row * length * channels + t[:, None] * channels + d[None, :], dy_t, mask=inside)
@@ -416,9 +396,8 @@ def scan_backward(
                 **_tiles(state, CHANNELS), EVERY=SAVE_EVERY, T=PIECE, SOFTPLUS=delta_softplus, REVERSE=reverse,
                 num_warps=1,
             )  # fmt: skip
-    dD, dbias = (None if x is None else x.sum(0) for x in (dD, dbias))
     dinitial = None if dinitial is None else dinitial.transpose(1, 2)
-    grads = (du, ddelta, dA.sum(0).t(), dB.sum(1), dC.sum(1), dD, dz, dbias, dinitial)
+    grads = (du, ddelta, dA.sum(0).t(), dB.sum(1), dC.sum(1), dD.sum(0), dz, dbias.sum(0), dinitial)
     return ScanInputs(*as_given(grads, inputs))
 
 
@@ -478,7 +457,7 @@ def self_check() -> None:
     u, delta, z = (torch.randn(1, 3, 5, generator=g, dtype=torch.float32, device="cpu").to(device) for _ in range(3))
     B, C = (torch.randn(1, 3, 3, generator=g, dtype=torch.float32, device="cpu").to(device) for _ in range(2))
     A = -torch.rand(5, 3, generator=g, dtype=torch.float32, device="cpu").to(device)
-    inputs = ScanInputs(u, delta, A, B, C, A[:, 0], z, None, None)
+    inputs = ScanInputs(u, delta, A, B, C, A[:, 0], z, A[:, 1], None)
     out, last, _ = scan_forward(inputs, True, False, False)
     want, want_last = reference.selective_scan(inputs, True, False)
     error = max((out - want).abs().max().item(), (last - want_last).abs().max().item())
