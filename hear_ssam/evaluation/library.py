@@ -159,12 +159,6 @@ def make_task(
         "prediction_type": "multiclass",
         "evaluation": ["top1_acc", "mAP", "d_prime", "aucroc"],  # as HEAR's multiclass tasks
     }  # fmt: skip
-    vocabulary = io.StringIO()
-    csv.writer(vocabulary, lineterminator="\n").writerows([("idx", "label"), *enumerate(sorted(set(classes)))])
-    files = {VOCABULARY: vocabulary.getvalue()}
-    for split in sorted(set(splits)):
-        clips = {clip: [label] for clip, label, own in zip(names, classes, splits, strict=True) if own == split}
-        files[f"{split}.json"] = json.dumps(dict(sorted(clips.items())), indent=1)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         making = tempfile.TemporaryDirectory(dir=out, prefix=".making-")
@@ -176,8 +170,12 @@ def make_task(
         metadata["sample_duration"] = lengths.pop() / rate if len(lengths) == 1 else None  # s; equal ones share batches
         digests = "".join(map(sha256, places))  # other recordings of the same names are another task to `evaluate`
         metadata["audio_sha256"] = hashlib.sha256(digests.encode()).hexdigest()
-        for file, text in {METADATA: json.dumps(metadata, indent=1), **files}.items():
-            (folder / file).write_text(text, encoding="utf-8")
+        (folder / METADATA).write_text(json.dumps(metadata, indent=1), "utf-8")
+        with open(folder / VOCABULARY, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([("idx", "label"), *enumerate(sorted(set(classes)))])
+        for split in set(splits):
+            clips = {clip: [label] for clip, label, own in zip(names, classes, splits, strict=True) if own == split}
+            (folder / f"{split}.json").write_text(json.dumps(clips, indent=1, sort_keys=True), "utf-8")
         read_task(folder)
         folder.rename(target)
     return target

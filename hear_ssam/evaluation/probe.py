@@ -275,8 +275,7 @@ def run_probe(folder: Path, protocol: str, seed: int, *, bf16: bool = False) -> 
     afterwards. `bf16` trains with products in bfloat16.
     """
     with torch.inference_mode(False):
-        task, splits = open_embeddings(folder)
-    return probe_task(task, splits, protocol, seed, bf16=bf16)
+        return probe_task(*open_embeddings(folder), protocol, seed, bf16=bf16)
 
 
 def probe_task(task: Task, splits: Mapping[str, Rows], protocol: str, seed: int, *, bf16: bool = False) -> ProbeResult:
