@@ -183,14 +183,10 @@ class Worker:
     def _columns(
         self, recording: Recording, starts: list[Any], rows: Sequence[np.ndarray], ends: list[float] | None = None
     ) -> pa.Table:
-        """A table of rows (n, E), which may differ in width from array to array."""
+        """A table of rows (n, E), which may differ in width from array to array; the schema makes equal ones fixed."""
         values = np.concatenate([part.ravel() for part in rows]).astype(self.options.dtype, copy=False)
-        kind = self.schema.field("embedding").type
-        if pa.types.is_fixed_size_list(kind):
-            embeddings = pa.FixedSizeListArray.from_arrays(values, kind.list_size)
-        else:
-            sizes = np.concatenate([np.full(len(part), part.shape[1]) for part in rows])
-            embeddings = pa.ListArray.from_arrays(np.concatenate([[0], sizes.cumsum()]).astype(np.int32), values)
+        sizes = np.concatenate([np.full(len(part), part.shape[1]) for part in rows])
+        embeddings = pa.ListArray.from_arrays(np.concatenate([[0], sizes.cumsum()]).astype(np.int32), values)
         every = {"path": recording.label, "model": self.model.name, "checkpoint_sha256": self.model.checkpoint_sha256}
         columns: dict[str, Any] = {name: [value] * len(starts) for name, value in every.items()}
         columns |= {"start_ms": starts, "end_ms": ends, "embedding": embeddings}
