@@ -32,15 +32,13 @@ def selective_scan(
     reverse: bool, *_: Any,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """`hear_ssam::selective_scan` for the encoders, which begin without a state; training reads the third output."""
-    dt = delta if bias is None else op.Add(delta, bias)
+    dt = op.Add(delta, bias)
     dt = op.Softplus(dt) if softplus else dt
     (batch, _, channels), (_, state) = u.shape, a.shape
     h0 = op.Expand(op.Constant(value_float=0.0), op.Constant(value_ints=[batch, state, channels]))
     ordered = [_flip(x, 1) if reverse else x for x in (u, dt, b, c)]
     y, last = recurrence(*ordered[:2], op.Transpose(a, perm=[1, 0]), *ordered[2:], h0)
-    y = _flip(y, 1) if reverse else y
-    if d is not None:
-        y = op.Add(y, op.Mul(d, u))
+    y = op.Add(_flip(y, 1) if reverse else y, op.Mul(d, u))
     if z is not None:
         y = op.Mul(y, op.Mul(z, op.Sigmoid(z)))
     return y, op.Transpose(last, perm=[0, 2, 1]), op.Identity(last)
