@@ -73,7 +73,7 @@ def run_demo(
 
     tasks_dir, results = shipped("eval_tasks") / "demo" / "tasks", out / "results"
     modules = [f"hear_ssam:{json.dumps(options)}" for options in (dict(model_options or {}), {"model": BASELINE})]
-    evaluation = run_evaluation(modules, tasks_dir=tasks_dir, tasks=[TASK], results_dir=results, seeds=1, probe=probes)
+    evaluation = run_evaluation(modules, tasks_dir=tasks_dir, tasks=[TASK], results_dir=results, probe=probes)
     if evaluation.failures:
         raise HearSsamError(f"the demo failed: {'; '.join(evaluation.failures.values())}")
     records = sorted(evaluation.records, key=lambda record: record["model"] == BASELINE)  # the baseline last

@@ -454,6 +454,9 @@ def test_only_shards_of_one_whole_share_a_folder(tmp_path):
         (["--tasks-dir", "nowhere", "--workers", "-1"], "--workers must be at least 1"),
         (["--tasks-dir", "nowhere", "--model-options", "[1]"], "must be a JSON object"),
         (["--embeddings-dir", "nowhere"], "MODULE: of no use with --embeddings-dir"),
+        (["--tasks-dir", "nowhere", "--shots", "4"], "--shots: of no use with --probe exact"),
+        (["--tasks-dir", "nowhere", "--seeds", "3", "--probe", "knn"], "--seeds: of no use with --probe knn"),
+        (["--tasks-dir", "nowhere", "--protocol", "ssam", "--probe", "logreg"], "--protocol: of no use with --probe"),
     ],
 )
 def test_wrong_arguments(tmp_path, capsys, arguments, message):

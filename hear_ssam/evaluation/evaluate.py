@@ -127,9 +127,9 @@ def evaluate(
 def run_evaluation(
     modules: Sequence[object] = (), model: str = "", model_options: Mapping[str, Any] | None = None, *,
     results_dir: Path, tasks_dir: Path | None = None, embeddings_dir: Path | None = None, tasks: Sequence[str] = (),
-    protocol: str = "heareval", probe: Probe | Sequence[Probe] = "exact", shots: int = 8, seeds: int | None = None,
-    limit: int | None = None, existing: Existing = "only-missing", workers: int | None = None,
-    resample: bool = False, device: str = "auto", shard: tuple[int, int] = (1, 1),
+    protocol: str = "heareval", probe: Probe | Sequence[Probe] = "exact", shots: int | None = None,
+    seeds: int | None = None, limit: int | None = None, existing: Existing = "only-missing",
+    workers: int | None = None, resample: bool = False, device: str = "auto", shard: tuple[int, int] = (1, 1),
     engine: Literal["local", "ray"] = "local",
 ) -> Evaluation:  # fmt: skip
     """Judge HEAR modules (default: hear_ssam) on the tasks in `tasks_dir`, or finished embeddings in `embeddings_dir`.
@@ -138,7 +138,7 @@ def run_evaluation(
     as in 'hear_ssam:{"model": "logmel"}'. All are loaded before the work begins, so that a wrong name costs no hours.
     They run on `device` (auto, cpu, cuda, mps).
     `probe` names one or several: exact (heareval's numbers), bf16 (statistically the same, with products in bfloat16),
-    and the probes of seconds in `quick`, which skip event tasks: knn, logreg, fewshot with `shots` clips per class.
+    and the probes of seconds in `quick`, which skip event tasks: knn, logreg, fewshot with `shots` clips per class (8).
     `seeds` counts probe seeds (default: the protocol's own; ten draws of fewshot; knn and logreg have one).
     `limit` takes so many clips of every split, as a task of another name that says so.
     `existing` says what happens to results that are already in `results_dir`: only-missing runs the rest, always runs
@@ -158,23 +158,26 @@ def run_evaluation(
             raise unknown_name(kind, name, known)
     if (tasks_dir is None) == (embeddings_dir is None):
         raise HearSsamError("say either where the tasks are (--tasks-dir) or the embeddings (--embeddings-dir).")
-    asked: dict[str, object] = {"MODULE": modules, "--model": model, "--model-options": model_options}
-    asked |= {"--resample": resample, "--limit": limit}
-    if embeddings_dir and (idle := ", ".join(name for name, value in asked.items() if value)):
-        raise HearSsamError(f"{idle}: of no use with --embeddings-dir, which loads no model; leave one of them out.")
     plan = named_protocol(protocol)
     cores = usable_cpus() if workers is None else workers
     for option, value in {"--seeds": seeds, "--workers": workers, "--shots": shots, "--limit": limit}.items():
         if value is not None and value < 1:
             raise HearSsamError(f"{option} must be at least 1, not {value}.")
+    heads, few = any(name in HEADS for name in probes), "fewshot" in probes
+    asked: dict[str, object] = {"MODULE": modules, "--model": model, "--model-options": model_options}
+    asked = {**asked, "--resample": resample, "--limit": limit} if embeddings_dir else {}
+    idle: dict[str, object] = {"--protocol": not heads and protocol != "heareval", "--seeds": seeds and not (heads or few)}
+    idle |= {"--shots": shots and not few}
+    for what, given in {"--embeddings-dir, which loads no model": asked, f"--probe {' '.join(probes)}": idle}.items():
+        if needless := ", ".join(name for name, value in given.items() if value):
+            raise HearSsamError(f"{needless}: of no use with {what}; leave one of them out.")
     runs: list[Run] = []
     for name in dict.fromkeys(probes):
         if name in HEADS:
             runs += [(protocol, name, plan.first_seed + number) for number in range(seeds or plan.seeds)]
         else:  # all quick probes take heareval's splits
-            few = name == "fewshot"
-            draws = (seeds or 10) if few else 1
-            runs += [("heareval", f"fewshot{shots}" if few else name, seed) for seed in range(draws)]
+            name, draws = (f"fewshot{shots or 8}", seeds or 10) if name == "fewshot" else (name, 1)
+            runs += [("heareval", name, seed) for seed in range(draws)]
     quick = list(dict.fromkeys(probe for _, probe, _ in runs if probe not in HEADS))
     failures: dict[str, str] = {}
     store = results_dir / STORE
@@ -204,7 +207,7 @@ def run_evaluation(
             fits = [run for run in runs if run[1] in HEADS or not source.task.event]
             todo = [run for run in fits if not source.made(stored.get(source.key(run)))]
             work.append((source, todo))
-            if existing == "never" and len(todo) < len(fits):
+            if existing == "never" and any(source.key(run) in stored for run in fits):
                 raise HearSsamError(f"{store}: has results of {source.label} already (--existing never).")
         jobs, lacking = [], [one for one in work if one[1]]
         first = sum(source.task.name == lacking[0][0].task.name for source, _ in lacking)  # by all models
@@ -379,7 +382,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--protocol", default="heareval", help="heareval (8 of 16 grid points, seed 42; default) or ssam (seeds 0-9)")
     probes = "exact: heareval's numbers (default); bf16: others like them; knn, logreg, fewshot: scenes in seconds"
     add("--probe", choices=PROBES, nargs="+", default=["exact"], help=probes)
-    add("--shots", type=int, default=8, metavar="N", help="clips per class of fewshot (default: %(default)s)")
+    add("--shots", type=int, metavar="N", help="clips per class of fewshot (default: 8)")
     add("--limit", type=int, metavar="N", help="only so many clips of each split, for a quick look: no HEAR scores")
     add("--seeds", type=int, metavar="N", help="number of probe seeds (default: the protocol's own; 10 of fewshot)")
     add("--results-dir", type=Path, required=True, metavar="DIR", help="records, embeddings and predictions go here")
