@@ -166,8 +166,8 @@ def run_evaluation(
     heads, few = any(name in HEADS for name in probes), "fewshot" in probes
     asked: dict[str, object] = {"MODULE": modules, "--model": model, "--model-options": model_options}
     asked = {**asked, "--resample": resample, "--limit": limit} if embeddings_dir else {}
-    idle: dict[str, object] = {"--protocol": not heads and protocol != "heareval", "--seeds": seeds and not (heads or few)}
-    idle |= {"--shots": shots and not few}
+    idle: dict[str, object] = {"--shots": shots and not few, "--seeds": seeds and not (heads or few)}
+    idle["--protocol"] = not heads and protocol != "heareval"
     for what, given in {"--embeddings-dir, which loads no model": asked, f"--probe {' '.join(probes)}": idle}.items():
         if needless := ", ".join(name for name, value in given.items() if value):
             raise HearSsamError(f"{needless}: of no use with {what}; leave one of them out.")
