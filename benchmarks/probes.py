@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     probes = {probe: measured(args, probe) for probe in HEADS}
     print(f"Protocol {args.protocol}, {args.seeds} seeds: mean score in %, standard deviation, seconds per seed.\n")
     print(f"| task | {' | '.join(HEADS)} | difference of means | its standard error |\n|---|---|---|---|---|")
-    for task in probes[HEADS[0]]:
+    for task in sorted(set.intersection(*(set(scores) for scores in probes.values()))):
         scores = [[score for score, _ in probes[probe][task]] for probe in HEADS]
         seconds = [statistics.mean(taken for _, taken in probes[probe][task]) for probe in HEADS]
         cells = [
