@@ -76,14 +76,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[EncoderConfig, dict[s
 
 
 def find_weights(name: str, cache: str | os.PathLike[str] | None = None) -> tuple[Path, str]:
-    """The file or folder behind whatever names a model, fetched if need be, and what the model is to be called."""
+    """The file behind whatever names a model, fetched if need be, and what the model is to be called."""
     path, published = Path(name), named(name)
     if name == BASELINE:
         raise HearSsamError(f"{name}: has no weights; name an encoder.")
     if published and (published.downloadable or here(published, cache) or not path.exists()):
         return obtain(published, convert, cache), name
     if path.exists():
-        return path, path.stem if path.is_file() else os.path.basename(os.path.abspath(path))
+        return _find(path), path.stem if path.is_file() else os.path.basename(os.path.abspath(path))
     if path.name == name and path.suffix not in (".pth", ".pt", ".safetensors"):
         raise unknown_name("model", name, [*(entry.label for entry in PUBLISHED), *CONFIGS, BASELINE])
     repository = re.fullmatch(r"([\w.-]+/([\w.-]+))(?:@([\w./-]+))?", name)

@@ -337,7 +337,7 @@ def load_model(
     with torch.device("cpu"), torch.inference_mode(False):  # the same model inside anybody's block
         if name == BASELINE:
             return _move(HearModel(), device)
-        info, card = dict[str, Any](), Path()
+        info, card = dict[str, Any](), ""
         if name in CONFIGS and not pretrained:
             config, digest = _with_options(CONFIGS[name], options), ""
             with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
@@ -350,7 +350,7 @@ def load_model(
                 raise unknown_name("model", name, [*CONFIGS, BASELINE])
             file, name = find_weights(name, cache)
             stored, state, info = load_checkpoint(file)
-            card = file.with_suffix(".md") if file.is_file() else card
+            card = layout.card_beside(file, name)
             config, digest = _with_options(stored, options), info["sha256"]
             if config.window_frames != stored.window_frames:
                 state["pos_embed"] = resize_positions(state["pos_embed"], stored, config.grid[0])
@@ -359,7 +359,7 @@ def load_model(
             encoder.load_state_dict(state, assign=True)
         encoder.set_precision(precision)
         loaded = EncoderModel(name, config, encoder, backend, digest)
-        loaded.info, loaded.card = info, card.read_text("utf-8", "replace") if card.is_file() else ""
+        loaded.info, loaded.card = info, card
         loaded.as_read = loaded.some_weights() if digest else None
         return _move(loaded, device)
 

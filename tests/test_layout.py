@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from hear_ssam import HearModel, get_scene_embeddings, get_timestamp_embeddings, load_model
+from hear_ssam.checkpoint import save_checkpoint
 from hear_ssam.config import build_config
 from hear_ssam.encoder import Encoder
 from hear_ssam.hear import EncoderModel
@@ -74,6 +75,19 @@ def test_the_shipped_model_takes_its_card_along(tmp_path: Path) -> None:
     text = (load_model().save_pretrained(tmp_path) / "README.md").read_text("utf-8")
     assert text.startswith("---\n") and 'license: "apache-2.0"' in text
     assert "No audio is distributed here" in text and text.count("\n# ") == 1
+    once = load_model(tmp_path).save_pretrained(tmp_path / "once")  # from folder to folder
+    again = (load_model(once).save_pretrained(tmp_path / "twice") / "README.md").read_text("utf-8")
+    about = [page.partition("## About these weights")[2].strip() for page in (text, again)]
+    assert about[0] == about[1] and again.count("## About these weights") == 1
+
+
+def test_a_folder_of_a_training_takes_its_card_along(model: EncoderModel, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "run" / "ssam_tiny.safetensors", model.config, model.encoder.state_dict(), {})
+    (tmp_path / "run" / "ssam_tiny.md").write_text("# ssam_tiny\n\nTrained on rain.\n", "utf-8")
+    (tmp_path / "run" / "README.md").write_text("# My project\n", "utf-8")
+    assert (
+        "Trained on rain." in (load_model(tmp_path / "run").save_pretrained(tmp_path / "out") / "README.md").read_text()
+    )
 
 
 def test_weights_trained_further_do_not_take_the_card_along(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..frontend import SAMPLE_RATE
 from ..paths import write_whole
 
 CODE = "modeling_hear_ssam"  # the module beside this one that goes into the folder
+ABOUT = "## About these weights"  # in a folder's card, above the one that the weights came with
 LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0")  # in the hub's spelling
 
 
@@ -40,7 +42,7 @@ def describe(
     facts = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in info.items() if key != "sha256")
     values = {
         "header": "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items()), "name": name,
-        "scene": sizes[0], "rows": sizes[1], "text": text.replace(f"# {name}", "## About these weights", 1) or facts,
+        "scene": sizes[0], "rows": sizes[1], "text": re.sub(r"\A(# .*)?\s*", f"{ABOUT}\n\n", text) if text else facts,
     }  # fmt: skip
     for file, content in {
         "config.json": json.dumps(config, indent=2) + "\n",
@@ -49,6 +51,16 @@ def describe(
         "README.md": CARD.format(**values),
     }.items():
         write_whole(folder / file, content)
+
+
+def card_beside(weights: Path, name: str) -> str:
+    """The card of a file of weights: the text of its name beside it, or what `describe` made of one; empty without."""
+    own, folders = weights.with_suffix(".md"), weights.with_name("README.md")
+    if own.is_file():
+        return own.read_text("utf-8", "replace")
+    page = folders.read_text("utf-8", "replace") if folders.is_file() else ""
+    _, mark, about = page.partition(ABOUT)
+    return f"# {name}\n\n{about.strip()}\n" if mark else ""
 
 
 CARD = """---
