@@ -102,6 +102,15 @@ def test_a_piece_of_a_long_clip_in_a_long_clip(tmp_path):
     assert found(tmp_path, {"long": long}, {"known": known}) == {"long": "known"}
 
 
+def test_little_in_common_counts_in_a_short_clip_and_not_among_much_else(tmp_path):
+    """Long clips have so many peaks that some agree by chance: a twentieth of the shorter clip's must, 30 at most."""
+    known, piece = sound(2, 30), sound(2, 30)[5 * RATE : 5 * RATE + 18_000]
+    long = sound(1, 30)
+    long[10 * RATE : 10 * RATE + len(piece)] = piece
+    assert found(tmp_path, {"short": piece, "long": long}, {"known": known}) == {"short": "known"}
+    assert found(tmp_path, {}, {"known": piece}) == {"short": "known", "long": "known"}
+
+
 @pytest.mark.parametrize("size", [0, 1, 100, 1023, 2000])
 def test_clips_too_short_for_peaks(tmp_path, size):
     assert not found(tmp_path, {"a": sound(1), "short": sound(1)[:500]}, {"short": np.ones(size, np.float32)})

@@ -22,7 +22,8 @@ PIECE = 3750 * HOP  # samples of a long clip that are compared at once: a minute
 NEAR = 9, 13  # frames and bins in which a peak is the largest: some 80 peaks a second
 FLOOR = 1e-3  # of a piece's highest peak, -60 dB: what lies below is no peak
 FAN, AHEAD, BINS = 6, 63, 127  # partners of a peak: so many, at most so many frames later and so many bins away
-VOTES = 8  # peaks that must agree on one shift; clips that share nothing reach 7
+VOTES = 8  # peaks that must agree on one shift; short clips that share nothing reach 7
+SHARE, PLENTY = 0.05, 30  # and of the shorter piece's peaks this share, at most so many: long tones agree by chance
 COMMON = 1000  # a landmark that is found more often tells nothing (hum, tones of a synthesiser)
 BLOCK = 16_000_000  # landmarks of the evaluation in memory at once, some 400 MB; every block reads the store once more
 
@@ -91,6 +92,7 @@ class _Index:
 
     def __init__(self, names: list[str], found: list[tuple[np.ndarray, np.ndarray]]) -> None:
         self.names = names
+        self.peaks = np.array([len(part[0]) for part in found]) // (2 * FAN)  # about, as each is here twice
         what = np.concatenate([part[0] for part in found])
         order = np.argsort(what, kind="stable")
         self.what = what[order]
@@ -108,7 +110,8 @@ class _Index:
         # A piece and a shift are one number; each peak votes once for it.
         alike = ((place >> 12) << 13) + (place & 4095) - (peak[mine] >> 9) + 4096
         alike, ballots = np.unique(np.unique(alike << 21 | peak[mine]) >> 21, return_counts=True)
-        enough = ballots >= votes
+        fewer = np.minimum(self.peaks[alike >> 13], len(what) // FAN)
+        enough = ballots >= np.clip(SHARE * fewer, votes, max(votes, PLENTY))
         return [(self.names[a >> 13], int(n)) for a, n in zip(alike[enough].tolist(), ballots[enough], strict=True)]
 
 
