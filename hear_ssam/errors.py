@@ -17,6 +17,11 @@ def about(path: object, error: Exception) -> HearSsamError:
     return HearSsamError(f"{path}: {type(error).__name__}: {error}; leave it out, and report this if it is sound.")
 
 
+def said(error: Exception) -> str:
+    """What an error says, without the number and the path that the system puts into its own."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> HearSsamError:
     """An error for a name that is not in a table: lists the table, suggests the nearest entry."""
     names = sorted(known)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from .errors import HearSsamError
+from .errors import HearSsamError, said
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -48,8 +48,7 @@ def writing(place: object, reported: type[Exception] = OSError) -> Iterator[None
     try:
         yield
     except (OSError, reported) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise HearSsamError(f"{place}: cannot be written: {reason}; make room or use another place.") from error
+        raise HearSsamError(f"{place}: cannot be written: {said(error)}; make room or use another place.") from error
 
 
 @contextlib.contextmanager

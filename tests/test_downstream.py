@@ -365,6 +365,8 @@ def test_other_weights_and_other_files_are_refused(
     assert f"{classifier}: was made with weights (none) of logmel, not " in capsys.readouterr().err
     assert run("classify", "predict", classifier, file, *out, "--window", "1", "--hop", "0") == 2
     assert "--window 1 --hop 0: take seconds" in capsys.readouterr().err
+    assert run("classify", "predict", classifier, file, *out, "--hop", "0.5") == 2
+    assert "--hop 0.5: of no use without --window" in capsys.readouterr().err
     (tmp_path / "no.json").write_text("{}")
     (tmp_path / "odd.json").write_text(json.dumps({**json.loads(classifier.read_text()), "intercept": [1.0]}))
     for wrong in (tmp_path / "no.json", tmp_path / "odd.json", tmp_path / "absent.json", file):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import __version__
-from ..errors import HearSsamError
+from ..errors import HearSsamError, said
 from ..options import STRENGTHS, add_device, add_model, add_model_options, parse_options
 from ..paths import atomic_write
 
@@ -222,7 +222,7 @@ def read_classifier(file: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError("another format")
         return dict(found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HearSsamError(f"{file}: is not a classifier ({error}); name one of `classify train`.") from error
+        raise HearSsamError(f"{file}: is not a classifier ({said(error)}); name one of `classify train`.") from error
 
 
 def probabilities(classifier: dict[str, Any], x: np.ndarray) -> np.ndarray:

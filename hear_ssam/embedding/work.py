@@ -49,6 +49,8 @@ class Options:
 
     def __post_init__(self) -> None:
         window, hop = self.window, self.hop
+        if hop and not window:
+            raise HearSsamError(f"--hop {hop:g}: of no use without --window; add it.")
         if (window or hop) and not (0.02 <= window <= 600 and 0.001 <= hop <= 600):
             given = f"--window {window:g} --hop {hop:g}"
             raise HearSsamError(f"{given}: take seconds, windows from 0.02 to 600, hops from 0.001 to 600.")

@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from ..audio import read_audio
-from ..errors import HearSsamError
+from ..errors import HearSsamError, said
 from ..machine import work_ahead
 from ..paths import atomic_write, sha256, write_whole
 from .folders import audio_folder, audio_rates, require_audio
@@ -133,7 +133,7 @@ def provenance(folder: Path) -> dict[str, Any]:
     try:
         noted = json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError) as error:
-        raise HearSsamError(f"{path}: cannot be read ({error}); make the embeddings again.") from error
+        raise HearSsamError(f"{path}: cannot be read ({said(error)}); make the embeddings again.") from error
     return noted if isinstance(noted, dict) else {}
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..audio import resample
 from ..config import EncoderConfig
-from ..errors import HearSsamError
+from ..errors import HearSsamError, said
 from ..frontend import HOP, SAMPLE_RATE, normalize
 from ..hear import EncoderModel, load_model
 from ..paths import atomic_write, write_whole
@@ -58,9 +58,8 @@ def open_codes(store: Store, name: str, config: EncoderConfig) -> CodeTable:
         codes = np.load(path.with_suffix(".npy"), mmap_mode="r")
         of = {"store": info["store"], "grid": info["grid"], "length": len(codes)}
     except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
-        raise HearSsamError(
-            f"{path}: no finished codes here ({error}); make them with `hear-ssam codes {store.folder} --name {name}`."
-        ) from error
+        mend = f"make them with `hear-ssam codes {store.folder} --name {name}`"
+        raise HearSsamError(f"{path}: no finished codes here ({said(error)}); {mend}.") from error
     slots = _slots(store, config)
     for what, want in {"store": store.digest, "grid": _grid(config), "length": slots.sum()}.items():
         if of[what] != want:

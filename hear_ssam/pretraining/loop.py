@@ -27,7 +27,7 @@ from .. import __version__
 from ..checkpoint import find_weights, halved, load_checkpoint, save_checkpoint
 from ..config import CONFIGS
 from ..encoder import Encoder
-from ..errors import HearSsamError
+from ..errors import HearSsamError, said
 from ..machine import noted_signals
 from ..options import pick_device
 from ..paths import atomic_write, only_writer, write_whole
@@ -257,7 +257,7 @@ class _Run:
                 self.generator.set_state(state["generator"])
                 self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
         except Exception as error:  # torch raises many kinds for a damaged file
-            raise HearSsamError(f"{path}: cannot be resumed ({error}); delete it to start anew.") from error
+            raise HearSsamError(f"{path}: cannot be resumed ({said(error)}); delete it to start anew.") from error
         if differing:
             told = ", ".join(f"{name}={here.get(name)!r}, not {now.get(name)!r}" for name in differing)
             raise HearSsamError(

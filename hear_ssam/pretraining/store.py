@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..audio import CLIP_RATE, Clip
 from ..config import EncoderConfig
-from ..errors import HearSsamError, about
+from ..errors import HearSsamError, about, said
 from ..frontend import BLOCK, HOP, WINDOW, build_frontend, join
 from ..machine import work_ahead
 from ..paths import atomic_write, sha256, write_whole
@@ -118,7 +118,8 @@ def open_store(folder: str | os.PathLike[str]) -> Store:
         data = np.memmap(file, "<i2" if audio else np.float16, "c").reshape(-1 if audio else (-1, BANDS))
         info["sources"]
     except (OSError, ValueError, EOFError, LookupError, TypeError, zipfile.BadZipFile) as error:
-        raise HearSsamError(f"{folder}: no finished store here ({error}); make one with `hear-ssam corpus`.") from error
+        found = f"no finished store here ({said(error)})"
+        raise HearSsamError(f"{folder}: {found}; make one with `hear-ssam corpus`.") from error
     if len(data) != offsets[-1] or len(source) != len(offsets) - 1:
         raise HearSsamError(f"{folder}: {file.name} and clips.npz do not belong together; build the store again.")
     return Store(data, offsets, source, info, folder, names)
