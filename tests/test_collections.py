@@ -273,7 +273,7 @@ def test_jobs_of_an_array_share_a_folder(recordings: Path, weights: Path, tmp_pa
         (["--shard", "4/3"], "--shard 4/3"),
         (["--shard", "a"], "--shard a"),
         (["--shard", "1/2", "-o", "x.parquet"], "x.parquet: is one file, and --shard jobs write to a folder"),
-        (["--hop", "1"], "--window 0 --hop 1: take seconds"),
+        (["--hop", "1"], "--hop 1: of no use without --window"),
         (["--window", "1", "--kind", "both"], "--kind both: --window writes scenes of windows only"),
         (["--window", "0"], "--window 0"),
         (["--window", "1", "--hop", "0"], "--window 1 --hop 0"),
