@@ -26,7 +26,7 @@ import soundfile
 import soxr
 
 from .container import Stream, streams
-from .errors import HearSsamError
+from .errors import HearSsamError, said
 
 # What soundfile decodes without further parameters, as found in folders (its own list also holds .mat and .raw).
 SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64 .sph".split())
@@ -118,7 +118,7 @@ def audio_blocks(path: str | os.PathLike[str], sample_rate: int) -> Iterator[np.
         with open(path, "rb") as handle:
             yield from _blocks(handle, path, sample_rate)
     except OSError as error:
-        raise HearSsamError(f"{path}: cannot be read: {error.strerror or error}; name an audio file.") from error
+        raise HearSsamError(f"{path}: cannot be read: {said(error)}; name an audio file.") from error
 
 
 def decode_audio(handle: BinaryIO, name: str | os.PathLike[str], sample_rate: int) -> np.ndarray:

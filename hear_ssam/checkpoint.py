@@ -27,7 +27,7 @@ from torch import Tensor
 from .config import CONFIGS, EncoderConfig, build_config
 from .download import cache_folder
 from .encoder import Encoder, Undrawn, sincos_positions
-from .errors import HearSsamError, unknown_name
+from .errors import HearSsamError, said, unknown_name
 from .hub.weights import OFFICIAL, PUBLISHED, here, hub_file, named, obtain
 from .options import BASELINE
 from .paths import atomic_write, sha256
@@ -60,7 +60,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[EncoderConfig, dict[s
             head = stream.read(9)
         digest = sha256(file)
     except OSError as error:
-        raise HearSsamError(f"{file}: cannot be read ({error.strerror or error}); check its permissions.") from error
+        raise HearSsamError(f"{file}: cannot be read ({said(error)}); check its permissions.") from error
     try:
         if head[8:] == b"{":  # safetensors: the length of a JSON header, then the header
             config, state, info = _read_safetensors(file)
@@ -138,7 +138,7 @@ def _read_safetensors(file: Path) -> tuple[EncoderConfig, dict[str, Tensor], dic
             metadata = stream.metadata() or {}
             state = {name: stream.get_tensor(name).to(torch.float32, copy=True) for name in stream.keys()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise HearSsamError(f"damaged safetensors file ({error}); delete it and fetch it again.") from error
+        raise HearSsamError(f"damaged safetensors file ({said(error)}); delete it and fetch it again.") from error
     if METADATA not in metadata:
         return _read_weights(state, file)
     try:

@@ -90,7 +90,7 @@ def only_writer(folder: Path, what: str, name: str = ".lock", place: Path | None
     except Timeout:
         raise HearSsamError(f"{place or folder}: another {what} writes to it; wait or use another place.") from None
     except OSError as error:
-        raise HearSsamError(f"{place or folder}: cannot be written: {error.strerror}; use another place.") from error
+        raise HearSsamError(f"{place or folder}: cannot be written: {said(error)}; use another place.") from error
     try:
         yield
     finally:

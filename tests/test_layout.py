@@ -85,9 +85,9 @@ def test_a_folder_of_a_training_takes_its_card_along(model: EncoderModel, tmp_pa
     save_checkpoint(tmp_path / "run" / "ssam_tiny.safetensors", model.config, model.encoder.state_dict(), {})
     (tmp_path / "run" / "ssam_tiny.md").write_text("# ssam_tiny\n\nTrained on rain.\n", "utf-8")
     (tmp_path / "run" / "README.md").write_text("# My project\n", "utf-8")
-    assert (
-        "Trained on rain." in (load_model(tmp_path / "run").save_pretrained(tmp_path / "out") / "README.md").read_text()
-    )
+    for made_of, made in (("run", "out"), ("out", "again")):
+        page = load_model(tmp_path / made_of).save_pretrained(tmp_path / made) / "README.md"
+        assert page.read_text("utf-8").endswith("## About these weights\n\nTrained on rain.\n\n")
 
 
 def test_weights_trained_further_do_not_take_the_card_along(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from filelock import FileLock
 
-from ..errors import HearSsamError
+from ..errors import HearSsamError, said
 from ..paths import writing
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def read(path: Path) -> list[Record]:
     try:
         lines = path.read_text("utf-8", "replace").splitlines()
     except OSError as error:
-        reason = f"cannot be read: {error.strerror}"
+        reason = f"cannot be read: {said(error)}"
         raise HearSsamError(f"{path}: {reason}; `hear-ssam evaluate` puts results there.") from error
     for number, line in enumerate(lines, 1):
         try:

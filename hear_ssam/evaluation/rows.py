@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import HearSsamError
+from ..errors import HearSsamError, said
 from .scores import EventJudge, SceneJudge, to_events
 from .tasks import POSTPROCESSING, Task, read_task
 
@@ -40,7 +40,7 @@ def _made_again(path: Path, problem: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = f"cannot be read: {error.strerror}"
+        reason = f"cannot be read: {said(error)}"
         raise HearSsamError(f"{error.filename or path}: {reason}; make the embeddings again.") from error
     except Exception as error:  # a damaged pickle raises whatever its opcodes run into
         raise HearSsamError(f"{path}: {problem} ({error}); make the embeddings again.") from error

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import HearSsamError, unknown_name
+from ..errors import HearSsamError, said, unknown_name
 from ..paths import read_toml, shipped
 
 METADATA = "task_metadata.json"
@@ -350,7 +350,7 @@ def _read_text(path: Path) -> str:
             raise HearSsamError(f"{path}: is no regular file; put a file in its place.")
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise HearSsamError(f"{path}: cannot be read: {error.strerror}; get the task again.") from error
+        raise HearSsamError(f"{path}: cannot be read: {said(error)}; get the task again.") from error
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:  # as in UTF-16

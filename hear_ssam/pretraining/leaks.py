@@ -110,8 +110,10 @@ class _Index:
         # A piece and a shift are one number; each peak votes once for it.
         alike = ((place >> 12) << 13) + (place & 4095) - (peak[mine] >> 9) + 4096
         alike, ballots = np.unique(np.unique(alike << 21 | peak[mine]) >> 21, return_counts=True)
+        some = ballots >= votes  # of very many, few
+        alike, ballots = alike[some], ballots[some]
         fewer = np.minimum(self.peaks[alike >> 13], len(what) // FAN)
-        enough = ballots >= np.clip(SHARE * fewer, votes, max(votes, PLENTY))
+        enough = ballots >= np.minimum(SHARE * fewer, PLENTY)
         return [(self.names[a >> 13], int(n)) for a, n in zip(alike[enough].tolist(), ballots[enough], strict=True)]
 
 
