@@ -111,6 +111,7 @@ def measure(cell: Cell) -> Iterator[Cell]:
         "kernel": kernel(form, cell["device"], lambda: act(tokens_of(64)))
     }  # and what loads or compiles at first use has done so
     if cell["device"] == "cuda":
+        yield {"GPU": torch.cuda.get_device_name()}
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
     found = timed(act, lambda: tokens_of(tokens), cell["limit_s"])
