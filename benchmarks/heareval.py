@@ -5,8 +5,8 @@
 
 --python is an interpreter with heareval and hear_ssam (`hear-ssam heareval --help` says how to install it). A folder is
 one task's, as `hear-ssam evaluate` or heareval wrote it. Every probe searches heareval's eight grid points with seed 42
-on its own copies. heareval has one process, which takes the tasks in turn, and all cores for its products; one command
-of `hear-ssam evaluate` takes all tasks, in a process a core: give it as many tasks as there are cores, or more.
+on its own copies, all tasks by one command. heareval takes them in turn, with all cores for its products; `hear-ssam
+evaluate` has a process a core: give it as many tasks as there are cores, or more.
 """
 
 from __future__ import annotations
@@ -75,15 +75,14 @@ def main(arguments: list[str]) -> int:
             folder, results = Path(temporary) / probe, Path(temporary) / f"{probe}-out"
             copies = copied(tasks, folder, args.epochs)
             ours = "evaluate", "--embeddings-dir", folder, "--results-dir", results, "--probe", probe
-            commands: list[tuple[Any, ...]] = [(sys.executable, "-m", "hear_ssam", *ours)]
+            command: tuple[Any, ...] = (sys.executable, "-m", "hear_ssam", *ours)
             if probe == "heareval":
-                commands = [(args.python.absolute(), "-m", "hear_ssam", "heareval", "predictions", x) for x in copies]
+                command = args.python.absolute(), "-m", "hear_ssam", "heareval", "predictions", *copies
             threads = {"OMP_NUM_THREADS": str(cores if probe == "heareval" else 1)}
-            measured = [measure_command(*command, environment=threads) for command in commands]
-            found = [sum(m.seconds for m in measured), sum(m.cpu for m in measured)]
-            first = first or found
+            seconds, cpu, peak = measure_command(*command, environment=threads)
+            first = first or [seconds, cpu]
             scores = map(heareval_score, copies) if probe == "heareval" else our_scores(results)
-            columns = [f"{value:.1f} | {base / value:.2f}" for base, value in zip(first, found, strict=True)]
-            columns += [f"{max(m.peak for m in measured):.0f}", *(f"{100 * score:.3f}" for score in scores)]
+            columns = [f"{value:.1f} | {base / value:.2f}" for base, value in zip(first, (seconds, cpu), strict=True)]
+            columns += [f"{peak:.0f}", *(f"{100 * score:.3f}" for score in scores)]
             print(f"| {probe} | {' | '.join(columns)} |", flush=True)
     return 0

@@ -345,8 +345,6 @@ def _given_sources(
 
 def _warn(task: Task, quick: Sequence[str]) -> None:
     """Say on stderr what makes scores of a task no HEAR scores (it reads all labels), and what quick probes lack."""
-    from .quick import shortage
-
     said = []
     if "limit" not in task.metadata:
         said += differences(task)
@@ -355,8 +353,10 @@ def _warn(task: Task, quick: Sequence[str]) -> None:
             said.append(f"{split} has no clip of {', '.join(labels)}; {effect}")
     if task.event and quick:
         said.append(f"skipped by {', '.join(quick)}: an event task, they judge clips")
-    shots = [int(probe.removeprefix("fewshot")) for probe in quick if probe.startswith("fewshot") and not task.event]
-    said += filter(None, (shortage(task, count) for count in shots))
+    if shots := [int(probe.removeprefix("fewshot")) for probe in quick if probe[:7] == "fewshot" and not task.event]:
+        from .quick import shortage
+
+        said += filter(None, (shortage(task, count) for count in shots))
     for text in said:
         print(f"{task.name}: {text}.", file=sys.stderr)
 

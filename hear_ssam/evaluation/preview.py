@@ -15,7 +15,6 @@ from ..paths import write_whole
 from .embeddings import embed_task
 from .folders import find_tasks
 from .module import load_hear_model
-from .quick import quick_probe
 from .rows import open_embeddings
 from .scores import aggregate_folds
 from .tasks import METADATA, VOCABULARY, Task, read_task
@@ -82,6 +81,8 @@ def named_tasks(paths: Iterable[str | Path]) -> list[Task]:
 
 def logistic_scores(checkpoint: str | Path, tasks: Iterable[Task], device: str = "auto") -> dict[str, float]:
     """The leading score of each task, mean over its folds, by logistic regression on embeddings of a checkpoint."""
+    from .quick import quick_probe
+
     hear, scores = load_hear_model("hear_ssam", str(checkpoint), device=device), {}
     for task in tasks:
         with tempfile.TemporaryDirectory() as folder:

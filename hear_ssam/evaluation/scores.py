@@ -18,7 +18,6 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from scipy.special import ndtri
-from sklearn.metrics import roc_auc_score
 
 
 def top1_accuracy(prediction: np.ndarray, target: np.ndarray) -> float:
@@ -55,6 +54,8 @@ def _average_precision(prediction: np.ndarray, target: np.ndarray) -> float:
 def _class_aucs(prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
     if not (target.any(0) & ~target.all(0)).all():
         return np.full(target.shape[1], math.nan)
+    from sklearn.metrics import roc_auc_score  # takes a second, which not every process needs
+
     return np.asarray(roc_auc_score(target, prediction, average=None))
 
 
