@@ -17,7 +17,7 @@ import copy
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -150,33 +150,21 @@ def _draw_loader_seed() -> None:
 
 
 @torch.no_grad()
-def predict(
-    head: nn.Sequential, x: Tensor, batch_size: int, multilabel: bool, bf16: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Logits and probabilities (rows, classes) of a head in evaluation mode."""
+def predict(head: nn.Sequential, x: Tensor, batch_size: int, multilabel: bool) -> tuple[Tensor, Tensor]:
+    """Logits and probabilities (rows, classes) of a head in evaluation mode, by products of the rows' type."""
     head.eval()
-    logits = torch.cat([apply(head, batch, bf16) for batch in batches([x], batch_size)])
+    logits = torch.cat([apply(head, batch) for batch in batches([x], batch_size)])
     return logits, logits.sigmoid() if multilabel else logits.softmax(1)
 
 
-class _Adam:
-    """torch.optim.Adam of its usual settings, whose class would import torch's compiler: seconds of every process."""
-
-    def __init__(self, parameters: Iterable[Tensor], lr: float, fused: bool) -> None:
-        self.parameters, self.lr, self.fused = [*parameters], lr, fused
-        self.mean, self.square = ([torch.zeros_like(x) for x in self.parameters] for _ in range(2))
-        self.steps = [torch.zeros(()) for _ in self.parameters]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """One step by the gradients, which are gone afterwards."""
-        gradients = [cast(Tensor, x.grad) for x in self.parameters]
-        adam(
-            self.parameters, gradients, self.mean, self.square, [], self.steps, foreach=False, fused=self.fused,
-            lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False,
-        )  # fmt: skip
-        for x in self.parameters:
-            x.grad = None
+def adam_step(parameters: list[Any], state: Any, lr: float, fused: bool) -> None:
+    """A step of torch.optim.Adam, whose class would import torch's compiler: a second or two of every process."""
+    with torch.no_grad():
+        means, squares, none, steps = state  # `none`: of amsgrad
+        adam(parameters, [x.grad for x in parameters], means, squares, none, steps, foreach=False, fused=fused, lr=lr,
+             amsgrad=False, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, maximize=False)  # fmt: skip
+    for x in parameters:
+        x.grad = None
 
 
 class _Bf16Product(torch.autograd.Function):
@@ -219,9 +207,9 @@ def bf16_dropout(layer: nn.Dropout, x: Tensor) -> Tensor:
 _BF16: dict[type, Callable[[Any, Tensor], Tensor]] = {nn.Linear: bf16_linear, nn.Dropout: bf16_dropout}
 
 
-def apply(head: nn.Sequential, x: Tensor, bf16: bool) -> Tensor:
-    """Logits (rows, classes) of embeddings; the last layer is small, and some CPUs add up its few columns in bf16."""
-    *hidden, last = head
+def apply(head: nn.Sequential, x: Tensor) -> Tensor:
+    """Logits of rows; the last layer is small, and some CPUs add up its few columns in bfloat16."""
+    (*hidden, last), bf16 = head, x.dtype == torch.bfloat16
     for layer in hidden:
         rounded = _BF16.get(type(layer)) if bf16 else None
         x = rounded(layer, x) if rounded else layer(x)
@@ -255,7 +243,9 @@ def train_head(
         if bf16:
             head[1].running_mean.add_(head[0].weight.detach() @ offset, alpha=share)
 
-    optimizer = _Adam(head.parameters(), config.lr, fused=bf16)
+    parameters = [*head.parameters()]
+    moments = ([torch.zeros_like(x) for x in parameters] for _ in range(2))
+    state = *moments, [], [torch.zeros(()) for _ in parameters]
     by_score = bool(task.metadata.get("use_scoring_for_early_stopping", True))  # usual; else heads compete by loss
     sign = 1 if by_score and SCORES[task.scores[0]].maximize else -1
     best: TrainedHead | None = None
@@ -264,14 +254,14 @@ def train_head(
         _draw_loader_seed()
         head.train()
         for x, target in zip(train_x, train_target, strict=True):
-            torch.autograd.backward(head_loss(apply(head, x, bf16), target, task.multilabel))
+            torch.autograd.backward(head_loss(apply(head, x), target, task.multilabel))
             move(0.1)  # the momentum of batch normalisation
-            optimizer.step()
+            adam_step(parameters, state, config.lr, fused=bf16)
         if (epoch + 1) % config.check_val_every_n_epoch:
             continue
         _draw_loader_seed()
         move(-1)
-        logits, probability = predict(head, valid_x, config.batch_size, task.multilabel, bf16)
+        logits, probability = predict(head, valid_x, config.batch_size, task.multilabel)
         move(1)
         loss = float(head_loss(logits, valid.target, task.multilabel))
         checked: dict[str, float] = {"epoch": epoch, "val_loss": loss}
