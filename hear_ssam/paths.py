@@ -101,6 +101,20 @@ def only_writer(folder: Path, what: str, name: str = ".lock", place: Path | None
             folder.rmdir()
 
 
+def refuse_others(folder: Path, what: str, name: str, parts: int) -> None:
+    """Raise HearSsamError where another `what` holds a lock in a folder, unless both are shards of the same whole."""
+    from filelock import FileLock, Timeout
+
+    for other in folder.glob(".lock*"):
+        if other.name != name and not (parts > 1 and other.name.endswith(f"-of-{parts}")):
+            try:
+                with FileLock(other, timeout=1):  # left by one that was killed
+                    pass
+            except Timeout:
+                reason = f"another {what} ({other.name}) writes to it; wait or use another place"
+                raise HearSsamError(f"{folder}: {reason}.") from None
+
+
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """A file with this content by `atomic_write`; text in UTF-8, where what it does not hold is escaped."""
     with atomic_write(path) as temporary:

@@ -32,6 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Without llvmlite `auto` falls back with a warning, and warnings of ours are errors: say that torch is meant.
     if available_backends()["cpu"] is not None:
         os.environ.setdefault("HEAR_SSAM_BACKEND", "torch")
+    # Numbers are compared with those of this CPU; tests/test_gpu.py, which is asked for, compares both.
+    if "HEAR_SSAM_TEST_GPU" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # No test leaves this machine or sees what its user has downloaded; those of downloads say otherwise.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HEAR_SSAM_CACHE"] = cache = tempfile.mkdtemp(prefix="hear-ssam-tests-")

@@ -1,4 +1,7 @@
-"""What a GPU computes is what the CPU computes: kernels, functions, commands, training, an actor of Ray's."""
+"""What a GPU computes is what the CPU computes: kernels, functions, commands, training, an actor of Ray's.
+
+`HEAR_SSAM_TEST_GPU=1 python -m pytest tests/test_gpu.py` runs them, on a machine with a GPU and a PyTorch built for it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ from .test_pretrain import store  # noqa: F401
 from .test_systems import noise, tiny
 from .tiny_tasks import write_task
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and a PyTorch built for it")
+ASKED = "HEAR_SSAM_TEST_GPU" in os.environ and torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(not ASKED, reason="needs HEAR_SSAM_TEST_GPU=1, a GPU and a PyTorch built for it")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -61,11 +65,18 @@ def rows(place: Path) -> tuple[list[tuple[Any, ...]], list[np.ndarray]]:
     return [tuple(row.values()) for row in table], embeddings
 
 
-def assert_same_rows(one: Path, other: Path, tolerance: float = 2e-4) -> None:
+def near(found: Any, wanted: Any, tolerance: float = 1e-3) -> None:
+    """By the norm of the difference: where audio is quiet, or a class does not vary, single numbers differ by more."""
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    assert found.shape == wanted.shape and np.isfinite(found).all()
+    assert np.linalg.norm(found - wanted) <= tolerance * np.linalg.norm(wanted)
+
+
+def assert_same_rows(one: Path, other: Path) -> None:
     (found, left), (wanted, right) = rows(one), rows(other)
     assert found == wanted and found
     for a, b in zip(left, right, strict=True):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+        near(a, b)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -81,17 +92,16 @@ def test_kernels_and_all_their_gradients_are_the_references(kernel: str, dtype: 
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_embeddings_of_every_system(system: str) -> None:
-    """fp32 to 1e-4, bf16 nearly parallel; where the audio lies does not matter."""
+    """fp32 to a thousandth, bf16 nearly parallel; from audio on the GPU, as HEAR asks."""
     model, audio = tiny(system), noise(3, 4.3)
     there = copy.deepcopy(model).to("cuda")
     scene, (rows, ms) = get_scene_embeddings(audio, model), get_timestamp_embeddings(audio, model)
-    for given in (audio, audio.cuda()):
-        found, found_ms = get_timestamp_embeddings(given, there)
-        assert found.is_cuda and torch.equal(found_ms.cpu(), ms)
-        torch.testing.assert_close(found.cpu(), rows, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(get_scene_embeddings(given, there).cpu(), scene, rtol=1e-4, atol=1e-4)
+    found, found_ms = get_timestamp_embeddings(audio.cuda(), there)
+    assert found.is_cuda and torch.equal(found_ms.cpu(), ms)
+    near(found.cpu(), rows)
+    near(get_scene_embeddings(audio.cuda(), there).cpu(), scene)
     there.encoder.set_precision("bf16")
-    low = get_scene_embeddings(audio, there).float().cpu()
+    low = get_scene_embeddings(audio.cuda(), there).float().cpu()
     assert torch.nn.functional.cosine_similarity(low, scene).min() > 0.995
 
 
@@ -99,22 +109,22 @@ def test_the_shipped_weights_and_a_saved_folder(tmp_path: Path) -> None:
     audio = noise(2, 3).numpy()
     model = load_model(device="cuda")
     wanted = embed(audio, load_model(device="cpu"))
-    np.testing.assert_allclose(embed(audio, model), wanted, rtol=2e-4, atol=2e-4)
+    near(embed(audio, model), wanted)
     model.save_pretrained(tmp_path / "saved")
     again = HearModel.from_pretrained(tmp_path / "saved", device="cuda")
-    np.testing.assert_allclose(embed(audio, again), wanted, rtol=2e-4, atol=2e-4)
+    near(embed(audio, again), wanted)
     transformers = pytest.importorskip("transformers")
     shim = transformers.AutoModel.from_pretrained(tmp_path / "saved", trust_remote_code=True).to("cuda")
     with torch.no_grad():
         found = shim(torch.from_numpy(audio).cuda())
-    np.testing.assert_allclose(found.pooler_output.cpu().numpy(), wanted, rtol=2e-4, atol=2e-4)
+    near(found.pooler_output.cpu().numpy(), wanted)
 
 
 @pytest.mark.parametrize("options", [[], ["--window", "1", "--hop", "0.7"], ["--dtype", "float16", "--kind", "scene"]])
 def test_collections(recordings: Path, tmp_path: Path, options: list[str], same_thread_count: None) -> None:
     for device in ("cuda", "cpu"):
         run("embed", recordings, "-o", tmp_path / device, "--device", device, *options, code=1)
-    assert_same_rows(tmp_path / "cuda", tmp_path / "cpu", 2e-3 if "float16" in options else 2e-4)
+    assert_same_rows(tmp_path / "cuda", tmp_path / "cpu")
 
 
 def test_classifier_and_search(recordings: Path, tmp_path: Path, capsys: Any, same_thread_count: None) -> None:
@@ -145,7 +155,7 @@ def test_evaluation_of_any_model(folders: Any, tmp_path: Path, serial: None) -> 
     assert len(files) == 6 * 2 * 3
     for file in files:
         found, wanted = (np.fromfile(tmp_path / device / file, np.float32) for device in ("cuda", "cpu"))
-        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3, err_msg=str(file))
+        near(found, wanted, 2e-3)
 
 
 @pytest.mark.parametrize("recipe", [{}, {"visible_only": True, "mask": "random"}])

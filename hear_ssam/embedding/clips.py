@@ -26,6 +26,7 @@ from ..hear import HearModel, load_model
 Item = TypeVar("Item")
 Pooling = Literal["mean", "mean_std"]
 Blocks = Callable[[], Iterable[np.ndarray]]  # a clip that can be read again and again: float32 (samples,) in pieces
+CPU = torch.device("cpu")
 LONG = 60  # seconds; what is longer is read twice, in pieces of that length
 SCALES = {"int16": 2**15, "int32": 2**31, "uint8": 2**7}
 
@@ -78,7 +79,7 @@ def embed(
                     clip = read_audio(path, model.sample_rate, most)
                 else:
                     clip = resample(_as_float(item), rate, model.sample_rate)
-                checked = model.check(torch.from_numpy(clip).to(model.device))[0]
+                checked = model.check(torch.from_numpy(clip), CPU)[0]
             except HearSsamError as error:
                 raise about(f"clip {index}" if path is None else path, error) from error
             if len(clip) <= most:
@@ -166,9 +167,10 @@ def embed_clips(
 ) -> list[tuple[Tensor, Tensor]]:
     """Scene (E',) and timestamp embeddings (T, E) of each clip (samples,), float32, as of the clip alone.
 
-    The clips are on the model's device, and such as `model.check` lets pass."""
-    results = []
-    every = model.rows_of_each([model.spectrogram(clip[None])[0] for clip in clips], layers)
+    The clips are on the CPU, and such as `model.check` lets pass; they travel to the model's device together."""
+    results, sizes = [], [len(clip) for clip in clips]
+    there = torch.cat(list(clips)).to(model.device).split(sizes)
+    every = model.rows_of_each([model.spectrogram(clip[None])[0] for clip in there], layers)
     for clip, computed in zip(clips, every, strict=True):
         kept = computed[None, : len(model.timestamps(len(clip)))]
         results.append((model.scene(kept, computed[None], pooling, layers)[0], kept[0]))

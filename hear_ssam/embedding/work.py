@@ -33,7 +33,7 @@ from .inputs import Recording
 KINDS = {"both": ("scene", "timestamps"), "scene": ("scene",), "timestamps": ("timestamps",)}
 ELSEWHERE = ("model", "device", "cache")  # options of `load_model` that change no row, or say what `made` says
 BATCH = {"cpu": (16, 4 << 20)}  # recordings, and bytes of them, that a worker takes at once
-GPU_BATCH = (256, 64 << 20)
+GPU_BATCH = (1024, 64 << 20)  # so that windows of one length are many; a call costs what hundreds of windows do
 CHUNK = 512  # rows of a long recording that are made into a table at once
 
 
@@ -114,7 +114,7 @@ class Worker:
                         if not self.options.window and len(audio) > self.most:
                             results[recording.name] = Result(recording, self._long(recording))
                             break
-                        yield recording, start, self.model.check(torch.from_numpy(audio).to(self.model.device))[0]
+                        yield recording, start, self.model.check(torch.from_numpy(audio), clips.CPU)[0]
                 except Exception as error:
                     results[recording.name] = Result(recording, error=error)
 
@@ -148,9 +148,10 @@ class Worker:
         """Scene (E',) and timestamp embeddings (T, E) of clips; one by one where together they fail."""
         try:
             with self.turn:
-                found = clips.embed_clips(self.model, audio)
-                wanted = slice(None if "timestamps" in self.parts else 0)  # what nobody wants stays on the device
-                return [(scene.cpu().numpy(), rows[wanted].cpu().numpy()) for scene, rows in found]
+                scenes, rows = zip(*clips.embed_clips(self.model, audio), strict=True)
+                sizes = [len(own) * ("timestamps" in self.parts) for own in rows]  # what nobody wants stays there
+                back = torch.cat([own[:size] for own, size in zip(rows, sizes, strict=True)]).cpu().split(sizes)
+                return [*zip(torch.stack(scenes).cpu().numpy(), (own.numpy() for own in back), strict=True)]
         except Exception as error:
             return [error] if len(audio) == 1 else [found for clip in audio for found in self._embed([clip])]
 

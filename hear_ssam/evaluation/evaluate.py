@@ -20,13 +20,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tqdm import tqdm
 
 from ..errors import HearSsamError, unknown_name
 from ..machine import Cluster, engine_named, usable_cpus
 from ..options import add_model_options, add_scale, parse_options, parse_shard
-from ..paths import only_writer
+from ..paths import only_writer, refuse_others
 from .folders import best_folder, find_archives, find_tasks, unpack
 from .jobs import HEADS, Job, noted, run_jobs
 from .records import KEY, STORE, Record, embeddings_folder, key_of, read
@@ -185,7 +185,7 @@ def run_evaluation(
     folders = [place for place in (results_dir, tasks_dir, embeddings_dir) if place]
     lock = ".lock" if shard == (1, 1) else ".lock-{}-of-{}".format(*shard)
     with engine_named(engine, device, workers, *folders) as cluster, only_writer(results_dir, "evaluation", lock):
-        _refuse_others(results_dir, lock, shard[1])
+        refuse_others(results_dir, "evaluation", lock, shard[1])
         if embeddings_dir:
             sources = _given_sources(embeddings_dir, tasks, quick, failures)
         else:
@@ -225,18 +225,6 @@ def run_evaluation(
         # of before only what was made of these very embeddings: what failed now has no results
         records = [r for source, r in every if source and (source.made(r) or before.get(key_of(r)) != r)]
     return Evaluation(records, failures)
-
-
-def _refuse_others(results_dir: Path, lock: str, parts: int) -> None:
-    """Raise HearSsamError where an evaluation runs in a results folder that is no other shard of the same whole."""
-    for other in results_dir.glob(".lock*"):
-        if other.name != lock and not (parts > 1 and other.name.endswith(f"-of-{parts}")):
-            try:
-                with FileLock(other, timeout=1):  # left by one that was killed
-                    pass
-            except Timeout:
-                reason = f"another evaluation ({other.name}) writes to it; wait or use another place"
-                raise HearSsamError(f"{results_dir}: {reason}.") from None
 
 
 def _made(work: Sequence[Work], cluster: Cluster | None, models: Models) -> Iterator[tuple[Work, Callable[[], object]]]:

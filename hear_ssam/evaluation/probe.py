@@ -151,9 +151,9 @@ def _draw_loader_seed() -> None:
 
 @torch.no_grad()
 def predict(head: nn.Sequential, x: Tensor, batch_size: int, multilabel: bool) -> tuple[Tensor, Tensor]:
-    """Logits and probabilities (rows, classes) of a head in evaluation mode, by products of the rows' type."""
+    """Logits and probabilities (rows, classes) of a head in evaluation mode."""
     head.eval()
-    logits = torch.cat([apply(head, batch) for batch in batches([x], batch_size)])
+    logits = torch.cat([head(batch) for batch in batches([x], batch_size)])
     return logits, logits.sigmoid() if multilabel else logits.softmax(1)
 
 
@@ -196,8 +196,6 @@ def bf16_linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def bf16_dropout(layer: nn.Dropout, x: Tensor) -> Tensor:
     """Dropout by 16 random bits a number where torch draws 64; compared and scaled in place, six times sooner."""
-    if not layer.training:
-        return x
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     scale = int(torch.tensor(1 / (1 - layer.p), dtype=torch.bfloat16).view(torch.int16))
     factor = bits[: x.numel()].ge_(round(layer.p * 2**16) - 2**15).mul_(scale).view(torch.bfloat16)  # 0 or 1 / (1 - p)
@@ -207,42 +205,27 @@ def bf16_dropout(layer: nn.Dropout, x: Tensor) -> Tensor:
 _BF16: dict[type, Callable[[Any, Tensor], Tensor]] = {nn.Linear: bf16_linear, nn.Dropout: bf16_dropout}
 
 
-def apply(head: nn.Sequential, x: Tensor) -> Tensor:
-    """Logits of rows; the last layer is small, and some CPUs add up its few columns in bfloat16."""
-    (*hidden, last), bf16 = head, x.dtype == torch.bfloat16
-    for layer in hidden:
-        rounded = _BF16.get(type(layer)) if bf16 else None
-        x = rounded(layer, x) if rounded else layer(x)
-    return cast(Tensor, last(x.float()))
-
-
 def train_head(
     task: Task, splits: Mapping[str, Rows], split: DataSplit, config: HeadConfig, *, bf16: bool = False
 ) -> TrainedHead:
     """Train one head. Uses torch's global generator, in heareval's order.
 
     heareval's rule to stop: keep the first best validation, end after `patience` without a better one or at NaN.
-    `bf16` rounds the rows, so the mean of those to train on is taken off before: a large common offset would swallow
-    what tells rows apart. Batch normalisation removes any offset; only its running mean is told of it, and so belongs
-    to rows as they are. A head without a hidden layer has no normalisation and is trained exactly.
+    `bf16` rounds the rows to train on, so their mean is taken off before: a large common offset would swallow what
+    tells rows apart. Batch normalisation removes any offset; only its running mean must be told, and then the head
+    takes rows as they are. A head without a hidden layer has no normalisation and is trained exactly.
     """
     bf16 = bf16 and config.hidden_layers > 0
     parts = [splits[name] for name in split.train]
     train_x = batches([part.x for part in parts], config.batch_size, merge_single=True)
     train_target = batches([part.target for part in parts], config.batch_size, merge_single=True)
     valid = splits[split.valid]
-    valid_x, dim = valid.x, valid.x.shape[1]
+    dim = valid.x.shape[1]
     head: Any = build_head(dim, len(task.labels), config)
     torch.rand(64, dim)  # the dummy input with which heareval prints a summary of the head
     if bf16:
         offset = (torch.stack([x.sum(0, dtype=torch.float64) for x in train_x]).sum(0) / sum(map(len, train_x))).float()
-        train_x, valid_x = [(x - offset).bfloat16() for x in train_x], (valid_x - offset).bfloat16()
-
-    def move(share: float) -> None:
-        """Move the running mean of centred rows by a share of what centring took off the first layer's output."""
-        if bf16:
-            head[1].running_mean.add_(head[0].weight.detach() @ offset, alpha=share)
-
+        train_x = [(x - offset).bfloat16() for x in train_x]
     parameters = [*head.parameters()]
     moments = ([torch.zeros_like(x) for x in parameters] for _ in range(2))
     state = *moments, [], [torch.zeros(()) for _ in parameters]
@@ -254,15 +237,18 @@ def train_head(
         _draw_loader_seed()
         head.train()
         for x, target in zip(train_x, train_target, strict=True):
-            torch.autograd.backward(head_loss(apply(head, x), target, task.multilabel))
-            move(0.1)  # the momentum of batch normalisation
+            for layer in head[:-1]:
+                rounded = _BF16.get(type(layer)) if bf16 else None
+                x = rounded(layer, x) if rounded else layer(x)
+            # the last layer is small, and some CPUs add up its few columns in bfloat16
+            torch.autograd.backward(head_loss(head[-1](x.float()), target, task.multilabel))
+            if bf16:  # what centring took off the first layer's output
+                head[1].running_mean.add_(head[0].weight.detach() @ offset, alpha=head[1].momentum)
             adam_step(parameters, state, config.lr, fused=bf16)
         if (epoch + 1) % config.check_val_every_n_epoch:
             continue
         _draw_loader_seed()
-        move(-1)
-        logits, probability = predict(head, valid_x, config.batch_size, task.multilabel)
-        move(1)
+        logits, probability = predict(head, valid.x, config.batch_size, task.multilabel)
         loss = float(head_loss(logits, valid.target, task.multilabel))
         checked: dict[str, float] = {"epoch": epoch, "val_loss": loss}
         postprocessing = None

@@ -20,7 +20,6 @@ import numpy as np
 
 from ..errors import HearSsamError, said, unknown_name
 from ..paths import read_toml, shipped
-from .scores import SCORES
 
 METADATA = "task_metadata.json"
 VOCABULARY = "labelvocabulary.csv"
@@ -229,6 +228,8 @@ def read_task(folder: Path) -> Task:
 
 
 def _check_metadata(metadata: dict[str, Any], path: Path) -> None:
+    from .scores import SCORES  # imports SciPy
+
     for key, choices in _CHOICES.items():
         if metadata[key] not in choices:
             raise HearSsamError(f"{path}: {unknown_name(key, metadata[key], choices)}")
