@@ -235,5 +235,7 @@ def save(figure: Any, file: Path) -> None:
 
 def machines(rows: Sequence[Row]) -> str:
     """What the rows were measured on, in a sentence."""
-    names = sorted({f"{row['CPU']} ({row['features']}), {row['threads']} thread, {row['versions']}" for row in rows})
+    cpus = [row for row in rows if not row.get("GPU")]
+    names = sorted({f"{row['CPU']} ({row['features']}), {row['threads']} thread, {row['versions']}" for row in cpus})
+    names += sorted({f"{row['GPU']}, {row['versions']}" for row in rows if row.get("GPU")})
     return f"Measured on {'; '.join(names)}." if names else ""

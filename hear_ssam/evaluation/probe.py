@@ -227,8 +227,7 @@ def train_head(
         offset = (torch.stack([x.sum(0, dtype=torch.float64) for x in train_x]).sum(0) / sum(map(len, train_x))).float()
         train_x = [(x - offset).bfloat16() for x in train_x]
     parameters = [*head.parameters()]
-    moments = ([torch.zeros_like(x) for x in parameters] for _ in range(2))
-    state = *moments, [], [torch.zeros(()) for _ in parameters]
+    state = *([torch.zeros_like(x) for x in parameters] for _ in range(2)), [], [torch.zeros(()) for _ in parameters]
     by_score = bool(task.metadata.get("use_scoring_for_early_stopping", True))  # usual; else heads compete by loss
     sign = 1 if by_score and SCORES[task.scores[0]].maximize else -1
     best: TrainedHead | None = None
