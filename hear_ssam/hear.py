@@ -81,12 +81,7 @@ class HearModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are, and where audio must be."""
-        return self._weight.device
-
-    @property
-    def _weight(self) -> Tensor:
-        """The first one: to look at all of them for every clip takes longer than to read it."""
-        return next(itertools.chain(self.parameters(), self.buffers()))
+        return next(itertools.chain(self.parameters(), self.buffers())).device
 
     def timestamps(self, samples: int) -> Tensor:
         """The time of each row of a clip of `samples` samples, in milliseconds: (T,) float64."""
@@ -147,9 +142,21 @@ class HearModel(nn.Module):
         """Windows of equal length (N, frames, mels) → rows (N, slots, E)."""
         return windows
 
-    def check(self, audio: Tensor, device: torch.device | None = None) -> Tensor:
-        """`audio` as (B, samples); raises HearSsamError where it cannot be embedded, or is not on `device` (None: the
-        model's)."""
+    def check(self, audio: Tensor) -> Tensor:
+        """`audio` as (B, samples); raises HearSsamError where it, or the weights, cannot be embedded with."""
+        if isinstance(audio, Tensor) and audio.device != self.device:
+            raise HearSsamError(f"audio is on {audio.device}, the model on {self.device}; move one with .to().")
+        self.check_weights()
+        return self.check_samples(audio)
+
+    def check_weights(self) -> None:
+        """Raises HearSsamError for weights that are not float32. It takes longer than a clip: once for many of them."""
+        if other := {weight.dtype for weight in [*self.parameters(), *self.buffers()]} - {torch.float32}:
+            mend = 'for half precision use load_model(..., precision="bf16"), which keeps the weights in float32'
+            raise HearSsamError(f"the model's weights are {other.pop()}; call model.float(), and {mend}.")
+
+    def check_samples(self, audio: Tensor) -> Tensor:
+        """`audio`, wherever it is, as (B, samples); raises HearSsamError where no weights could embed it."""
         if not isinstance(audio, Tensor):
             raise HearSsamError(f"audio must be a torch.Tensor, not {type(audio).__name__}; use torch.from_numpy.")
         if audio.dtype != torch.float32:
@@ -164,11 +171,6 @@ class HearModel(nn.Module):
             needed = f"{self.min_samples} ({1000 * self.min_samples / SAMPLE_RATE:g} ms at 16 kHz)"
             found = f"audio has {audio.shape[1]} samples"
             raise HearSsamError(f"{found}; {self.name} needs at least {needed}; pad it with zeros.")
-        if audio.device != (device or self.device):
-            raise HearSsamError(f"audio is on {audio.device}, the model on {self.device}; move one with .to().")
-        if (other := self._weight.dtype) != torch.float32:
-            mend = 'for half precision use load_model(..., precision="bf16"), which keeps the weights in float32'
-            raise HearSsamError(f"the model's weights are {other}; call model.float(), and {mend}.")
         if getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)():  # torch 2.6 has only the latter
             return audio  # a graph cannot ask what the numbers are
         if broken := (~torch.isfinite(audio).all(dim=1)).nonzero().flatten().tolist():

@@ -12,12 +12,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
@@ -32,6 +31,7 @@ from hear_ssam.pretraining.recipe import Recipe
 from hear_ssam.pretraining.store import build_store
 
 from .test_adapters import folders  # noqa: F401, a fixture
+from .test_cluster import driving, embedded, until, workers
 from .test_pretrain import store  # noqa: F401
 from .test_systems import noise, tiny
 from .tiny_tasks import write_task
@@ -59,12 +59,6 @@ def run(*arguments: object, code: int = 0) -> None:
     assert cli.main([str(argument) for argument in arguments]) == code
 
 
-def rows(place: Path) -> tuple[list[tuple[Any, ...]], list[np.ndarray]]:
-    table = sorted(pq.read_table(place).to_pylist(), key=lambda row: (row["path"], row["start_ms"] or -1))
-    embeddings = [np.asarray(row.pop("embedding"), np.float32) for row in table]
-    return [tuple(row.values()) for row in table], embeddings
-
-
 def near(found: Any, wanted: Any, tolerance: float = 1e-3) -> None:
     """By the norm of the difference: where audio is quiet, or a class does not vary, single numbers differ by more."""
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
@@ -73,10 +67,10 @@ def near(found: Any, wanted: Any, tolerance: float = 1e-3) -> None:
 
 
 def assert_same_rows(one: Path, other: Path) -> None:
-    (found, left), (wanted, right) = rows(one), rows(other)
-    assert found == wanted and found
-    for a, b in zip(left, right, strict=True):
+    found, wanted = embedded(one), embedded(other)
+    for a, b in zip(found.pop("embedding"), wanted.pop("embedding"), strict=True):
         near(a, b)
+    assert found == wanted
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -132,8 +126,7 @@ def test_classifier_and_search(recordings: Path, tmp_path: Path, capsys: Any, sa
     for device in ("cuda", "cpu"):
         run("classify", "train", recordings, "-o", tmp_path / f"{device}.json", "--device", device, code=1)
         out = tmp_path / f"{device}.csv"
-        run("classify", "predict", tmp_path / "cpu.json" if device == "cpu" else tmp_path / "cuda.json",
-            recordings, "-o", out, "--device", device, code=1)  # fmt: skip
+        run("classify", "predict", tmp_path / f"{device}.json", recordings, "-o", out, "--device", device, code=1)
         found.append([line.split(",")[:2] for line in out.read_text().splitlines()])
     assert found[0] == found[1]
     run("embed", recordings, "-o", tmp_path / "all", "--kind", "scene", "--device", "cuda", code=1)
@@ -161,7 +154,7 @@ def test_evaluation_of_any_model(folders: Any, tmp_path: Path, serial: None) -> 
 @pytest.mark.parametrize("recipe", [{}, {"visible_only": True, "mask": "random"}])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training(store: Any, tmp_path: Path, recipe: dict[str, Any], precision: str) -> None:  # noqa: F811
-    """Its losses are those of the CPU, it learns, and it goes on where it was stopped."""
+    """Its losses are those of the CPU, and it learns."""
     plan = Recipe(steps=6, batch_size=8, min_frames=200, max_frames=260, precision=precision, **recipe)
     losses = {}
     for device in ("cpu", "cuda"):
@@ -196,6 +189,7 @@ def cluster() -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("HEAR_SSAM_TEST", uuid.uuid4().hex)  # by which `workers` knows them
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, sys.path)]))
         nodes = Cluster()
         nodes.add_node(num_cpus=4, num_gpus=torch.cuda.device_count(), include_dashboard=False)
@@ -210,15 +204,11 @@ def cluster() -> Any:
 def test_an_actor_on_the_gpu_embeds(
     recordings: Path, tmp_path: Path, cluster: dict[str, str], killed: bool, same_thread_count: None
 ) -> None:
-    command = [sys.executable, "-m", "hear_ssam", "embed", str(recordings), "-o", "out", "--engine", "ray"]
-    driver = subprocess.Popen([*command, "--device", "cuda"], cwd=tmp_path, env=cluster)
-    while killed and driver.poll() is None:
-        busy = subprocess.run(["pgrep", "-f", "^ray::_Actor"], capture_output=True, text=True).stdout.split()
-        if busy:
-            os.kill(int(busy[0]), signal.SIGKILL)
-            killed = False
-        time.sleep(0.05)
-    assert driver.wait(timeout=300) == 1  # of no.wav
+    command = ["-m", "hear_ssam", "embed", str(recordings), "-o", "out", "--engine", "ray"]
+    with driving([*command, "--device", "cuda"], tmp_path, cluster) as driver:
+        if killed:
+            os.kill(until(lambda: workers(cluster), driver)[0], signal.SIGKILL)
+    assert driver.returncode == 1  # of no.wav
     run("embed", recordings, "-o", tmp_path / "one", "--device", "cpu", code=1)
     assert_same_rows(tmp_path / "out", tmp_path / "one")
 

@@ -495,8 +495,9 @@ def test_bf16_inside_inference_mode(files: dict[str, Path]) -> None:
 
 def test_a_halved_model_is_told_of_bf16(any_model: hear.HearModel, files: dict[str, Path]) -> None:
     model = load_model(files.get(any_model.name, any_model.name)).half()
-    with pytest.raises(HearSsamError, match=r'weights are torch\.float16; call model\.float\(\).*precision="bf16"'):
-        get_scene_embeddings(noise(1, 1), model)
+    for function in (get_scene_embeddings, lambda audio, model: hear_ssam.embed(audio, model)):
+        with pytest.raises(HearSsamError, match=r'weights are torch\.float16; call model\.float\(\).*precision="bf16"'):
+            function(noise(1, 1), model)
     get_scene_embeddings(noise(1, 1), model.float())
 
 

@@ -26,7 +26,6 @@ from ..hear import HearModel, load_model
 Item = TypeVar("Item")
 Pooling = Literal["mean", "mean_std"]
 Blocks = Callable[[], Iterable[np.ndarray]]  # a clip that can be read again and again: float32 (samples,) in pieces
-CPU = torch.device("cpu")
 LONG = 60  # seconds; what is longer is read twice, in pieces of that length
 SCALES = {"int16": 2**15, "int32": 2**31, "uint8": 2**7}
 
@@ -68,6 +67,7 @@ def embed(
         raise HearSsamError(f"layers={layers!r}: is not a list of blocks; give [6, 12], say.")
     if not isinstance(rate, Real) or not 1_000 <= rate <= 1_000_000:
         raise HearSsamError(f"rate={rate!r}: no sample rate; give that of the arrays in Hz.")
+    model.check_weights()
     most, rows = LONG * model.sample_rate, dict[int, np.ndarray]()
 
     def short() -> Iterator[tuple[int, Tensor]]:
@@ -79,7 +79,7 @@ def embed(
                     clip = read_audio(path, model.sample_rate, most)
                 else:
                     clip = resample(_as_float(item), rate, model.sample_rate)
-                checked = model.check(torch.from_numpy(clip), CPU)[0]
+                checked = model.check_samples(torch.from_numpy(clip))[0]
             except HearSsamError as error:
                 raise about(f"clip {index}" if path is None else path, error) from error
             if len(clip) <= most:
@@ -167,7 +167,7 @@ def embed_clips(
 ) -> list[tuple[Tensor, Tensor]]:
     """Scene (E',) and timestamp embeddings (T, E) of each clip (samples,), float32, as of the clip alone.
 
-    The clips are on the CPU, and such as `model.check` lets pass; they travel to the model's device together."""
+    The clips are on the CPU, and such as `model.check_samples` lets pass; they go to the model's device together."""
     results, sizes = [], [len(clip) for clip in clips]
     there = torch.cat(list(clips)).to(model.device).split(sizes)
     every = model.rows_of_each([model.spectrogram(clip[None])[0] for clip in there], layers)

@@ -90,6 +90,7 @@ class Worker:
     """
 
     def __init__(self, model: HearModel, options: Options, scratch: str | os.PathLike[str] | None = None) -> None:
+        model.check_weights()
         self.model, self.options = model, options
         # Rows (n, E) that wait in a file without a name, and in memory while it is small.
         place = scratch and os.fspath(scratch)
@@ -114,7 +115,7 @@ class Worker:
                         if not self.options.window and len(audio) > self.most:
                             results[recording.name] = Result(recording, self._long(recording))
                             break
-                        yield recording, start, self.model.check(torch.from_numpy(audio), clips.CPU)[0]
+                        yield recording, start, self.model.check_samples(torch.from_numpy(audio))[0]
                 except Exception as error:
                     results[recording.name] = Result(recording, error=error)
 
